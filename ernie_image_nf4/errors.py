@@ -1,0 +1,23 @@
+"""The errors that a user can cause or mend. Each message says what was found, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class ErnieImageNF4Error(Exception):
+    """Base of every error this package raises on purpose; the command line prints it as one line and exits with 1."""
+
+
+class RepositoryNotFound(ErnieImageNF4Error):
+    """No folder and no Hub repository of that name, or it can't be reached."""
+
+
+class InvalidRepository(ErnieImageNF4Error):
+    """The folder is there, but it isn't a complete, sound ERNIE-Image repository."""
+
+
+class DeviceUnavailable(ErnieImageNF4Error):
+    """The device asked for isn't there, or has too little memory for what was asked."""
+
+
+class InvalidSettings(ErnieImageNF4Error):
+    """A setting (size, steps, prompt, output path, memory mode ...) that can't work."""

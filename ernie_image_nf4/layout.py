@@ -1,0 +1,63 @@
+"""The one table of what an ERNIE-Image repository holds: every component, its class, its files, and whether it is quantized.
+
+The names and classes are those of ``diffusers.ErnieImagePipeline`` and of the ``model_index.json`` that
+``baidu/ERNIE-Image`` publishes. No other module repeats them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PIPELINE_CLASS = "ErnieImagePipeline"
+MODEL_INDEX = "model_index.json"
+METADATA = "quantization_metadata.json"
+
+# ErnieImagePipeline works on 16-pixel patches: the VAE halves three times, the transformer's patches once more.
+PIXELS_PER_PATCH = 16
+
+
+@dataclass(frozen=True)
+class Component:
+    """One folder of the repository.
+
+    Attributes:
+        name: Folder and pipeline argument.
+        library: ``"diffusers"`` or ``"transformers"``, the first entry of its ``model_index.json`` line.
+        class_name: The class that loads it, the second entry.
+        config: The file without which the folder is not this component.
+        weights: The safetensors file, or None for a component without weights.
+        quantized: Whether its linear layers are stored as NF4; everything else keeps its original precision.
+        optional: Whether the pipeline runs without it.
+    """
+
+    name: str
+    library: str
+    class_name: str
+    config: str
+    weights: str | None = None
+    quantized: bool = False
+    optional: bool = False
+
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "transformer",
+        "diffusers",
+        "ErnieImageTransformer2DModel",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        quantized=True,
+    ),
+    Component("text_encoder", "transformers", "Mistral3Model", "config.json", "model.safetensors", quantized=True),
+    Component(
+        "pe", "transformers", "Ministral3ForCausalLM", "config.json", "model.safetensors", quantized=True, optional=True
+    ),
+    Component("vae", "diffusers", "AutoencoderKLFlux2", "config.json", "diffusion_pytorch_model.safetensors"),
+    Component("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler", "scheduler_config.json"),
+    Component("tokenizer", "transformers", "TokenizersBackend", "tokenizer_config.json"),
+    Component("pe_tokenizer", "transformers", "TokenizersBackend", "tokenizer_config.json", optional=True),
+)
+
+COMPONENT: dict[str, Component] = {component.name: component for component in COMPONENTS}
+QUANTIZED: tuple[Component, ...] = tuple(component for component in COMPONENTS if component.quantized)
+PROMPT_ENHANCER: tuple[str, ...] = tuple(component.name for component in COMPONENTS if component.optional)
