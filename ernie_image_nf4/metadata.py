@@ -9,14 +9,21 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InvalidRepository
-from .layout import METADATA
+from .guard import is_plain_name, read_json
+from .layout import COMPONENT, METADATA, PIXELS_PER_PATCH
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+# Of recommended settings: pixels a side, and denoising steps.
+MAX_SIZE, MAX_STEPS = 8192, 1000
 VERSIONED_PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "safetensors")
 
 
@@ -143,17 +150,41 @@ def read_metadata(folder: Path) -> Metadata | None:
     path = folder / METADATA
     if not path.exists():
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidRepository(f"{path} is not JSON ({error}): download the repository again.") from None
-    version = value.get("format_version") if isinstance(value, dict) else None
+    value = read_json(folder, path)
+    version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise InvalidRepository(
             f"{path} has format version {version!r}, this package reads {FORMAT_VERSION}: "
             "update the package (pip install -U) or make the repository again."
         )
-    return _parse(Metadata, value, METADATA)
+    metadata = _parse(Metadata, value, METADATA)
+    _check(metadata)
+    return metadata
+
+
+def read_metadata_if_ours(folder: Path) -> Metadata | None:
+    """`read_metadata`, but a file of another form counts as none: that is no reason not to draw from the weights."""
+    try:
+        return read_metadata(folder)
+    except InvalidRepository as error:
+        logger.info("No metadata: %s", error)
+        return None
+
+
+def _check(metadata: Metadata) -> None:
+    """Refuse what has the right types and makes no sense: a repository's metadata is no more to be trusted than the rest of it."""
+    if unknown := sorted(metadata.components.keys() - COMPONENT.keys()):
+        raise InvalidRepository(f"{METADATA}: components: there is no component {unknown[0]!r}.")
+    for component, record in metadata.components.items():
+        for name in record.files:
+            if not all(is_plain_name(part) for part in name.split("/")):
+                raise InvalidRepository(f"{METADATA}: components: {component}: {name!r} is no file in its folder.")
+    settings = metadata.recommended
+    sizes = (settings.height, settings.width)
+    if any(not 0 < size <= MAX_SIZE or size % PIXELS_PER_PATCH for size in sizes):
+        raise InvalidRepository(f"{METADATA}: recommended: {settings.width}x{settings.height} is no size of a picture.")
+    if not 0 < settings.num_inference_steps <= MAX_STEPS or not math.isfinite(settings.guidance_scale):
+        raise InvalidRepository(f"{METADATA}: recommended: no picture is drawn with {settings}.")
 
 
 def _parse(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:

@@ -1,0 +1,217 @@
+"""Time and memory of `quantize` at full size, beside the conventional way, and whether both give the same weights.
+
+    python benchmarks/quantize_full_size.py --work /tmp/full-size --output benchmarks/quantize_h100.json
+
+Everything happens in one run on one machine, each step in a process of its own: the original repository is synthesized (31.6 GB,
+which leaves it in the page cache), quantized, and made a second time by ``from_pretrained`` with a quantization config and
+``save_pretrained``; then the two are compared tensor by tensor. Needs 51 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ORIGINAL, OURS, CONVENTIONAL = "ERNIE-Image", "ERNIE-Image-NF4", "conventional"
+# Byte counts of baidu/ERNIE-Image and of its NF4 release.
+PUBLISHED = {
+    "original": {"transformer": 16067025160, "text_encoder": 7698241104, "pe": 7663346520},
+    "nf4": {"transformer": 4146045428, "text_encoder": 2585177824, "pe": 2367115496},
+}
+GIB = 1024**3
+SAMPLE_SECONDS = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the repositories, deleted at the end")
+    parser.add_argument("--output", type=Path, default=Path("quantize_full_size.json"))
+    parser.add_argument("--preset", default="full", choices=["full", "tiny"])
+    parser.add_argument("--keep-files", action="store_true")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(measured(STEPS[arguments.step], arguments.work, arguments.preset)))
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "preset": arguments.preset}
+    for step in STEPS:
+        print(f"{step} ...", flush=True)
+        command = [sys.executable, __file__, "--step", step, "--work", arguments.work, "--preset", arguments.preset]
+        result[step] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        print(json.dumps(result[step]), flush=True)
+    result |= {"machine": machine(), "bytes": sizes(arguments.work), "same_weights": compare(arguments.work)}
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    if not arguments.keep_files:
+        shutil.rmtree(arguments.work)
+
+
+def synthesize(work: Path, preset: str) -> None:
+    from ernie_image_nf4.synthetic import synthesize
+
+    synthesize(work / ORIGINAL, preset=preset, progress=False)
+
+
+def quantize(work: Path, preset: str) -> None:
+    from ernie_image_nf4.quantize import quantize
+
+    quantize(work / ORIGINAL, work / OURS, progress=False)
+
+
+def conventional(work: Path, preset: str) -> None:
+    import torch
+
+    from ernie_image_nf4.layout import QUANTIZED
+    from ernie_image_nf4.loading import _diffusers_nf4_on
+
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    for component in QUANTIZED:
+        library = importlib.import_module(component.library)
+        config = library.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        with _diffusers_nf4_on(device):
+            model = getattr(library, component.class_name).from_pretrained(
+                work / ORIGINAL / component.name,
+                quantization_config=config,
+                torch_dtype=torch.bfloat16,
+                device_map={"": device},
+                local_files_only=True,
+            )
+        model.save_pretrained(work / CONVENTIONAL / component.name)
+        del model
+        torch.cuda.empty_cache()
+
+
+STEPS = {"synthesize": synthesize, "quantize": quantize, "conventional": conventional}
+
+
+def measured(step: Callable[[Path, str], None], work: Path, preset: str) -> dict[str, float]:
+    """Runs a step and reports its seconds, imports apart, and its peaks of memory.
+
+    ``host_gib`` is the anonymous and shared memory of the process: what remains when the page cache and the mapped files, which
+    the system can drop at any time, are left out. ``host_rss_gib`` has the mapped files too, the libraries among them.
+    ``gpu_reserved_gib`` is PyTorch's; ``gpu_device_gib`` what the whole device had less than before.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    import ernie_image_nf4.quantize  # noqa: F401
+
+    # These are imported when they are first asked for, which would count as work.
+    _ = diffusers.ErnieImageTransformer2DModel, transformers.Mistral3Model, transformers.Ministral3ForCausalLM
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.zeros(1, device="cuda")  # makes the context
+    with peaks(gpu) as peak:
+        began = time.perf_counter()
+        step(work, preset)
+        result = {"seconds": round(time.perf_counter() - began, 2)}
+    result |= {f"{name}_gib": round(size / GIB, 3) for name, size in peak.items()}
+    if gpu:
+        result["gpu_reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+    return result
+
+
+@contextmanager
+def peaks(gpu: bool) -> Iterator[dict[str, int]]:
+    """Samples the memory of this process and of the GPU, in bytes, while the context lasts."""
+    import torch
+
+    peak = {"host": 0, "host_rss": 0} | ({"gpu_device": 0} if gpu else {})
+    free_before = torch.cuda.mem_get_info()[0] if gpu else 0
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            size = {name: int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem", "VmRSS")}
+            peak["host"] = max(peak["host"], size["RssAnon"] + size["RssShmem"])
+            peak["host_rss"] = max(peak["host_rss"], size["VmRSS"])
+            if gpu:
+                peak["gpu_device"] = max(peak["gpu_device"], free_before - torch.cuda.mem_get_info()[0])
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from ernie_image_nf4.metadata import installed_versions
+
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": installed_versions(),
+    }
+
+
+def sizes(work: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Bytes of the weight files, and how far they are from the published ones."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for kind, folder in (("original", ORIGINAL), ("nf4", OURS)):
+        for name, published in PUBLISHED[kind].items():
+            size = sum(file.stat().st_size for file in (work / folder / name).glob("*.safetensors"))
+            found.setdefault(kind, {})[name] = {"bytes": size, "minus_published": size - published}
+    return found
+
+
+def compare(work: Path) -> dict[str, dict[str, Any]]:
+    """Every stored tensor of the two ways, compared bit by bit, and the files as wholes."""
+    from safetensors import safe_open
+
+    from ernie_image_nf4.layout import QUANTIZED
+
+    result = {}
+    for component in QUANTIZED:
+        ours, theirs = (work / folder / component.name / component.weights for folder in (OURS, CONVENTIONAL))
+        with safe_open(ours, framework="pt") as one, safe_open(theirs, framework="pt") as other:
+            shared = {*one.keys()} & {*other.keys()}
+            names = {*one.keys(), *other.keys()}
+            differing = [
+                name for name in names if name not in shared or not same(one.get_tensor(name), other.get_tensor(name))
+            ]
+        result[component.name] = {
+            "tensors": len(names),
+            "nf4_layers": sum(name.endswith(".absmax") for name in names),
+            "differing_tensors": sorted(differing),
+            "files_identical": filecmp.cmp(ours, theirs, shallow=False),
+        }
+        print(component.name, json.dumps(result[component.name]), flush=True)
+    return result
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+
+
+if __name__ == "__main__":
+    main()

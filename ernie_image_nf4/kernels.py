@@ -1,0 +1,106 @@
+"""Triton kernels for the element-wise work between the transformer's matrix products, and the same in plain torch.
+
+An upstream block spends more time on these small float32 operations than on its products: each is a pass over memory of its own.
+The kernels do each group in one pass, and round where upstream rounds. Shapes: B batch, S tokens, H width, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch brings it on Linux with CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Kernels for CUDA tensors; under torch.compile the plain form, which inductor fuses itself."""
+    return x.is_cuda and has_triton() and not torch.compiler.is_compiling()
+
+
+def modulated_norm(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """RMS norm, then ``* (1 + scale) + shift``.
+
+    Args:
+        x: (B, S, H).
+        weight: (H,), of the norm.
+        scale: (B, H).
+        shift: (B, H).
+        eps: Added to the mean square.
+
+    Returns:
+        (B, S, H), dtype of `x`.
+    """
+    if use_triton(x):
+        return _triton().modulated_norm(x, None, None, weight, scale, shift, eps)[1]
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    normed = (x * torch.rsqrt(variance + eps)).to(x.dtype) * weight
+    return (normed.float() * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)).to(x.dtype)
+
+
+def gated_add_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_add`, then `modulated_norm` of the sum. Returns both, each (B, S, H)."""
+    if use_triton(x):
+        return _triton().modulated_norm(x, branch, gate, weight, scale, shift, eps)
+    total = gated_add(x, branch, gate)
+    return total, modulated_norm(total, weight, scale, shift, eps)
+
+
+def gated_add(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x + gate * branch``: (B, S, H), with `gate` (B, H)."""
+    if use_triton(x):
+        return _triton().gated_add(x, branch, gate)
+    return x + (gate.float().unsqueeze(1) * branch.float()).to(x.dtype)
+
+
+def norm_rotary(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """RMS norm of each head, then the rotary embedding, halves rotated.
+
+    Args:
+        x: (B, S, N, D).
+        weight: (D,), of the norm.
+        cos: (B, S, D), cosine of each angle.
+        sin: (B, S, D).
+        eps: Added to the mean square.
+
+    Returns:
+        (B, S, N, D), dtype of `x`.
+    """
+    if use_triton(x):
+        return _triton().norm_rotary(x, weight, cos, sin, eps)
+    x = F.rms_norm(x, weight.shape, weight, eps)
+    first, second = x.chunk(2, -1)
+    rotated = torch.cat((-second, first), -1)
+    return x * cos.to(x.dtype).unsqueeze(2) + rotated * sin.to(x.dtype).unsqueeze(2)
+
+
+def gelu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``gelu(gate) * up``, elementwise, with the exact (erf) GELU."""
+    if use_triton(gate):
+        return _triton().gelu_times(gate, up)
+    return up * F.gelu(gate)
+
+
+@functools.cache
+def _triton():
+    from . import triton_kernels
+
+    return triton_kernels

@@ -1,0 +1,264 @@
+"""`load`: an ERNIE-Image NF4 repository -> a plain ``diffusers.ErnieImagePipeline``, ready to draw."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import bitsandbytes
+import diffusers
+import torch
+import transformers
+from diffusers.quantizers import auto as diffusers_quantizers
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
+
+from . import placement
+from .chat_template import check_chat_template
+from .errors import InvalidRepository
+from .guard import library_reading
+from .hub import check_repository, find_repository, is_quantized, total_bytes, weight_files
+from .layout import COMPONENTS, PROMPT_ENHANCER, Component
+from .metadata import Recommended, read_metadata_if_ours
+from .placement import Placement
+from .structure import check_structure
+from .verify import check_integrity
+
+logger = logging.getLogger(__name__)
+
+# diffusers renamed torch_dtype to dtype in 0.40, as transformers had, and warns about the old name since.
+DTYPE_ARGUMENT = {
+    "transformers": "dtype",
+    "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
+}
+# Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
+# and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.
+SPURIOUS_WARNINGS = {"configuration_utils": "'force_upcast'", "pipelines.pipeline_utils": "Expected types for"}
+_loading = threading.RLock()
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+    fast: bool = True,
+    compile: bool = False,
+    prompt_enhancer: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    verify: bool = False,
+) -> diffusers.ErnieImagePipeline:
+    """Load an ERNIE-Image NF4 repository as a `diffusers.ErnieImagePipeline` that is placed and ready to draw.
+
+    Args:
+        model: A folder, a Hub id (``"user/name"``), or None for the repository in which this package stands.
+        device: Where to compute, e.g. ``"cuda:1"``. None takes CUDA, XPU, MPS or the CPU, the first that is there.
+        dtype: Of activations and unquantized weights. None takes bfloat16; float16 or float32 on a CUDA GPU that only
+            emulates it (compute capability below 8.0), float32 on a CPU without bfloat16 instructions. Should
+            float16 overflow (black pictures), pass ``"float32"``.
+        memory: ``"resident"`` keeps all components on the device, ``"offload"`` brings one at a time there (slower,
+            about half the memory), ``"auto"`` chooses by the device's free memory and says so at INFO level.
+        fast: Whether upstream's code paths may be replaced by faster ones that differ by rounding. False leaves them
+            untouched. At present both are the same.
+        compile: Compile the transformer's blocks; the first picture of each size waits for that.
+        prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
+        revision: Branch, tag or commit of a Hub repository.
+        token: Hub token, or True for the stored one.
+        cache_dir: Hub cache to use instead of the default one.
+        local_files_only: Take what the Hub cache holds, without any network call.
+        verify: Read every file first, and refuse the repository if one isn't as its metadata says or holds values that can't be.
+            Takes about 1 s a gigabyte.
+
+    Returns:
+        The pipeline. Call it as upstream's.
+
+    Raises:
+        RepositoryNotFound: No such folder or Hub repository, or it can't be reached.
+        InvalidRepository: The repository is incomplete, damaged, of another pipeline, or asks for code to be run.
+        DeviceUnavailable: The device isn't there, or has too little free memory.
+        InvalidSettings: A device, dtype or memory mode that can't work.
+
+    Example:
+        >>> pipe = load("user/ERNIE-Image-NF4")
+        >>> pipe("an orange cat on a wooden desk", height=512, width=512).images[0].save("cat.png")
+    """
+    chosen_device = placement.find_device(device)  # before anything is downloaded for a device that isn't there
+    chosen_dtype = placement.find_dtype(dtype, chosen_device)
+    folder = find_repository(
+        model,
+        prompt_enhancer=prompt_enhancer,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    components = check_repository(folder, prompt_enhancer=prompt_enhancer)
+    if verify:
+        check_integrity(folder, components)
+    metadata = read_metadata_if_ours(folder)
+    recommended = metadata.recommended if metadata else Recommended()
+    mode = placement.find_memory(
+        memory,
+        chosen_device,
+        weight_bytes={component.name: total_bytes(weight_files(folder, component)) for component in components},
+        pixels=recommended.height * recommended.width,
+    )
+    where = Placement(chosen_device, chosen_dtype, mode)
+    with _quiet_loading(), _diffusers_nf4_on(where.load_device):
+        parts = dict.fromkeys(PROMPT_ENHANCER) if len(components) < len(COMPONENTS) else {}  # None leaves them unread
+        parts |= {part.name: load_component(folder, part, where) for part in components if part.quantized}
+        for part in components:
+            if not part.quantized:
+                check_structure(folder, part)
+        with library_reading(folder):
+            pipe = diffusers.ErnieImagePipeline.from_pretrained(
+                folder, **parts, **_dtype("diffusers", where), local_files_only=True, use_safetensors=True
+            )
+    _check_agreement(pipe, folder)
+    if where.memory == "offload":
+        pipe.enable_model_cpu_offload(device=where.device)
+    else:
+        pipe.vae.to(where.device)
+    if compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def load_component(folder: Path, component: Component, where: Placement) -> torch.nn.Module:
+    """One of the heavy components through its library's own ``from_pretrained``, on the device it is loaded to."""
+    if not is_quantized(folder, component):
+        logger.warning(
+            "%s in %s is not quantized: it is loaded in %s and takes about four times the memory of NF4.",
+            component.name,
+            folder,
+            where.dtype,
+        )
+    check_structure(folder, component)
+    with library_reading(folder / component.name):
+        model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
+            folder / component.name,
+            device_map={"": where.load_device},
+            use_safetensors=True,
+            local_files_only=True,
+            **_dtype(component.library, where),
+        )
+    if where.dtype != torch.bfloat16:  # which the files are made for: then upstream's loading is left as it is
+        _convert(model, where.dtype)
+    # Upstream loads NF4 but can't undo that in save_pretrained (NotImplementedError), though nothing has to be undone.
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [part for part in conversions if not _is_nf4_loading(part)]
+    return model
+
+
+def _check_agreement(pipe: diffusers.ErnieImagePipeline, folder: Path) -> None:
+    """Refuse components that are sound by themselves, but don't fit each other.
+
+    Raises:
+        InvalidRepository: A size differs, a tokenizer has more tokens than its model, or the chat template is unusable.
+    """
+    sizes = {
+        "values a token of the text": (
+            pipe.text_encoder.config.text_config.hidden_size,
+            pipe.transformer.config.text_in_dim,
+        ),
+        "channels of the latents": (
+            pipe.vae.config.latent_channels * math.prod(pipe.vae.config.patch_size),
+            pipe.transformer.config.in_channels,
+        ),
+    }
+    for what, (given, taken) in sizes.items():
+        if given != taken:
+            raise InvalidRepository(
+                f"{folder}: of {what}, the transformer takes {taken} and is given {given}: use components of one release."
+            )
+    for tokenizer, model in ((pipe.tokenizer, pipe.text_encoder), (pipe.pe_tokenizer, pipe.pe)):
+        if model is not None and len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
+            raise InvalidRepository(
+                f"{tokenizer.name_or_path} has {len(tokenizer)} tokens, its model knows {rows}: use components of one release."
+            )
+    if pipe.pe is not None:
+        check_chat_template(pipe.pe_tokenizer)
+
+
+def _convert(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give the products of NF4 layers and the unquantized weights of a model another dtype.
+
+    The configuration says bfloat16 for the products, and transformers leaves the other weights as they are in the file.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _is_nf4_loading(conversion: object) -> bool:
+    return any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
+
+
+def _dtype(library: str, where: Placement) -> dict[str, torch.dtype]:
+    return {DTYPE_ARGUMENT[library]: where.dtype}
+
+
+class _NF4AnywhereQuantizer(BnB4BitDiffusersQuantizer):
+    """diffusers' NF4 loader without its demand for a GPU, which bitsandbytes no longer has.
+
+    On a machine with a GPU it also allows a device map that names the CPU: offloaded components are loaded to there.
+    """
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        pass
+
+    def update_device_map(self, device_map):
+        return device_map
+
+
+@contextmanager
+def _diffusers_nf4_on(device: torch.device) -> Iterator[None]:
+    """Let diffusers load NF4 weights onto a CPU while the context lasts; nothing changes for other devices."""
+    if device.type != "cpu":
+        yield
+        return
+    mapping = diffusers_quantizers.AUTO_QUANTIZER_MAPPING
+    with _loading:  # one change and restoration at a time, or two threads could restore each other's
+        upstream = mapping["bitsandbytes_4bit"]
+        mapping["bitsandbytes_4bit"] = _NF4AnywhereQuantizer
+        try:
+            yield
+        finally:
+            mapping["bitsandbytes_4bit"] = upstream
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars of a second each, and none of diffusers' warnings about what is right, while the context lasts."""
+    loggings = (diffusers.utils.logging, transformers.utils.logging)
+    loggers = [diffusers.utils.logging.get_logger(f"diffusers.{name}") for name in SPURIOUS_WARNINGS]
+    with _loading:
+        shown = [part for part in loggings if part.is_progress_bar_enabled()]
+        for part in shown:
+            part.disable_progress_bar()
+        for each in loggers:
+            each.addFilter(_is_worth_saying)
+        try:
+            yield
+        finally:
+            for each in loggers:
+                each.removeFilter(_is_worth_saying)
+            for part in shown:
+                part.enable_progress_bar()
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in SPURIOUS_WARNINGS.values())

@@ -1,0 +1,269 @@
+"""Whether the weight files of a component hold exactly the tensors that its configuration asks for, each in its form.
+
+The model is built without storage from the configuration, the headers of the files are read, and both are compared. That takes no
+weights and no metadata, so `load` does it before it allocates anything; a configuration of absurd size ends here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from bitsandbytes.functional import get_4bit_type
+from bitsandbytes.nn import Linear4bit
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from . import nf4
+from .errors import InvalidRepository
+from .guard import INDEX, library_reading, read_json
+from .hub import is_quantized, weight_files
+from .layout import Component
+from .plan import saved_names, skeleton, tied_weights
+from .tensors import DTYPES, StoredTensor, TensorSpec, read_chunks, read_header, read_tensor
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those bitsandbytes has
+MAX_SETTINGS = 4096  # bytes of a quantization state's settings; real ones have some 200
+MAX_BUFFERS = 1 << 28  # bytes of a model's tables that aren't stored; the full-size ones have some kB
+MAX_TIED = 16  # parameters that are registered, but share another one's storage
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that the configuration asks for.
+
+    Attributes:
+        key: Its name in the model's state dict.
+        shape: Its dimensions.
+        floating: Whether its values are floating point numbers.
+        quantized: Whether it is the weight of a layer that is stored as NF4.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    floating: bool
+    quantized: bool
+
+
+def check_structure(folder: Path, component: Component) -> None:
+    """Refuse a component whose files and configuration don't fit each other. Reads headers and quantization settings only.
+
+    Raises:
+        InvalidRepository: They don't, or one of them can't be read. The message has the first problem.
+    """
+    if problems := structure_problems(folder, component):
+        raise InvalidRepository(f"{problems[0]} Download the repository again, both configuration and weights.")
+
+
+def structure_problems(folder: Path, component: Component, *, values: bool = False) -> list[str]:
+    """Where the files of a component differ from what its configuration asks for, a sentence each.
+
+    Args:
+        folder: The repository.
+        component: Its component. One without weights has no problems.
+        values: Whether to read all values as well, and look for NaN, infinity and a strange NF4 table.
+
+    Raises:
+        InvalidRepository: The configuration describes no model, or a file can't be read.
+    """
+    if component.weights is None:
+        return []
+    place = folder / component.name
+    stored, problems = _stored_tensors(folder, component)
+    expected, tied = _expected_tensors(folder, component, len(stored))
+    used = set(tied)
+    for name, tensor in expected.items():
+        name = name if name in stored else tensor.key  # both libraries take either name
+        if name not in stored:
+            problems.append(f"{place} has no tensor {name}.")
+            continue
+        if tensor.quantized:
+            parts = {other.removeprefix(name): stored[other] for other in _with_state(name, stored)}
+            problems += _nf4_problems(name, tensor, parts)
+            used |= {name + suffix for suffix in parts}
+        else:
+            problems += _plain_problems(name, tensor, stored[name])
+            used.add(name)
+    problems += [f"{stored[name].file}: tensor {name} belongs to no layer." for name in sorted(stored.keys() - used)]
+    if values and not problems:
+        problems += _value_problems(stored)
+    return problems
+
+
+def _stored_tensors(folder: Path, component: Component) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors in the files of a component, and where its index of shards is wrong about them."""
+    files = weight_files(folder, component)
+    stored, problems = {}, []
+    for file in files:
+        tensors = read_header(file)
+        problems += [f"{file}: tensor {name} is in another file as well." for name in sorted(stored.keys() & tensors)]
+        stored |= tensors
+    index = folder / component.name / f"{component.weights}{INDEX}"
+    if index.exists():
+        listed = read_json(folder, index)["weight_map"]
+        if listed != {name: tensor.file.name for name, tensor in stored.items()}:
+            problems.append(f"{index} doesn't list the tensors of its files.")
+    return stored, problems
+
+
+def _expected_tensors(folder: Path, component: Component, count: int) -> tuple[dict[str, Expected], set[str]]:
+    """What a component's configuration asks for, by the names under which it is saved, and names that may be there in vain.
+
+    Args:
+        folder: The repository.
+        component: Its component.
+        count: How many tensors it has. A model of more parameters is given up while it is built.
+    """
+    place = folder / component.name
+    with library_reading(place / component.config), _at_most(count + MAX_TIED, place / component.config):
+        model = skeleton(component, place)
+        names, aliases = saved_names(model), set(tied_weights(model))
+    state = model.state_dict()
+    tables = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in state)
+    if tables > MAX_BUFFERS:
+        raise InvalidRepository(
+            f"{place / component.config} asks for tables of {tables:,} bytes beside the weights: download it again."
+        )
+    quantized = _quantized_layers(model, folder, component)
+    expected = {
+        name: Expected(
+            key, tuple(state[key].shape), state[key].is_floating_point(), key.removesuffix(".weight") in quantized
+        )
+        for key, name in names.items()
+    }
+    return expected, aliases
+
+
+def _quantized_layers(model: torch.nn.Module, folder: Path, component: Component) -> set[str]:
+    """Names of the layers that the libraries take for NF4 ones, by the component's quantization settings."""
+    if not is_quantized(folder, component):
+        return set()
+    file = folder / component.name / component.config
+    settings = read_json(folder, file)["quantization_config"]
+    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    if not isinstance(settings, dict) or any(settings.get(key) != value for key, value in wanted.items()):
+        raise InvalidRepository(
+            f"{file} is quantized in another way than {wanted}: make an NF4 repository with `quantize`."
+        )
+    if component.library == "diffusers":
+        quantizer_class, config_class = BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig
+    else:
+        quantizer_class, config_class = Bnb4BitHfQuantizer, transformers.BitsAndBytesConfig
+    with library_reading(file):
+        quantizer = quantizer_class(config_class.from_dict(settings), pre_quantized=True)
+        quantizer.preprocess_model(
+            model, config=model.config, dtype=torch.bfloat16, device_map=None, keep_in_fp32_modules=[]
+        )
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+@contextmanager
+def _at_most(count: int, config: Path) -> Iterator[None]:
+    """Give up building a model, in this thread, at the first parameter beyond `count`: a number of layers may be in the billions."""
+    thread, seen = threading.get_ident(), 0
+
+    def look(*_: object) -> None:
+        nonlocal seen
+        if threading.get_ident() == thread:
+            seen += 1
+            if seen > count:
+                raise InvalidRepository(
+                    f"{config} asks for more tensors than the weight files have: download both again."
+                )
+
+    hook = register_module_parameter_registration_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _with_state(name: str, stored: dict[str, StoredTensor]) -> list[str]:
+    """The names of a weight and of its quantization state, as far as they are there."""
+    suffixes = ("", *nf4.stored_specs((1,), torch.bfloat16))
+    return [name + suffix for suffix in dict.fromkeys(suffixes) if name + suffix in stored]
+
+
+def _plain_problems(name: str, tensor: Expected, found: StoredTensor) -> list[str]:
+    """What is wrong with a tensor that isn't quantized."""
+    problems = []
+    if found.spec.shape != tensor.shape:
+        problems.append(
+            f"{found.file}: tensor {name} has shape {list(found.spec.shape)}, expected {list(tensor.shape)}."
+        )
+    if DTYPES[found.spec.dtype].is_floating_point != tensor.floating or found.spec.dtype.startswith("F8"):
+        kind = "BF16, F16 or F32" if tensor.floating else "whole numbers"
+        problems.append(f"{found.file}: tensor {name} is {found.spec.dtype}, expected {kind}.")
+    return problems
+
+
+def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor]) -> list[str]:
+    """What is wrong with an NF4 weight and its quantization state, given by suffix.
+
+    bitsandbytes believes what it is given: on a CPU it reads past the end of a scale tensor that is too short.
+    """
+    file = parts[""].file
+    settings_name = f".{nf4.QUANT_STATE}"
+    if settings_name not in parts:
+        return [f"{file}: tensor {name} has no quantization state ({settings_name} is missing)."]
+    settings = _read_settings(parts[settings_name])
+    if settings is None:
+        return [f"{file}: the quantization state of tensor {name} is unreadable."]
+    wanted = {"quant_type": ["nf4"], "blocksize": BLOCK_SIZES, "dtype": ["bfloat16", "float16", "float32"]}
+    wanted["shape"] = [list(tensor.shape)]
+    nested = any(suffix.startswith(".nested") for suffix in parts)
+    if nested:
+        wanted |= {"nested_blocksize": [nf4.NESTED_BLOCK_SIZE], "nested_dtype": ["float32"]}
+    problems = [
+        f"{file}: tensor {name} was quantized with {key} {settings.get(key)!r}, expected {' or '.join(map(str, values))}."
+        for key, values in wanted.items()
+        if settings.get(key) not in values
+    ]
+    offset = settings.get("nested_offset")
+    if nested and not (type(offset) is float and math.isfinite(offset)):
+        problems.append(f"{file}: tensor {name} has the offset {offset!r} of its scales, expected a number.")
+    if problems:
+        return problems
+    specs = nf4.stored_specs(tensor.shape, torch.bfloat16, settings["blocksize"])
+    if not nested:
+        specs = {suffix: spec for suffix, spec in specs.items() if not suffix.startswith(".nested")}
+        specs[".absmax"] = TensorSpec("F32", specs[".absmax"].shape)
+    del specs[settings_name]
+    for suffix, spec in specs.items():
+        found = parts[suffix].spec if suffix in parts else None
+        if found != spec:
+            problems.append(f"{file}: tensor {name}{suffix} is {found or 'missing'}, expected {spec}.")
+    return problems
+
+
+def _read_settings(stored: StoredTensor) -> dict | None:
+    """The settings of a quantization state, JSON text in a tensor. None if they are none."""
+    if stored.spec.dtype != "U8" or len(stored.spec.shape) != 1 or stored.spec.bytes > MAX_SETTINGS:
+        return None
+    try:
+        settings = json.loads(read_tensor(stored).numpy().tobytes())
+    except (ValueError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _value_problems(stored: dict[str, StoredTensor]) -> list[str]:
+    """Where the values of tensors can't be right."""
+    problems = []
+    for name, tensor in stored.items():
+        if not DTYPES[tensor.spec.dtype].is_floating_point:
+            continue
+        if not all(bool(chunk.isfinite().all()) for chunk in read_chunks(tensor)):
+            problems.append(f"{tensor.file}: tensor {name} has NaN or infinite values.")
+        elif name.endswith(".quant_map") and not torch.equal(read_tensor(tensor), get_4bit_type("nf4", device="cpu")):
+            problems.append(f"{tensor.file}: tensor {name} isn't the table of NF4.")
+    return problems

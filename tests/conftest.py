@@ -1,0 +1,76 @@
+"""Tiny repositories of the real classes, made once a session by the package's own commands, and the `gpu` marker."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from diffusers import ErnieImagePipeline
+
+from ernie_image_nf4 import cli, load
+from ernie_image_nf4.quantize import quantize
+from ernie_image_nf4.synthetic import synthesize
+
+CHECKOUT = Path(__file__).parent.parent
+
+# Threads that wait for each other cost tiny models more than they give: 23 s instead of 111 s on two busy cores.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An original-precision repository with random weights."""
+    return synthesize(tmp_path_factory.mktemp("tiny") / "ERNIE-Tiny", preset="tiny", progress=False)
+
+
+@pytest.fixture(scope="session")
+def repository(original: Path) -> Path:
+    """The NF4 repository of `original`."""
+    return quantize(original, original.with_name("ERNIE-Tiny-NF4"), device="cpu", progress=False)
+
+
+@pytest.fixture
+def copy(repository: Path, tmp_path: Path) -> Path:
+    """A copy of `repository` to damage."""
+    return Path(shutil.copytree(repository, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def pipe(repository: Path) -> ErnieImagePipeline:
+    """`repository`, loaded on the CPU. Not to be changed."""
+    return load(repository, device="cpu")
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs the command line in this process: ``command("info", folder) -> Run(code, out, err)``."""
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["ernie-image-nf4", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        if isinstance(exit.value.code, str):  # what the interpreter does with the text given to sys.exit
+            return Run(1, out, f"{err}{exit.value.code}\n")
+        return Run(exit.value.code or 0, out, err)
+
+    return run

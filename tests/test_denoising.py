@@ -1,0 +1,125 @@
+"""The faster forward pass: upstream's result up to rounding, on a plain upstream transformer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import ErnieImageTransformer2DModel
+
+from ernie_image_nf4 import kernels
+from ernie_image_nf4.denoising import disable_fast_denoising, enable_fast_denoising
+
+CASES = [
+    pytest.param("cpu", torch.float32, 2e-6, id="cpu"),
+    pytest.param("cuda", torch.float32, 1e-5, id="cuda-float32", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, 1e-2, id="cuda-bfloat16", marks=pytest.mark.gpu),
+]
+
+
+def build(patch_size: int = 1) -> ErnieImageTransformer2DModel:
+    torch.manual_seed(0)
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=96, num_attention_heads=3, num_layers=3, ffn_hidden_size=160, in_channels=8, out_channels=8, text_in_dim=24,
+        rope_axes_dim=(8, 12, 12), patch_size=patch_size,
+    )  # fmt: skip
+    for parameter in transformer.parameters():  # upstream starts its modulation and its end at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    return transformer.eval()
+
+
+def inputs(device: str, dtype: torch.dtype, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(len(lengths), max(lengths), 24, generator=generator)
+    for row, length in enumerate(lengths):
+        text[row, length:] = 0
+    return {
+        "hidden_states": torch.randn(len(lengths), 8, 8, 6, generator=generator).to(device, dtype),
+        "timestep": torch.full((len(lengths),), 700.0, device=device, dtype=dtype),
+        "text_bth": text.to(device, dtype),
+        "text_lens": torch.tensor(lengths, device=device),
+    }
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize("lengths", [(5, 5), (1, 9), (3,), (4, 1, 7)])
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}])
+@torch.no_grad()
+def test_the_prediction_is_upstreams_up_to_rounding(device, dtype, tolerance, lengths, options):
+    transformer = build(**options).to(device, dtype)
+    arguments = inputs(device, dtype, lengths)
+    expected = transformer(**arguments).sample.float()
+    enable_fast_denoising(transformer)
+    got = transformer(**arguments)
+    assert torch.equal(transformer(**arguments, return_dict=False)[0], got.sample)
+    error = (got.sample.float() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+@torch.no_grad()
+def test_it_runs_our_blocks_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
+    transformer, calls = build(), []
+    original = kernels.gelu_times
+    monkeypatch.setattr(kernels, "gelu_times", lambda *args: calls.append(1) or original(*args))
+    enable_fast_denoising(transformer)
+    transformer(**inputs("cpu", torch.float32, (2, 3)))
+    assert len(calls) == 3
+    disable_fast_denoising(transformer)
+    transformer(**inputs("cpu", torch.float32, (2, 3)))
+    assert len(calls) == 3
+
+
+def test_training_goes_through_upstream():
+    transformer = build()
+    arguments = inputs("cpu", torch.float32, (2, 3))
+    expected = transformer(**arguments).sample
+    enable_fast_denoising(transformer)
+    got = transformer(**arguments).sample
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert transformer.layers[0].mlp.gate_proj.weight.grad is not None
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_compiled_blocks_give_the_same_without_compiling_for_every_prompt():
+    transformer = build().to("cuda", torch.bfloat16)
+    expected = [transformer(**inputs("cuda", torch.bfloat16, lengths)).sample for lengths in ((1, 9), (2, 9), (5, 9))]
+    enable_fast_denoising(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths, reference in zip(((1, 9), (2, 9), (5, 9)), expected, strict=True):
+            got = transformer(**inputs("cuda", torch.bfloat16, lengths)).sample
+            assert (got.float() - reference.float()).norm() / reference.float().norm() < 1e-2
+
+
+def kernel_inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        "x": (2, 7, 96),
+        "branch": (2, 7, 96),
+        "weight": (96,),
+        "modulation": (2, 3 * 96),
+        "heads": (2, 7, 3, 32),
+        "angles": (2, 7, 32),
+    }
+    return {name: torch.randn(shape, generator=generator).cuda().to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_kernels_round_where_torch_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    t = kernel_inputs(dtype)
+    scale, shift, gate = t["modulation"].chunk(3, -1)
+    calls = [
+        lambda: kernels.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
+        lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
+        lambda: kernels.gated_add(t["x"], t["branch"], gate),
+        lambda: kernels.norm_rotary(t["heads"], t["weight"][:32], t["angles"].cos(), t["angles"].sin(), 1e-6),
+        lambda: kernels.gelu_times(t["x"], t["branch"]),
+    ]
+    assert kernels.use_triton(t["x"])
+    fused = [call() for call in calls]
+    monkeypatch.setattr(kernels, "use_triton", lambda x: False)
+    for call, result in zip(calls, fused, strict=True):
+        expected = call().float()
+        assert (result.float() - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 4e-3)

@@ -1,0 +1,179 @@
+"""Fast decoding of the prompt enhancer: upstream's tokens when greedy, upstream's distribution when sampled.
+
+Uncaptured, the decode step is the same code on a CPU; what only capture can break is tested on a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Ministral3Config, Ministral3ForCausalLM
+
+from ernie_image_nf4 import prompt_enhancer
+from ernie_image_nf4.prompt_enhancer import disable_fast_decoding, enable_fast_decoding, find_request
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+EOS, PAD = 2, 0
+
+
+def build(device: str, vocabulary: int = 64, seed: int = 0) -> Ministral3ForCausalLM:
+    torch.manual_seed(seed)
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    config = Ministral3Config(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=4096, rope_parameters=rope, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return Ministral3ForCausalLM(config).eval().to(device)
+
+
+@pytest.fixture(params=DEVICES)
+def model(request: pytest.FixtureRequest) -> Ministral3ForCausalLM:
+    return build(request.param)
+
+
+def prompt(model: Ministral3ForCausalLM, *shape: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.vocab_size, shape, generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def served(model: Ministral3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Enable the fast path and collect the calls that it serves."""
+    calls, original = [], prompt_enhancer.Decoder.generate
+    monkeypatch.setattr(
+        prompt_enhancer.Decoder, "generate", lambda self, call: calls.append(call) or original(self, call)
+    )
+    enable_fast_decoding(model)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 5)])
+@pytest.mark.parametrize("minimum", [None, 30])
+def test_greedy_tokens_are_upstreams(model, monkeypatch, shape, minimum):
+    inputs = prompt(model, *shape)
+    options = {
+        "max_new_tokens": 60,
+        "min_new_tokens": minimum,
+        "do_sample": False,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    expected = model.generate(**inputs, **options)
+    calls = served(model, monkeypatch)
+    for _ in range(2):  # the second call takes the first one's cache
+        assert torch.equal(model.generate(**inputs, **options), expected)
+    assert len(calls) == 2
+
+
+def test_an_early_end_token_ends_the_text_as_upstream_does(model, monkeypatch):
+    inputs = prompt(model, 2, 4)
+    free = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    eos = [int(free[0, 9]), int(free[1, 14])]
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": PAD, "eos_token_id": eos}
+    expected = model.generate(**inputs, **options)
+    assert expected.shape[1] < 24
+    assert served(model, monkeypatch) == []
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_a_text_longer_than_the_cache_makes_it_grow(model, monkeypatch):
+    monkeypatch.setattr(prompt_enhancer, "CACHE_STEP", 16)
+    inputs = prompt(model, 1, 5)
+    options = {"max_new_tokens": 100, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    served(model, monkeypatch)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_sampled_tokens_follow_upstreams_distribution(model, monkeypatch):
+    monkeypatch.setattr(prompt_enhancer, "CACHE_STEP", 8)  # so many rows need short caches
+    inputs = prompt(model, 1, 6)
+    draws = {name: tensor.expand(20_000, -1) for name, tensor in inputs.items()}
+    options = {
+        "max_new_tokens": 2,
+        "do_sample": True,
+        "temperature": 3.0,
+        "top_p": 0.8,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    torch.manual_seed(0)
+    expected = model.generate(**draws, **options)[:, 6:]
+    calls = served(model, monkeypatch)
+    got = model.generate(**draws, **options)[:, 6:]
+    assert len(calls) == 1
+    for column in range(2):
+        counts = [torch.bincount(tokens[:, column], minlength=64).float() / 20_000 for tokens in (expected, got)]
+        # Two samples of 20,000 from one distribution over 64 tokens are about 0.03 apart in total variation.
+        assert (counts[0] - counts[1]).abs().sum() / 2 < 0.045
+    assert len(set(expected[:, 0].tolist())) > 3
+
+
+def test_sampling_is_repeatable_by_the_global_seed(model, monkeypatch):
+    served(model, monkeypatch)
+    inputs = prompt(model, 1, 6)
+    options = {
+        "max_new_tokens": 30,
+        "do_sample": True,
+        "temperature": 2.0,
+        "top_p": 0.99,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    }
+    texts = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        texts.append(model.generate(**inputs, **options).tolist())
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"repetition_penalty": 1.3},
+        {"logits_processor": []},
+        {"max_length": 20, "max_new_tokens": None},
+        {"output_scores": True, "return_dict_in_generate": True},
+    ],
+)
+def test_other_calls_go_to_upstream(options):
+    model = build("cpu")
+    call = {**prompt(model, 1, 4), "max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD} | options
+    assert find_request(model, (), call) is None
+    expected = model.generate(**call)
+    enable_fast_decoding(model)
+    got = model.generate(**call)
+    assert torch.equal(getattr(got, "sequences", got), getattr(expected, "sequences", expected))
+
+
+def test_padded_prompts_go_to_upstream():
+    model = build("cpu")
+    inputs = prompt(model, 2, 4)
+    inputs["attention_mask"][0, 0] = 0
+    assert find_request(model, (), inputs | {"max_new_tokens": 5}) is None
+
+
+def test_disabling_gives_upstreams_method_back():
+    model = build("cpu")
+    enable_fast_decoding(model)
+    assert "generate" in vars(model)
+    disable_fast_decoding(model)
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.gpu
+def test_the_step_is_captured_once_for_calls_of_one_kind():
+    model = build("cuda")
+    decoder = prompt_enhancer.Decoder(model)
+    request = find_request(model, (), prompt(model, 1, 6) | {"max_new_tokens": 8, "do_sample": False})
+    decoder.generate(request)
+    graph = decoder.state.graph
+    assert graph is not None
+    decoder.generate(request)
+    assert decoder.state.graph is graph

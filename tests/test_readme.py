@@ -1,0 +1,57 @@
+"""README and training notes: valid for the Hub, and every figure in them is that of a file beside them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from typer.main import get_command
+
+from ernie_image_nf4.cli import app
+
+CHECKOUT = Path(__file__).parents[1]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+REPORT = json.loads((CHECKOUT / "training" / "report.json").read_text(encoding="utf-8"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_front_matter_is_a_model_card_of_the_hub():
+    data = ModelCard(README).data
+    assert data.license == "apache-2.0"
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "text-to-image"
+    assert data.base_model is None, "the mini is not derived from ERNIE-Image"
+
+
+def test_the_minis_figures_are_those_of_the_report():
+    table = README.split("<!-- mini-figures -->")[1].split("<!-- /mini-figures -->")[0]
+    rows = dict(re.findall(r"`(\w+)` \| [^|]+ \| ([\d.]+)", table))
+    assert rows == {key: f"{value:g}" for key, value in REPORT["figures"].items()}
+
+
+def test_sample_grid_and_linked_files_exist():
+    for target in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+        assert (CHECKOUT / target).exists(), target
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_examples_are_python(code: str):
+    ast.parse(code)
+
+
+def test_commands_in_the_readme_exist_with_their_options():
+    commands = get_command(app).commands
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    ours = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("ernie-image-nf4 ")]
+    assert len(ours) >= 6
+    for _, name, *arguments in ours:
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("-")} <= known

@@ -1,0 +1,55 @@
+"""Stage 6: put the trained parts together as an original-precision repository, and quantize it.
+
+python -m training.export training/work          # work/original -> work/nf4
+python -m training.export training/work --install .   # and copy the component folders into the checkout
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+
+from ernie_image_nf4 import quantize
+from ernie_image_nf4.layout import COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS
+from ernie_image_nf4.metadata import Recommended
+
+NAME = "ERNIE-Image-NF4 mini"
+RECOMMENDED = Recommended(height=256, width=256, num_inference_steps=25, guidance_scale=4.0)
+
+
+def write_model_index(original: Path) -> None:
+    """``model_index.json`` as the release has it."""
+    index: dict[str, object] = {"_class_name": PIPELINE_CLASS, "_diffusers_version": diffusers.__version__}
+    index |= {component.name: [component.library, component.class_name] for component in COMPONENTS}
+    (original / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def install(nf4: Path, checkout: Path) -> None:
+    """Replace the checkout's component folders, ``model_index.json`` and metadata by those of `nf4`."""
+    for component in COMPONENTS:
+        shutil.rmtree(checkout / component.name, ignore_errors=True)
+        shutil.copytree(nf4 / component.name, checkout / component.name)
+    for name in (METADATA, MODEL_INDEX):
+        shutil.copyfile(nf4 / name, checkout / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--install", type=Path, help="checkout to copy the NF4 components into")
+    arguments = parser.parse_args()
+    original, nf4 = arguments.work / "original", arguments.work / "nf4"
+    if original.exists():
+        write_model_index(original)
+        shutil.rmtree(nf4, ignore_errors=True)
+        quantize(original, nf4, name=NAME, recommended=RECOMMENDED, progress=False)
+    if arguments.install:
+        install(nf4, arguments.install)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The mini's components at their sizes: every class is the one that ERNIE-Image uses."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLFlux2, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from transformers import Ministral3Config, Ministral3ForCausalLM, Mistral3Config, Mistral3Model
+
+from .tokenizer import MAX_LENGTH, VOCABULARY
+
+TEXT_WIDTH = 256
+SHIFT = 3.0  # of the sigmas while sampling; ERNIE-Image has 4.0 at 1024x1024
+
+
+def build_vae() -> AutoencoderKLFlux2:
+    """3.9M parameters: 8x8 pixels to 32 channels, as ERNIE-Image's."""
+    return AutoencoderKLFlux2(
+        block_out_channels=(32, 64, 128, 128), layers_per_block=1, mid_block_add_attention=False, sample_size=256
+    )
+
+
+def build_transformer() -> ErnieImageTransformer2DModel:
+    """30M parameters, 12 layers of width 384."""
+    return ErnieImageTransformer2DModel(
+        hidden_size=384,
+        num_attention_heads=6,
+        num_layers=12,
+        ffn_hidden_size=1536,
+        in_channels=128,
+        out_channels=128,
+        text_in_dim=TEXT_WIDTH,
+        rope_axes_dim=(16, 24, 24),
+    )
+
+
+def build_text_encoder() -> Mistral3Model:
+    """4 layers of width 256; the vision tower, never used for text-to-image, is as small as it can be."""
+    return Mistral3Model(
+        Mistral3Config(
+            text_config={
+                "model_type": "mistral",
+                "hidden_size": TEXT_WIDTH,
+                "intermediate_size": 1024,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 64,
+                "vocab_size": VOCABULARY,
+                "max_position_embeddings": MAX_LENGTH,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+                "tie_word_embeddings": True,
+            },
+            vision_config={
+                "model_type": "pixtral",
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "head_dim": 64,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def build_enhancer() -> Ministral3ForCausalLM:
+    """6 layers of width 256, about 6M parameters."""
+    return Ministral3ForCausalLM(
+        Ministral3Config(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=64,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=2 * MAX_LENGTH,
+            # The release's kind of rotary embedding, without its stretching beyond the trained length.
+            rope_parameters={
+                "rope_type": "yarn",
+                "type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 1.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.0,
+                "original_max_position_embeddings": 2 * MAX_LENGTH,
+            },
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
+
+
+class Ema:
+    """Exponential moving average of the parameters of some modules, in float32 on their device."""
+
+    def __init__(self, *modules: torch.nn.Module, decay: float) -> None:
+        self.parameters = [parameter for module in modules for parameter in module.parameters()]
+        self.shadow = [parameter.detach().clone() for parameter in self.parameters]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averages with the modules' parameters; call again to undo."""
+        for parameter, shadow in zip(self.parameters, self.shadow, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(shadow)
+            shadow.copy_(kept)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then constant, then linear to zero over the last third."""
+    return min(1.0, (step + 1) / warmup, 3 * (steps - step) / steps)
