@@ -20,7 +20,7 @@ from ernie_image_nf4 import load
 from .evaluate import GUIDANCE, STEPS
 from .scenes import OBJECTS, Scene, caption, sample_scene
 
-COLUMNS, ROWS, SIZE, LABEL = 6, 4, 256, 44
+COLUMNS, ROWS, SIZE, LABEL = 6, 4, 256, 60
 FONT = "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc"
 
 
