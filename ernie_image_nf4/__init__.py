@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "generate_batch", "load", "quantize", "verify"]
 __version__ = "0.1.0"
 
-_PUBLIC = {"generate_batch": "batch", "load": "loading", "quantize": "quantize", "verify": "verify"}  # function -> module
+# function -> module
+_PUBLIC = {"generate_batch": "batch", "load": "loading", "quantize": "quantize", "verify": "verify"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import os
 import secrets
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -212,9 +213,9 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
         settings: What to draw, and how.
 
     Raises:
-        DeviceUnavailable: The device's memory ran out.
+        DeviceUnavailable: The device's memory ran out. The pipeline can go on with a smaller picture.
     """
-    import torch
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     started = time.perf_counter()
     with seeded(settings.seed, pipe._execution_device):
@@ -229,18 +230,28 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
                 latents=initial_latents(pipe, settings),
                 use_pe=settings.use_pe,
             )
-        except torch.OutOfMemoryError as error:
-            raise DeviceUnavailable(memory_ran_out(pipe, settings)) from error
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; for the CPU there is no other
+            if not should_reduce_batch_size(error):
+                raise
+            message = memory_ran_out(pipe, settings)
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they hold this picture's tensors, and a smaller one is to fit next
+            pipe.maybe_free_model_hooks()  # with offload: what was on the GPU goes back
+            clear_device_cache(garbage_collection=True)
+            raise DeviceUnavailable(message) from error
     revised = result.revised_prompts[0] if result.revised_prompts else None
     return Drawing(result.images[0], settings, revised, time.perf_counter() - started)
 
 
 def memory_ran_out(pipe: ErnieImagePipeline, settings: Settings) -> str:
     """What to say when a picture doesn't fit, and what to do."""
-    return (
-        f"The memory of {pipe._execution_device} ran out at {settings.width}x{settings.height}: "
-        "use memory='offload' (--memory offload) or a smaller size."
+    device = pipe._execution_device
+    resident = device.type in ("cuda", "xpu") and not any(
+        hasattr(part, "_hf_hook") for part in pipe.components.values()
     )
+    cure = "load with memory='offload' (--memory offload) or draw" if resident else "draw"
+    return f"The memory of {device} ran out at {settings.width}x{settings.height}: {cure} a smaller size."
 
 
 def initial_latents(pipe: ErnieImagePipeline, settings: Settings) -> torch.Tensor:

@@ -20,7 +20,7 @@ GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Bytes. The largest published ones: an index of shards with 0.3 MB, a tokenizer with 17 MB, chat templates of some 10 kB.
 MAX_JSON = 1 << 24
-MAX_VOCABULARY = 1 << 26
+MAX_VOCABULARY = 1 << 25
 MAX_TEMPLATE = 1 << 16
 # The largest whole number in a published configuration is 262,144 (positions). Some become the length of a list at once.
 MAX_NUMBER = 1 << 20
@@ -71,9 +71,10 @@ def check_files(folder: Path, place: Path) -> None:
     Raises:
         InvalidRepository: One leads out of the folder, is code, names code or other files, or is absurdly large.
     """
-    check_inside(folder, place)
     for path in sorted(place.rglob("*")):
         check_inside(folder, path)
+        if not path.exists():
+            raise InvalidRepository(f"{path} is a link to nothing: {DOWNLOAD_AGAIN}.")
         if path.suffix == ".py" or path.name == ADAPTER:
             raise InvalidRepository(
                 f"{path} would change what is loaded, and how: no code or adapter of a repository is used. "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import nf4
 from .card import CARD, LICENSE, describe_source, license_file, model_card
 from .errors import DeviceUnavailable, InvalidRepository, InvalidSettings
-from .hub import CONFIG_PATTERNS, check_repository, component_class, find_repository, read_model_index, weight_files
+from .hub import CONFIG_PATTERNS, check_repository, find_repository, weight_files
 from .layout import METADATA, MODEL_INDEX, Component
 from .metadata import ComponentRecord, Metadata, Recommended, installed_versions, to_json
 from .placement import find_device
@@ -83,7 +83,7 @@ def quantize(
     folder = find_repository(source, revision=revision, token=token)
     if output.resolve().is_relative_to(folder.resolve()):
         raise InvalidSettings(f"{output} lies in the source, which is only read: name a folder outside of it.")
-    components = _source_components(folder)
+    components = check_repository(folder)
     plans = {part.name: plan_weights(folder, part, keep) for part in components if part.quantized}
     _check_patterns(keep, plans)
     described = describe_source(folder, token)
@@ -114,18 +114,6 @@ def quantize(
     if push_to_hub:
         upload(output, push_to_hub, token)
     return output
-
-
-def _source_components(folder: Path) -> tuple[Component, ...]:
-    """The components of a sound source, all of the classes that ERNIE-Image has."""
-    components, index = check_repository(folder), read_model_index(folder)
-    for component in components:
-        if (found := component_class(index, component)) != component.class_name:
-            raise InvalidRepository(
-                f"{folder / MODEL_INDEX}: {component.name} is a {found}, expected {component.class_name}: "
-                "only repositories with the classes of ERNIE-Image can be quantized."
-            )
-    return components
 
 
 def _job(folder: Path, components: Sequence[Component], device: torch.device, keep: Sequence[str]) -> dict[str, Any]:

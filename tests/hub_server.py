@@ -52,11 +52,12 @@ class File:
 
 @dataclass
 class Repository:
-    """A repository: its commits by id, and the ids of its branches and tags."""
+    """A repository: who may read it, whether the server fails at it, its commits by id, and the ids of its branches and tags."""
 
     owner: str
     private: bool = False
     gated: bool = False
+    broken: bool = False
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
@@ -104,11 +105,6 @@ class Hub:
         repository = self.repositories.setdefault(repo_id, Repository(repo_id.split("/")[0], **options))
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         return repository.commit({name: File(path.read_bytes(), is_lfs(name)) for name, path in files.items()})
-
-    def downloaded(self, repo_id: str) -> list[str]:
-        """Paths of the repository's files that were asked for, in order."""
-        prefix = re.compile(rf"/{re.escape(repo_id)}/resolve/[^/]+/")
-        return [prefix.sub("", path) for method, path, _ in self.requests if method == "GET" and prefix.match(path)]
 
 
 def is_lfs(path: str) -> bool:
@@ -205,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
         if repository.gated and user != repository.owner:
             raise _Refusal(403 if user else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        if repository.broken:
+            raise _Refusal(501)
         return repository
 
     def writable(self, repo_id: str) -> Repository:

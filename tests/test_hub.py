@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import CHECKOUT
+from hub_server import Hub, serve
 
 from ernie_image_nf4.errors import InvalidSettings, RepositoryNotFound
-from ernie_image_nf4.hub import check_repository, find_repository
+from ernie_image_nf4.hub import check_repository, find_repository, read_model_index
 from ernie_image_nf4.layout import COMPONENTS, METADATA, MODEL_INDEX, PROMPT_ENHANCER
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -103,60 +100,17 @@ def test_a_folder_has_no_other_revision(repository):
 
 
 @pytest.fixture(scope="module")
-def hub(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server with as much of the Hub as a download needs: ``user/model``, and others that refuse."""
+def hub(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A server with ``user/model``, in which there is more than a pipeline needs, and others that refuse."""
     folder = shutil.copytree(repository, tmp_path_factory.mktemp("hub") / "model")
     for unwanted in ("README.md", "picture.png", "transformer/pytorch_model.bin", "pe/tf_model.h5"):
         (folder / unwanted).write_text("not wanted")
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            for name, status, code in (("missing", 404, "RepoNotFound"), ("gated", 403, "GatedRepo")):
-                if f"/user/{name}" in path:
-                    return self.answer(status, X_Error_Code=code, X_Error_Message=code)
-            if "/user/broken" in path:
-                return self.answer(501)
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            if match := re.fullmatch(r"/api/models/user/model/(?:revision|tree)/([^/]+)/?", path):
-                if match[1] not in ("main", COMMIT):
-                    return self.answer(404, X_Error_Code="RevisionNotFound")
-                names = [file.relative_to(folder).as_posix() for file in files]
-                if "/tree/" in path:
-                    value = [
-                        {"type": "file", "path": name, "size": file.stat().st_size, "oid": digest(file)}
-                        for name, file in zip(names, files, strict=True)
-                    ]
-                else:
-                    value = {"id": "user/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-                return self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
-            if path.startswith(prefix := f"/user/model/resolve/{COMMIT}/"):
-                file = folder / path.removeprefix(prefix)
-                return self.answer(200, file.read_bytes(), ETag=f'"{digest(file)}"', X_Repo_Commit=COMMIT)
-            return self.answer(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+    with serve() as hub:
+        hub.add("user/model", folder)
+        hub.add("user/gated", folder, gated=True)
+        hub.add("user/private", folder, private=True)
+        hub.add("user/broken", folder, broken=True)
+        yield hub
 
 
 def names(folder: str | Path) -> set[str]:
@@ -171,41 +125,79 @@ def needed(folder: Path) -> set[str]:
 
 
 def test_a_hub_id_is_downloaded_without_what_the_pipeline_does_not_need(hub, repository, tmp_path):
-    folder = find(endpoint=hub, model="user/model", cache_dir=tmp_path)
+    folder = find(endpoint=hub.endpoint, model="user/model", cache_dir=tmp_path)
     assert names(folder) == needed(repository)
     assert check_repository(Path(folder)) == COMPONENTS
 
 
 def test_without_prompt_enhancer_its_files_stay_on_the_hub(hub, repository, tmp_path):
-    folder = find(endpoint=hub, model="user/model", cache_dir=tmp_path, prompt_enhancer=False)
+    folder = find(endpoint=hub.endpoint, model="user/model", cache_dir=tmp_path, prompt_enhancer=False)
     assert names(folder) == {name for name in needed(repository) if name.split("/")[0] not in PROMPT_ENHANCER}
 
 
 def test_without_weights_only_configurations_are_downloaded(hub, repository, tmp_path):
-    folder = find(endpoint=hub, model="user/model", cache_dir=tmp_path, weights=False)
+    folder = find(endpoint=hub.endpoint, model="user/model", cache_dir=tmp_path, weights=False)
     assert names(folder) == {name for name in needed(repository) if not name.endswith(".safetensors")}
 
 
-def test_a_revision_is_passed_on(hub, tmp_path):
-    assert find(endpoint=hub, model="user/model", cache_dir=tmp_path, revision=COMMIT).endswith(COMMIT)
-    message = find(endpoint=hub, model="user/model", cache_dir=tmp_path, revision="v9")
-    assert message.startswith("RepositoryNotFound: user/model has no revision 'v9'")
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, copy, tmp_path):
+    first = hub.add("user/versions", copy)
+    hub.repositories["user/versions"].refs |= {"v1": first, "stable": first}
+    (copy / "scheduler" / "scheduler_config.json").write_text("{}")
+    second = hub.add("user/versions", copy)
+    for revision, commit in {"v1": first, "stable": first, first: first, "main": second, None: second}.items():
+        folder = find(endpoint=hub.endpoint, model="user/versions", cache_dir=tmp_path, revision=revision)
+        assert folder.endswith(commit)
+    message = find(endpoint=hub.endpoint, model="user/versions", cache_dir=tmp_path, revision="v9")
+    assert message.startswith("RepositoryNotFound: user/versions has no revision 'v9'")
 
 
 def test_a_repository_that_does_not_exist(hub, tmp_path):
-    message = find(endpoint=hub, model="user/missing", cache_dir=tmp_path)
+    message = find(endpoint=hub.endpoint, model="user/missing", cache_dir=tmp_path)
     assert re.match(
         r"RepositoryNotFound: There is no folder 'user/missing' and no Hub repository.*hf auth login", message
     )
 
 
-def test_a_repository_with_restricted_access(hub, tmp_path):
-    message = find(endpoint=hub, model="user/gated", cache_dir=tmp_path)
+@pytest.mark.parametrize("token", [False, "hf_other"], ids=["no token", "another user's token"])
+def test_a_repository_with_restricted_access(hub, tmp_path, token):
+    message = find(endpoint=hub.endpoint, model="user/gated", cache_dir=tmp_path, token=token)
     assert "accept its terms on https://huggingface.co/user/gated" in message
 
 
+@pytest.mark.parametrize("how", ["argument", "variable"])
+def test_a_private_repository_with_a_token_of_its_owner(hub, tmp_path, how):
+    given = {"token": "hf_owner"} if how == "argument" else {"environment": {"HF_TOKEN": "hf_owner"}}
+    folder = find(endpoint=hub.endpoint, model="user/private", cache_dir=tmp_path, weights=False, **given)
+    assert read_model_index(Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (False, r"no Hub repository of that name that anyone may read: .* for a private one log in"),
+        (
+            "hf_other",
+            r"no Hub repository of that name that your token may read: .* take a token of an account that may",
+        ),
+        ("hf_wrong", r"The Hub doesn't accept your token .*hf auth login"),
+    ],
+    ids=["no token", "another user's token", "a wrong token"],
+)
+def test_a_private_repository_says_what_is_wrong_with_the_token(hub, tmp_path, token, message):
+    error = find(endpoint=hub.endpoint, model="user/private", cache_dir=tmp_path, token=token)
+    assert re.match(rf"RepositoryNotFound: .*{message}", error)
+
+
+def test_a_token_that_is_not_stored(hub, tmp_path):
+    environment = {"HF_HOME": str(tmp_path)}
+    error = find(endpoint=hub.endpoint, model="user/private", cache_dir=tmp_path, token=True, environment=environment)
+    assert error.startswith("RepositoryNotFound: user/private was asked for with a token, and none is stored")
+
+
 def test_a_server_that_fails(hub, tmp_path):
-    assert "user/broken could not be downloaded" in find(endpoint=hub, model="user/broken", cache_dir=tmp_path)
+    message = find(endpoint=hub.endpoint, model="user/broken", cache_dir=tmp_path)
+    assert "user/broken could not be downloaded" in message
 
 
 def test_no_connection(tmp_path):

@@ -399,7 +399,7 @@ def test_a_tensor_of_another_shape(source: Path, tmp_path: Path) -> None:
 
 def test_components_of_other_classes(source: Path, tmp_path: Path) -> None:
     edit_json(source / MODEL_INDEX, text_encoder=["transformers", "Qwen3Model"])
-    with refused(InvalidRepository, "text_encoder is a Qwen3Model, expected Mistral3Model", tmp_path / "out"):
+    with refused(InvalidRepository, "text_encoder is .*Qwen3Model.*, expected .*Mistral3Model", tmp_path / "out"):
         quantize(source, tmp_path / "out", progress=False)
 
 

@@ -33,6 +33,7 @@ SIZES = {
         "hidden_size": 1024,
         "num_attention_heads": 16,
         "ffn_hidden_size": 3072,
+        "text_in_dim": 1024,
         "num_layers": LAYERS,
     },
     "text": {

@@ -1,0 +1,146 @@
+"""What happens to people: memory that runs out, two processes at once, folders and homes that can't be written, many pictures."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKOUT
+
+from ernie_image_nf4 import load
+from ernie_image_nf4.errors import DeviceUnavailable
+from ernie_image_nf4.generate import Settings, draw, draw_and_save
+
+SMALL = Settings("a cat", "", 32, 48, 2, 4.0, seed=0, use_pe=False)
+HUGE = Settings("a cat", "", 2**20, 2**20, 2, 4.0, seed=0, use_pe=False)  # its latents alone take 2 TB
+
+DRAW = """
+import hashlib, os, sys
+import torch
+torch.set_num_threads(1)
+from ernie_image_nf4 import load
+from ernie_image_nf4.generate import Settings, draw
+pipe = load(sys.argv[1], device="cpu")
+print(hashlib.sha256(draw(pipe, Settings("a cat", "", 32, 48, 2, 4.0, seed=0)).image.tobytes()).hexdigest())
+"""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(CHECKOUT), **variables}
+
+
+# Memory
+
+
+def test_running_out_of_memory_says_what_to_do_and_leaves_a_pipeline_that_works(pipe):
+    expected = np.asarray(draw(pipe, SMALL).image)
+    with pytest.raises(DeviceUnavailable, match=r"The memory of cpu ran out at 1048576x1048576: draw a smaller size\."):
+        draw(pipe, HUGE)
+    assert np.array_equal(np.asarray(draw(pipe, SMALL).image), expected)
+
+
+def test_running_out_of_memory_in_the_middle_leaves_nothing_behind(pipe):
+    """A layer asks for too much while others' results are alive: they must not outlive the error."""
+    others: list[weakref.ref[torch.Tensor]] = []
+
+    def ask_for_too_much(module: torch.nn.Module, inputs: tuple) -> None:
+        alive = torch.zeros(1000)
+        others.append(weakref.ref(alive))
+        torch.empty(2**50)
+
+    handle = pipe.transformer.layers[-1].register_forward_pre_hook(ask_for_too_much)
+    try:
+        with pytest.raises(DeviceUnavailable) as caught:
+            draw(pipe, SMALL)
+    finally:
+        handle.remove()
+    assert caught.value.__cause__ is not None
+    assert [other() for other in others] == [None]
+    draw(pipe, SMALL)
+
+
+def test_other_errors_of_the_libraries_stay_what_they_are(pipe):
+    def fail(module: torch.nn.Module, inputs: tuple) -> None:
+        raise RuntimeError("something else")
+
+    handle = pipe.transformer.register_forward_pre_hook(fail, with_kwargs=False)
+    try:
+        with pytest.raises(RuntimeError, match="something else"):
+            draw(pipe, SMALL)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["resident", "offload"])
+def test_running_out_of_gpu_memory_says_what_to_do_and_leaves_a_pipeline_that_works(repository, memory):
+    pipe = load(repository, device="cuda", memory=memory)
+    expected = np.asarray(draw(pipe, SMALL).image)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
+    try:
+        with pytest.raises(DeviceUnavailable, match="offload" if memory == "resident" else r": draw a smaller size\."):
+            draw(pipe, Settings("a cat", "", 2048, 2048, 2, 4.0, seed=0, use_pe=False))
+        assert np.array_equal(np.asarray(draw(pipe, SMALL).image), expected)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# Processes and folders
+
+
+def test_two_processes_load_one_folder_that_nobody_can_write_with_a_home_that_nobody_can_write(repository, tmp_path):
+    folder, home = tmp_path / "read-only", tmp_path / "home"
+    shutil.copytree(repository, folder)
+    home.mkdir()
+    for path in (*folder.rglob("*"), folder, home):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+    def run(_: int) -> subprocess.CompletedProcess[str]:
+        variables = {"HOME": "/proc/nowhere", "HF_HOME": "/proc/nowhere/hf", "XDG_CACHE_HOME": "/proc/nowhere/cache"}
+        return subprocess.run(
+            [sys.executable, "-c", DRAW, folder], env=environment(**variables), capture_output=True, text=True, cwd=home
+        )
+
+    with ThreadPoolExecutor(2) as processes:
+        one, two = processes.map(run, range(2))
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert one.stdout == two.stdout != ""
+    assert before == {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+# Many pictures
+
+
+def test_pictures_in_a_row_take_no_more_memory_and_no_more_files(pipe, tmp_path):
+    def drawn(count: int) -> tuple[int, int]:
+        paths = [tmp_path / f"{number}.png" for number in range(count)]
+        for _ in draw_and_save(pipe, paths, "a cat", height=32, width=32, steps=1, seed=0):
+            pass
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
+
+    drawn(3)
+    memory, files = drawn(3)
+    more_memory, more_files = drawn(12)
+    assert more_files == files
+    assert more_memory - memory < 20_000  # kB
+
+
+def test_loading_again_and_again_leaves_no_files_open(repository):
+    load(repository, device="cpu")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        load(repository, device="cpu")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
