@@ -7,6 +7,7 @@ own, as transformers would, where time and memory are bounded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -79,11 +80,10 @@ def _render_job() -> None:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    try:
+    # Windows has no such limits, and macOS takes none for memory: there the time alone is bounded.
+    with contextlib.suppress(ImportError, ValueError):
         import resource
-    except ImportError:  # Windows, where the time alone is bounded
-        pass
-    else:
+
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     class Generation(Extension):
@@ -111,7 +111,8 @@ def _render_job() -> None:
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
     template = environment.from_string(job["template"])
-    rendered = template.render(messages=MESSAGES, add_generation_prompt=False, **job["special_tokens"])
+    unused = {"tools": None, "documents": None, "add_generation_prompt": False}
+    rendered = template.render(messages=MESSAGES, **unused, **job["special_tokens"])
     print(len(rendered))
 
 

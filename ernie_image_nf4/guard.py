@@ -96,11 +96,12 @@ def check_inside(folder: Path, path: Path) -> None:
     Raises:
         InvalidRepository: It lies elsewhere.
     """
-    home, target = os.path.realpath(folder), os.path.realpath(path)
+    # not Path.resolve, which fails at links in a circle
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     allowed = [home]
-    if os.path.basename(os.path.dirname(home)) == "snapshots":
-        allowed.append(os.path.realpath(os.path.join(home, "..", "..", "blobs")))
-    if not any(os.path.commonpath([parent, target]) == parent for parent in allowed):
+    if home.parent.name == "snapshots":
+        allowed.append(Path(os.path.realpath(home.parent.parent / "blobs")))
+    if not any(target.is_relative_to(parent) for parent in allowed):
         raise InvalidRepository(f"{path} leads out of the repository, to {target}: put the file itself there.")
 
 

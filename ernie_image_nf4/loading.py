@@ -6,7 +6,6 @@ import importlib
 import logging
 import math
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from .hub import check_repository, find_repository, is_quantized, total_bytes, w
 from .layout import COMPONENTS, PROMPT_ENHANCER, Component
 from .metadata import Recommended, read_metadata_if_ours
 from .placement import Placement
+from .plan import upstream_lock
 from .structure import check_structure
 from .verify import check_integrity
 
@@ -40,7 +40,6 @@ DTYPE_ARGUMENT = {
 # Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
 # and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.
 SPURIOUS_WARNINGS = {"configuration_utils": "'force_upcast'", "pipelines.pipeline_utils": "Expected types for"}
-_loading = threading.RLock()
 
 
 def load(
@@ -230,7 +229,7 @@ def _diffusers_nf4_on(device: torch.device) -> Iterator[None]:
         yield
         return
     mapping = diffusers_quantizers.AUTO_QUANTIZER_MAPPING
-    with _loading:  # one change and restoration at a time, or two threads could restore each other's
+    with upstream_lock:
         upstream = mapping["bitsandbytes_4bit"]
         mapping["bitsandbytes_4bit"] = _NF4AnywhereQuantizer
         try:
@@ -244,7 +243,7 @@ def _quiet_loading() -> Iterator[None]:
     """No progress bars of a second each, and none of diffusers' warnings about what is right, while the context lasts."""
     loggings = (diffusers.utils.logging, transformers.utils.logging)
     loggers = [diffusers.utils.logging.get_logger(f"diffusers.{name}") for name in SPURIOUS_WARNINGS]
-    with _loading:
+    with upstream_lock:
         shown = [part for part in loggings if part.is_progress_bar_enabled()]
         for part in shown:
             part.disable_progress_bar()

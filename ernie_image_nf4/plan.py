@@ -7,6 +7,7 @@ config, followed by ``save_pretrained``, would give.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from .metadata import Quantization
 from .tensors import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
 
 QUANTIZATION = Quantization()
+# Torch's device contexts and both libraries' loaders set global state and restore it: two threads at once would restore each
+# other's, and leave the process on the meta device.
+upstream_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -
 
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = [name for name in linear if any(matches(f"{component.name}.{name}", pattern) for pattern in keep)]
-    replaced = _replace_linear_layers(model, component, dtype, kept)
+    with upstream_lock:
+        replaced = _replace_linear_layers(model, component, dtype, kept)
     return WeightPlan(model, tensors, frozenset(names[f"{name}.weight"] for name in replaced), kept)
 
 
@@ -112,10 +117,10 @@ def skeleton(component: Component, folder: Path) -> torch.nn.Module:
     """The model that a component's configs describe, on the meta device: names, shapes and configs without storage."""
     if component.library == "diffusers":
         model_class = getattr(diffusers, component.class_name)
-        with torch.device("meta"), _without_warnings():
+        with upstream_lock, torch.device("meta"), _without_warnings():
             return model_class.from_config(model_class.load_config(folder))
     model_class = getattr(transformers, component.class_name)
-    with torch.device("meta"):
+    with upstream_lock, torch.device("meta"):
         model = model_class(model_class.config_class.from_pretrained(folder))
     if model.can_generate():
         own = (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file()

@@ -28,12 +28,20 @@ from .errors import InvalidRepository
 from .guard import INDEX, library_reading, read_json
 from .hub import is_quantized, weight_files
 from .layout import Component
-from .plan import saved_names, skeleton, tied_weights
+from .plan import saved_names, skeleton, tied_weights, upstream_lock
 from .tensors import DTYPES, StoredTensor, TensorSpec, read_chunks, read_header, read_tensor
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those bitsandbytes has
+FLOATS = ("bfloat16", "float16", "float32")
+# What a component's configuration has to say about its quantization; other settings don't matter to weights that are quantized.
+NF4_SETTINGS = {
+    "quant_method": ("bitsandbytes",),
+    "load_in_4bit": (True,),
+    "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_compute_dtype": FLOATS,
+    "bnb_4bit_quant_storage": ("uint8", None),
+}
 MAX_SETTINGS = 4096  # bytes of a quantization state's settings; real ones have some 200
-MAX_BUFFERS = 1 << 28  # bytes of a model's tables that aren't stored; the full-size ones have some kB
 MAX_TIED = 16  # parameters that are registered, but share another one's storage
 
 
@@ -81,6 +89,8 @@ def structure_problems(folder: Path, component: Component, *, values: bool = Fal
     stored, problems = _stored_tensors(folder, component)
     expected, tied = _expected_tensors(folder, component, len(stored))
     used = set(tied)
+    for name in sorted(tied.keys() & stored):
+        problems += _plain_problems(name, tied[name], stored[name])
     for name, tensor in expected.items():
         name = name if name in stored else tensor.key  # both libraries take either name
         if name not in stored:
@@ -115,8 +125,10 @@ def _stored_tensors(folder: Path, component: Component) -> tuple[dict[str, Store
     return stored, problems
 
 
-def _expected_tensors(folder: Path, component: Component, count: int) -> tuple[dict[str, Expected], set[str]]:
-    """What a component's configuration asks for, by the names under which it is saved, and names that may be there in vain.
+def _expected_tensors(
+    folder: Path, component: Component, count: int
+) -> tuple[dict[str, Expected], dict[str, Expected]]:
+    """What a component's configuration asks for, by the names under which it is saved, and tied weights, which may be left out.
 
     Args:
         folder: The repository.
@@ -126,21 +138,16 @@ def _expected_tensors(folder: Path, component: Component, count: int) -> tuple[d
     place = folder / component.name
     with library_reading(place / component.config), _at_most(count + MAX_TIED, place / component.config):
         model = skeleton(component, place)
-        names, aliases = saved_names(model), set(tied_weights(model))
+        names, aliases = saved_names(model), tied_weights(model)
     state = model.state_dict()
-    tables = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in state)
-    if tables > MAX_BUFFERS:
-        raise InvalidRepository(
-            f"{place / component.config} asks for tables of {tables:,} bytes beside the weights: download it again."
-        )
-    quantized = _quantized_layers(model, folder, component)
-    expected = {
-        name: Expected(
-            key, tuple(state[key].shape), state[key].is_floating_point(), key.removesuffix(".weight") in quantized
-        )
-        for key, name in names.items()
-    }
-    return expected, aliases
+    with upstream_lock:
+        quantized = _quantized_layers(model, folder, component)
+
+    def expected(key: str) -> Expected:
+        tensor = state[key]
+        return Expected(key, tuple(tensor.shape), tensor.is_floating_point(), key.removesuffix(".weight") in quantized)
+
+    return {name: expected(key) for key, name in names.items()}, {key: expected(key) for key in aliases}
 
 
 def _quantized_layers(model: torch.nn.Module, folder: Path, component: Component) -> set[str]:
@@ -149,11 +156,8 @@ def _quantized_layers(model: torch.nn.Module, folder: Path, component: Component
         return set()
     file = folder / component.name / component.config
     settings = read_json(folder, file)["quantization_config"]
-    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    if not isinstance(settings, dict) or any(settings.get(key) != value for key, value in wanted.items()):
-        raise InvalidRepository(
-            f"{file} is quantized in another way than {wanted}: make an NF4 repository with `quantize`."
-        )
+    if not isinstance(settings, dict) or any(settings.get(key) not in values for key, values in NF4_SETTINGS.items()):
+        raise InvalidRepository(f"{file} is quantized in another way than NF4: make an NF4 repository with `quantize`.")
     if component.library == "diffusers":
         quantizer_class, config_class = BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig
     else:
@@ -218,7 +222,7 @@ def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor]) -
     settings = _read_settings(parts[settings_name])
     if settings is None:
         return [f"{file}: the quantization state of tensor {name} is unreadable."]
-    wanted = {"quant_type": ["nf4"], "blocksize": BLOCK_SIZES, "dtype": ["bfloat16", "float16", "float32"]}
+    wanted = {"quant_type": ["nf4"], "blocksize": BLOCK_SIZES, "dtype": FLOATS}
     wanted["shape"] = [list(tensor.shape)]
     nested = any(suffix.startswith(".nested") for suffix in parts)
     if nested:

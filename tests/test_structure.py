@@ -73,6 +73,12 @@ def test_a_tensor_is_missing(unrecorded: Path) -> None:
     check(unrecorded, f"transformer has no tensor {NORM}")
 
 
+def test_a_tied_weight_that_is_stored_in_another_shape(unrecorded: Path) -> None:
+    change = {"lm_head.weight": torch.zeros(3)}
+    edit_tensors(unrecorded, lambda tensors: tensors.update(change), COMPONENT["pe"])
+    check(unrecorded, r"tensor lm_head.weight has shape \[3\], expected")
+
+
 def test_a_tensor_too_many(unrecorded: Path) -> None:
     edit_tensors(unrecorded, lambda tensors: tensors.update(stranger=torch.zeros(3)))
     check(unrecorded, "tensor stranger belongs to no layer")
@@ -137,8 +143,20 @@ def test_a_quantized_weight_where_the_configuration_says_original(unrecorded: Pa
     check(unrecorded, f"tensor {WEIGHT} has shape")
 
 
-def test_a_quantization_of_another_kind(unrecorded: Path) -> None:
-    edit_config(unrecorded, "transformer", quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_method": "gptq"},
+        {"load_in_4bit": False},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_compute_dtype": "int8"},
+        {"bnb_4bit_quant_storage": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_a_quantization_of_another_kind(unrecorded: Path, changes: dict[str, object]) -> None:
+    settings = json.loads((unrecorded / "pe" / "config.json").read_text())["quantization_config"]
+    edit_config(unrecorded, "pe", quantization_config={**settings, **changes})
     check(unrecorded, "is quantized in another way")
 
 
