@@ -234,9 +234,8 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
             if not should_reduce_batch_size(error):
                 raise
             message = memory_ran_out(pipe, settings)
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they hold this picture's tensors, and a smaller one is to fit next
+            # The frames of the failed call hold its tensors, and a smaller picture is to fit next.
+            traceback.clear_frames(error.__traceback__)
             pipe.maybe_free_model_hooks()  # with offload: what was on the GPU goes back
             clear_device_cache(garbage_collection=True)
             raise DeviceUnavailable(message) from error

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +155,38 @@ def test_what_is_uploaded_is_what_was_there(hub, published, repository):
     }
 
 
-def test_downloaded_and_offline_it_draws_the_same_pixels(hub, published, repository, pixels, home, tmp_path):
-    result = hf(hub, home, "download", published, "--local-dir", tmp_path / "X")
+@pytest.fixture(scope="module")
+def downloaded(hub: Hub, published: str, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as `hf download` laid it down, made read-only."""
+    folder = tmp_path_factory.mktemp("download") / "X"
+    result = hf(hub, home, "download", published, "--local-dir", folder)
     assert result.returncode == 0, result.stderr
-    assert contents(tmp_path / "X").items() >= contents(repository).items()
-    drawn = run(DRAW, hub, tmp_path / "another-home", shut=True, model=tmp_path / "X", verify=True)
-    assert drawn["pixels"] == pixels
-    assert drawn["attempts"] == []
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def offline(hub: Hub, downloaded: Path) -> list[dict]:
+    """What two processes at once say that draw from it, without a network and with a home that nobody can write."""
+    nowhere = Path("/proc/nowhere")
+    variables = {"HOME": str(nowhere), "XDG_CACHE_HOME": str(nowhere / "cache")}
+    with ThreadPoolExecutor(2) as processes:
+        options = {"shut": True, "variables": variables, "model": downloaded, "verify": True}
+        return [run.result() for run in [processes.submit(run, DRAW, hub, nowhere / "hf", **options) for _ in range(2)]]
+
+
+def test_downloaded_and_offline_it_draws_the_same_pixels(offline, pixels):
+    assert [drawn["pixels"] for drawn in offline] == [pixels, pixels]
+
+
+def test_from_a_folder_no_connection_is_attempted(offline):
+    assert [drawn["attempts"] for drawn in offline] == [[], []]
+
+
+def test_a_folder_is_what_was_uploaded_before_and_after_loading(downloaded, offline, repository):
+    assert len(offline) == 2
+    assert contents(downloaded) == contents(repository)
 
 
 def test_from_the_cache_it_draws_the_same_pixels_online_and_off(hub, published, pixels, tmp_path):
