@@ -38,7 +38,7 @@ def encode_examples(work: Path, seed: int, count: int) -> tuple[torch.Tensor, to
         model.dropout = DROPOUT if row % 3 == 0 else None
         question = question_ids(tokenizer, message)
         model.dropout = None
-        answer = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        answer = [*answer_ids(tokenizer, caption), tokenizer.eos_token_id]
         if len(question) + len(answer) > LENGTH or len(answer) > ANSWER:
             continue
         ids[row, : len(question) + len(answer)] = torch.tensor(question + answer, dtype=torch.int16)
@@ -53,6 +53,15 @@ def question_ids(tokenizer: PreTrainedTokenizerFast, message: str) -> list[int]:
         [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=False
     )
     return tokenizer(text)["input_ids"]
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerFast, caption: str) -> list[int]:
+    """Token ids that decode to exactly `caption`: without the lower-casing of what is read."""
+    backend = tokenizer.backend_tokenizer
+    normalizer, backend.normalizer = backend.normalizer, None
+    ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    backend.normalizer = normalizer
+    return ids
 
 
 def train(enhancer: Ministral3ForCausalLM, ids: torch.Tensor, starts: torch.Tensor, steps: int) -> None:

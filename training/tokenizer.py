@@ -3,8 +3,8 @@
     python -m training.tokenizer training/work
 
 Token numbers are part of the weights, so the committed tokenizers are taken unless ``--retrain`` asks for new ones.
-Texts are lower-cased, and words at their start or behind a quote get a space; Chinese characters stay single tokens, so that a new combination of known words is made of known tokens. Both
-tokenizers share one vocabulary; the prompt enhancer's has the chat template on top.
+Chinese characters stay single tokens, so that a new combination of known words is made of known tokens. The transformer
+reads captions as they are written. The prompt enhancer reads what people type, which it lower-cases, and has a chat template.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,18 +28,15 @@ PAD, BOS, EOS, USER, END_USER = SPECIAL = ("<pad>", "<s>", "</s>", "[INST]", "[/
 CHAT_TEMPLATE = "{%- for message in messages -%}{{ '[INST]' + message['content'] + '[/INST]' }}{%- endfor -%}"
 
 
-def train_tokenizer(texts: list[str]) -> Tokenizer:
+# A word is the same token in capitals, behind a quote or at the start of a text: there is too little text to learn that.
+FREE_FORM = (normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace('"', '" '), normalizers.Prepend(" "))
+
+
+def train_tokenizer(texts: list[str], normalizer: Sequence[normalizers.Normalizer] = ()) -> Tokenizer:
     """A byte-level BPE over `texts`; every Chinese character and digit is a word of its own."""
     tokenizer = Tokenizer(models.BPE())
-    # Words are the same tokens in capitals, behind a quote or at the start of a text: there is too little text to learn that.
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            normalizers.Replace('"', '" '),
-            normalizers.Prepend(" "),
-        ]
-    )
+    if normalizer:
+        tokenizer.normalizer = normalizers.Sequence(list(normalizer))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]|[0-9]"), "isolated"),
@@ -61,19 +59,18 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizers(tokenizer: Tokenizer, folder: Path) -> None:
-    """``tokenizer/`` and ``pe_tokenizer/`` as the pipeline loads them."""
-    for name, template in (("tokenizer", None), ("pe_tokenizer", CHAT_TEMPLATE)):
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token=BOS,
-            eos_token=EOS,
-            pad_token=PAD,
-            model_max_length=MAX_LENGTH,
-            clean_up_tokenization_spaces=False,
-        )
-        fast.chat_template = template
-        fast.save_pretrained(folder / name)
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> None:
+    """``tokenizer/`` or ``pe_tokenizer/`` as the pipeline loads it."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
 
 
 def main() -> None:
@@ -90,12 +87,12 @@ def main() -> None:
     writer = PromptWriter.from_file(arguments.work / "words.json", seed=0)
     texts = [caption(sample_scene(rng), rng.choice(("en", "zh")), rng) for _ in range(30_000)]
     texts += [text for _ in range(60_000) for text in writer.write()]
+    original = arguments.work / "original"
     tokenizer = train_tokenizer(texts)
-    save_tokenizers(tokenizer, arguments.work / "original")
+    save_tokenizer(tokenizer, original / "tokenizer")
+    save_tokenizer(train_tokenizer(texts, FREE_FORM), original / "pe_tokenizer", CHAT_TEMPLATE)
     lengths = [len(tokenizer.encode(text).ids) for text in texts[:30_000]]
-    print(
-        f"{tokenizer.get_vocab_size()} tokens; captions have {sum(lengths) / len(lengths):.1f}, at most {max(lengths)}"
-    )
+    print(f"Captions have {sum(lengths) / len(lengths):.1f} tokens, at most {max(lengths)}")
 
 
 if __name__ == "__main__":
