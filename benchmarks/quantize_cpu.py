@@ -1,10 +1,14 @@
-"""Throughput of `quantize` on a CPU, beside bitsandbytes' own `quantize_4bit` on the same weights, in one run.
+"""Throughput of `quantize` on a CPU beside bitsandbytes' own `quantize_4bit`, and what the scale search costs and gains, in one run.
 
-    python benchmarks/quantize_cpu.py --work /tmp/quantize-cpu --output benchmarks/quantize_cpu.json
+    python benchmarks/quantize_cpu.py --work /tmp/quantize-cpu --output benchmarks/quantize_cpu.json [--weights FOLDER]
 
-The source has the transformer layers of the full size, but few of them, and is in the page cache. `quantize` is timed as a whole:
-planning, reading, quantizing, measuring the error, writing and hashing. bitsandbytes gets the weights ready in memory. The two
-take turns, so that other load on the machine meets both; medians count.
+The source has the transformer layers of the full size, but few of them, and is in the page cache. `quantize`, without scale
+search, is timed as a whole: planning, reading, quantizing, measuring the error, writing and hashing. bitsandbytes gets the
+weights ready in memory, as does `quantize_nf4` with and without scale search. They take turns, so that other load on the machine
+meets all; medians count for `quantize`, the shortest times for the search.
+
+The squared error with scale search over that without is that of random normal weights and, given the folder of an original
+repository, of the weights that become NF4 in each of its components.
 """
 
 from __future__ import annotations
@@ -17,14 +21,16 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import quantize_4bit
 from diffusers import ErnieImageTransformer2DModel
 
-from ernie_image_nf4.layout import QUANTIZED
+from ernie_image_nf4.layout import QUANTIZED, Component
 from ernie_image_nf4.metadata import installed_versions
+from ernie_image_nf4.nf4 import quantize_nf4, squared_error
 from ernie_image_nf4.plan import plan_weights
 from ernie_image_nf4.quantize import quantize
 from ernie_image_nf4.synthetic import synthesize
@@ -38,22 +44,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for the repositories, deleted at the end")
     parser.add_argument("--output", type=Path, default=Path("quantize_cpu.json"))
+    parser.add_argument("--weights", type=Path, help="original repository with trained weights")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
     source = make_source(arguments.work / "source", arguments.layers)
-    plans = [plan_weights(source, component) for component in QUANTIZED]
-    weights = [read_tensor(plan.tensors[name]) for plan in plans for name in sorted(plan.quantized)]
+    weights = [weight for component in QUANTIZED for weight in nf4_weights(source, component)]
     values = sum(weight.numel() for weight in weights)
     quantize_4bit(weights[0][:64], quant_type="nf4")  # imports what it needs
-    ours, theirs = [], []
+    ours, theirs, stock, searched = [], [], [], []
     for turn in range(arguments.rounds):
         theirs.append(values / seconds(lambda: quantize_all(weights)))
         output = arguments.work / f"output-{turn}"
-        ours.append(values / seconds(lambda output=output: quantize(source, output, device="cpu", progress=False)))
+        ours.append(values / seconds(lambda output=output: quantize_stock(source, output)))
         shutil.rmtree(output)
-        print(f"bitsandbytes {theirs[-1] / 1e6:.1f}, ours {ours[-1] / 1e6:.1f} million weights a second", flush=True)
+        stock.append(seconds(lambda: [quantize_nf4(weight, scale_search=False) for weight in weights]))
+        searched.append(seconds(lambda: [quantize_nf4(weight) for weight in weights]))
+        rates = {"bitsandbytes": theirs[-1], "ours": ours[-1], "scale search": values / searched[-1]}
+        print(", ".join(f"{name} {rate / 1e6:.1f}" for name, rate in rates.items()), "million a second", flush=True)
     speed, reference = statistics.median(ours), statistics.median(theirs)
     result = {
         "command": " ".join(["python", *sys.argv]),
@@ -69,6 +78,11 @@ def main() -> None:
         "quantize_million_per_s": [round(rate / 1e6, 1) for rate in ours],
         "cpu_vs_bitsandbytes": round(speed / reference, 2),
         "projected_full_size_s": round(FULL_SIZE_WEIGHTS / speed),
+        "scale_search_million_per_s": [round(values / time / 1e6, 1) for time in searched],
+        "scale_search_vs_stock": {
+            "time": round(min(searched) / min(stock), 2),
+            "squared_error": error_ratios(arguments.weights),
+        },
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
@@ -84,12 +98,40 @@ def make_source(folder: Path, layers: int) -> Path:
     return folder
 
 
+def nf4_weights(source: Path, component: Component) -> Iterator[torch.Tensor]:
+    """The weights of a component that become NF4."""
+    plan = plan_weights(source, component)
+    for name in sorted(plan.quantized):
+        yield read_tensor(plan.tensors[name])
+
+
+def error_ratios(source: Path | None) -> dict[str, float]:
+    """Squared error with scale search over that without."""
+    normal = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    ratios = {"normal": error_ratio([normal])}
+    if source:
+        ratios |= {component.name: error_ratio(nf4_weights(source, component)) for component in QUANTIZED}
+    return ratios
+
+
+def error_ratio(weights: Iterable[torch.Tensor]) -> float:
+    searched = stock = 0.0
+    for weight in weights:
+        searched += squared_error(weight, *quantize_nf4(weight))[0]
+        stock += squared_error(weight, *quantize_nf4(weight, scale_search=False))[0]
+    return round(searched / stock, 4)
+
+
+def quantize_stock(source: Path, output: Path) -> None:
+    quantize(source, output, device="cpu", scale_search=False, progress=False)
+
+
 def quantize_all(weights: list[torch.Tensor]) -> None:
     for weight in weights:
         quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
 
 
-def seconds(work: object) -> float:
+def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

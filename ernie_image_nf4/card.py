@@ -18,6 +18,10 @@ LICENSE = "LICENSE"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 PACKAGE_LICENSE = Path(__file__).with_name(LICENSE)  # the text of Apache-2.0
 TAGS = ["text-to-image", "diffusers", "ernie-image", "nf4", "4-bit", "quantized", "bitsandbytes"]
+STOCK_SCALES = "Each block's scale is its largest magnitude, as bitsandbytes itself sets it."
+SEARCHED_SCALES = (
+    "Each block's scale, of either sign, was searched for the least squared error, in the same format and size."
+)
 PROMPT = "A realistic orange kitten sits on a wooden desk, soft natural lighting, centered composition."
 
 
@@ -44,6 +48,7 @@ def model_card(metadata: Metadata) -> str:
             if record.original_bytes
         ),
         block_size=metadata.quantization.block_size,
+        scales=SEARCHED_SCALES if metadata.quantization.scale_search else STOCK_SCALES,
         compute_dtype=metadata.quantization.compute_dtype,
         kept=", ".join(f"`{name}.{module}`" for name in components for module in components[name].kept_modules)
         or "none",

@@ -102,7 +102,7 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")
     ] = None,
-    memory: Annotated[str, typer.Option(help="auto, resident or offload.")] = "auto",
+    memory: Annotated[str, typer.Option(help="auto, resident, offload or stream.")] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer; pays off from a few pictures on.")
     ] = False,
@@ -210,6 +210,9 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of the original, e.g. baidu/ERNIE-Image.")],
     output: Annotated[Path, typer.Argument(help="Folder to write the NF4 repository to.")],
     device: Annotated[str | None, typer.Option(help="Where to quantize. Default: the best there is.")] = None,
+    scale_search: Annotated[
+        bool, typer.Option(help="Look for the scales of least error, or take those of bitsandbytes.")
+    ] = True,
     keep: Annotated[
         list[str] | None, typer.Option(help="Pattern of linear layers to keep unquantized; may be repeated.")
     ] = None,
@@ -224,6 +227,7 @@ def quantize(
         source,
         output,
         device=device,
+        scale_search=scale_search,
         keep=tuple(keep or ()),
         revision=revision,
         push_to_hub=push_to_hub,
@@ -269,6 +273,118 @@ def synthesize(
         output, preset=preset, seed=seed, shards=shards, duplicate_lm_head=duplicate_lm_head, progress=not quiet
     )
     typer.echo(f"Wrote {folder}")
+
+
+@app.command()
+def evaluate(
+    reference: Annotated[str, typer.Argument(help="Folder or Hub id to compare with, usually the original.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CANDIDATE...",
+            help="Folders, Hub ids, or quantizations made of the reference: nf4-stock, sdnq-uint4, torchao-int4, "
+            "torchao-float8, quanto-int4, quanto-int8, gguf-q4_0.",
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Option(help="Folder for tables, grid and plots.")] = Path("evaluation"),
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts as for generate, with seeds if they like. Default: eight built-in ones."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: as the model recommends.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: as the model recommends.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: as the model recommends.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt's noise; the others count up.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures to draw together.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="auto, resident, offload or stream.")] = "auto",
+    download_metrics: Annotated[
+        bool, typer.Option("--download-metrics", help="Let LPIPS, CLIP score, FID and KID download their networks.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Measure how far quantized repositories, and other libraries' quantizations, are from an original."""
+    import shlex
+
+    from .prompt_file import read_prompts
+
+    prompts = read_prompts(prompts_file) if prompts_file else None
+    from .evaluate import evaluate
+    from .generate import make_output_folder
+    from .report import write_report
+
+    make_output_folder(out_dir)
+    for evaluation in evaluate(
+        reference,
+        candidates,
+        prompts=prompts,
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch,
+        device=device,
+        memory=memory,
+        download_metrics=download_metrics,
+        command=shlex.join(["ernie-image-nf4", *sys.argv[1:]]),
+        progress=not quiet,
+    ):
+        files = write_report(evaluation, out_dir)
+    typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
+    failed = [result for result in evaluation.results if result.error]
+    for result in failed:
+        typer.echo(f"  {result.name}: {result.error}", err=True)
+    if any(result.kind == "repository" for result in failed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of the NF4 repository. Left out with --synthetic.")
+    ] = None,
+    original: Annotated[Path | None, typer.Option(help="Folder of the original, for the arms that need it.")] = None,
+    synthetic: Annotated[
+        Path | None,
+        typer.Option(help="Folder for both at full size with random weights (41 GB), made there if they aren't yet."),
+    ] = None,
+    out_dir: Annotated[Path, typer.Option(help="Folder for JSON, table and chart.")] = Path("benchmark"),
+    arm: Annotated[list[str] | None, typer.Option(help="Arm to run; may be repeated. Default: all but peers.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Run other libraries' quantizations as well.")] = False,
+    size: Annotated[int, typer.Option(help="Height and width of the pictures.")] = 512,
+    large: Annotated[int, typer.Option(help="Another size, for step time and memory; 0 for none.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    tokens: Annotated[int, typer.Option(help="New tokens of the prompt enhancer; 0 leaves it out.")] = 256,
+    pictures: Annotated[int, typer.Option(help="Pictures in a row after one load.")] = 10,
+    growth: Annotated[bool, typer.Option(help="Measure a step at four sizes and three batches.")] = True,
+    device: Annotated[str, typer.Option(help="Device to measure.")] = "cuda",
+) -> None:
+    """Measure speed and memory of this package, of the model card's demo and of the original, each in a process of its own."""
+    from .benchmark import Workload, benchmark, choose_arms, make_synthetic
+    from .benchmark_report import write_benchmark
+    from .errors import InvalidSettings
+    from .generate import make_output_folder
+    from .hub import find_repository
+
+    arms = choose_arms(arm or (), peers=peers)
+    make_output_folder(out_dir)
+    if synthetic:
+        model, original = make_synthetic(synthetic)
+    elif model is None:
+        raise InvalidSettings(
+            "Nothing to measure: name an NF4 repository, or a folder for a synthetic one (--synthetic)."
+        )
+    else:
+        model = find_repository(model)
+    workload = Workload(size, steps, guidance, tokens, pictures, large or None)
+    result = benchmark(model, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth)
+    files = write_benchmark(result, out_dir)
+    typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
 
 
 @app.command()

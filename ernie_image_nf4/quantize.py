@@ -10,12 +10,16 @@ import errno
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from tqdm import tqdm
 
 from . import nf4
@@ -33,6 +37,7 @@ from .tensors import StoredTensor, TensorWriter, file_bytes, find_tensors, read_
 TURBO = Recommended(num_inference_steps=8, guidance_scale=1.0)
 TURBO_KEYS = {"use_lora", "lora_rank"}  # of ERNIE-Image-Turbo's transformer config, and of no other
 PACKAGE = Path(__file__).parent
+AHEAD = 2  # tensors that are read before, and written behind, the one that is worked on
 # The lines that the Hub puts into a new model repository, as far as they concern files that are here.
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.model"))
 
@@ -42,6 +47,7 @@ def quantize(
     output: str | Path,
     *,
     device: str | None = None,
+    scale_search: bool = True,
     keep: Sequence[str] = (),
     revision: str | None = None,
     token: str | bool | None = None,
@@ -59,6 +65,8 @@ def quantize(
         output: Folder to write: a new or empty one, or one that an interrupted run left.
         device: Where to quantize, e.g. ``"cuda"`` or ``"cpu"``; None takes a GPU if there is one. Peak memory is that of a few
             of the largest tensors.
+        scale_search: Whether to look for each block's scale of least squared error, which takes two to three times as long on a
+            CPU. Without, the weights are byte for byte those that bitsandbytes makes.
         keep: Globs over the full names of linear layers, the component first: ``"transformer.final_linear"``,
             ``"*.self_attention.to_out.0"``. Matching layers, and all below a matching module, keep their precision.
         revision: Branch, tag or commit of a Hub source.
@@ -90,13 +98,13 @@ def quantize(
     if push_to_hub:
         create_repository(push_to_hub, token)
     try:
-        with staging(output, _job(folder, components, target, keep)) as made:
+        with staging(output, _job(folder, components, target, scale_search, keep)) as made:
             if made:
-                _make_components(made, folder, components, plans, target, progress)
+                _make_components(made, folder, components, plans, target, scale_search, progress)
                 metadata = Metadata(
                     name=name or output.resolve().name,
                     source=described,
-                    quantization=QUANTIZATION,
+                    quantization=replace(QUANTIZATION, scale_search=scale_search),
                     components={part.name: made.records[part.name] for part in components},
                     recommended=recommended or _recommended(folder, components),
                     versions=installed_versions(),
@@ -116,13 +124,16 @@ def quantize(
     return output
 
 
-def _job(folder: Path, components: Sequence[Component], device: torch.device, keep: Sequence[str]) -> dict[str, Any]:
+def _job(
+    folder: Path, components: Sequence[Component], device: torch.device, scale_search: bool, keep: Sequence[str]
+) -> dict[str, Any]:
     """All that shapes the components: an unfinished output is only continued if none of it has changed."""
     files = [path for part in components for path in sorted((folder / part.name).iterdir()) if path.is_file()]
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
     return {
         "source files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "device": device.type,
+        "scale search": scale_search,
         "layers to keep": sorted(keep),
         "library versions": installed_versions(),
     }
@@ -134,6 +145,7 @@ def _make_components(
     components: Sequence[Component],
     plans: dict[str, WeightPlan],
     device: torch.device,
+    scale_search: bool,
     progress: bool,
 ) -> None:
     """Makes all components that aren't finished, after checking that the disk has room for them."""
@@ -159,7 +171,7 @@ def _make_components(
             work.mkdir()
             if plan:
                 save_configs(plan.model, work)
-                error = _quantize_weights(plan, work / component.weights, device, bar)
+                error = _quantize_weights(plan, work / component.weights, device, scale_search, bar)
             else:
                 _copy_component(folder, component, work, bar)
             # Digests take a second for 2 GB, which the next component doesn't wait for.
@@ -182,7 +194,7 @@ def _finish(made: Staging, folder: Path, component: Component, plan: WeightPlan 
     made.finish(component.name, record)
 
 
-def _quantize_weights(plan: WeightPlan, file: Path, device: torch.device, bar: tqdm) -> float:
+def _quantize_weights(plan: WeightPlan, file: Path, device: torch.device, scale_search: bool, bar: tqdm) -> float:
     """Writes the weight file of a component and returns the relative weight error of what was quantized."""
     error = squares = 0.0
     kept, quantized = sorted(plan.tensors.keys() - plan.quantized), sorted(plan.quantized)
@@ -190,18 +202,23 @@ def _quantize_weights(plan: WeightPlan, file: Path, device: torch.device, bar: t
         for name in kept:
             writer.write(name, _checked(name, plan.tensors[name], bar))
         weights = _read_ahead([plan.tensors[name] for name in quantized], pinned=device.type == "cuda")
-        for name, weight in zip(quantized, weights, strict=True):
-            on_device = weight.to(device, non_blocking=True)
-            packed, state = nf4.quantize_nf4(on_device)
-            tensor_error, tensor_squares = nf4.squared_error(on_device, packed, state)
-            if not math.isfinite(tensor_squares):
-                raise _unusable(name, plan.tensors[name])
-            error, squares = error + tensor_error, squares + tensor_squares
-            writer.write(name, [packed])
-            for suffix, tensor in nf4.state_tensors(state).items():
-                writer.write(f"{name}.{suffix}", [tensor])
-            bar.update(weight.nbytes)
+        with _behind() as write:
+            for name, weight in zip(quantized, weights, strict=True):
+                on_device = weight.to(device, non_blocking=True)
+                packed, state = nf4.quantize_nf4(on_device, scale_search=scale_search)
+                tensor_error, tensor_squares = nf4.squared_error(on_device, packed, state)
+                if not math.isfinite(tensor_squares):
+                    raise _unusable(name, plan.tensors[name])
+                error, squares = error + tensor_error, squares + tensor_squares
+                write(_write_nf4, writer, name, packed, state)
+                bar.update(weight.nbytes)
     return math.sqrt(error / squares) if squares else 0.0
+
+
+def _write_nf4(writer: TensorWriter, name: str, packed: torch.Tensor, state: QuantState) -> None:
+    writer.write(name, [packed])
+    for suffix, tensor in nf4.state_tensors(state).items():
+        writer.write(f"{name}.{suffix}", [tensor])
 
 
 def _copy_component(folder: Path, component: Component, work: Path, bar: tqdm) -> None:
@@ -241,13 +258,31 @@ def _checked(name: str, stored: StoredTensor, bar: tqdm) -> Iterator[torch.Tenso
 
 
 def _read_ahead(tensors: Sequence[StoredTensor], *, pinned: bool) -> Iterator[torch.Tensor]:
-    """The tensors in order, each read while the one before it is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read_tensor, stored, pinned=pinned) for stored in tensors[:1]]
-        for stored in [*tensors[1:], None]:
-            if stored:
-                coming.append(reader.submit(read_tensor, stored, pinned=pinned))
-            yield coming.pop(0).result()
+    """The tensors in order, the next ones read while one is worked on."""
+    with ThreadPoolExecutor(AHEAD) as readers:
+        coming: deque[Future[torch.Tensor]] = deque()
+        for stored in tensors:
+            coming.append(readers.submit(read_tensor, stored, pinned=pinned))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+@contextmanager
+def _behind() -> Iterator[Callable[..., None]]:
+    """Calls made in order by a thread of its own, at most `AHEAD` of them outstanding. The first error comes out here."""
+    with ThreadPoolExecutor(1) as worker:
+        pending: deque[Future[None]] = deque()
+
+        def call(function: Callable[..., None], *arguments: object) -> None:
+            pending.append(worker.submit(function, *arguments))
+            if len(pending) > AHEAD:
+                pending.popleft().result()
+
+        yield call
+        for left in pending:
+            left.result()
 
 
 def _check_finite(name: str, stored: StoredTensor, values: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,8 +32,9 @@ from ernie_image_nf4.errors import (
 )
 from ernie_image_nf4.hub import weight_files
 from ernie_image_nf4.layout import COMPONENT, COMPONENTS, METADATA, MODEL_INDEX, PROMPT_ENHANCER, QUANTIZED, Component
-from ernie_image_nf4.loading import _diffusers_nf4_on
+from ernie_image_nf4.loading import DTYPE_ARGUMENT, _convert, _diffusers_nf4_on
 from ernie_image_nf4.metadata import Recommended, file_record, read_metadata
+from ernie_image_nf4.nf4 import QUANT_STATE
 from ernie_image_nf4.quantize import quantize
 from ernie_image_nf4.synthetic import synthesize
 from ernie_image_nf4.verify import verify
@@ -99,6 +101,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesize(folder, preset="tiny", shards=False, duplicate_lm_head=False, progress=False)
 
 
+@pytest.fixture(scope="session")
+def stock(original: Path) -> Path:
+    """The NF4 repository of `original` with the scales that bitsandbytes takes."""
+    return quantize(original, original.with_name("ERNIE-Tiny-stock"), device="cpu", scale_search=False, progress=False)
+
+
 @contextmanager
 def refused(kind: type[ErnieImageNF4Error], match: str, output: Path) -> Iterator[None]:
     """One line of an error, and nothing left of the output."""
@@ -112,14 +120,14 @@ def refused(kind: type[ErnieImageNF4Error], match: str, output: Path) -> Iterato
 
 
 @quantized_components
-def test_components_are_byte_for_byte_those_of_the_conventional_way(
-    component: Component, plain: Path, repository: Path, tmp_path: Path
+def test_without_scale_search_components_are_byte_for_byte_those_of_the_conventional_way(
+    component: Component, plain: Path, original: Path, stock: Path, tmp_path: Path
 ) -> None:
     """Of a source in shards and with the tied head stored twice, as the release has it, where the conventional way gets neither:
     the oldest transformers takes a head that is stored twice for an untied one."""
-    assert len(weight_files(repository.with_name("ERNIE-Tiny"), COMPONENT["transformer"])) == 2
+    assert len(weight_files(original, COMPONENT["transformer"])) == 2
     theirs = conventional(plain, component, tmp_path, torch.bfloat16, None)
-    assert_same_component(repository / component.name, theirs)
+    assert_same_component(stock / component.name, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -127,10 +135,102 @@ def test_so_they_are_from_other_precisions(dtype: torch.dtype, plain: Path, tmp_
     source = Path(shutil.copytree(plain, tmp_path / "source"))
     for file in [file for component in QUANTIZED for file in weight_files(source, component)]:
         edit_tensors(file, lambda tensors: tensors.update({name: value.to(dtype) for name, value in tensors.items()}))
-    output = quantize(source, tmp_path / "output", device="cpu", progress=False)
+    output = quantize(source, tmp_path / "output", device="cpu", scale_search=False, progress=False)
     for component in QUANTIZED:
         theirs = conventional(source, component, tmp_path / "theirs", dtype, None)
         assert_same_component(output / component.name, theirs)
+
+
+@quantized_components
+def test_scale_search_takes_no_more_bytes_and_lowers_the_error(
+    component: Component, stock: Path, repository: Path
+) -> None:
+    """Every tensor has the same shape and dtype; only the settings, which hold the offset as text, may be shorter."""
+    tensors, expected = (load_file(folder / component.name / component.weights) for folder in (repository, stock))
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype
+        if name.endswith(QUANT_STATE):
+            assert tensor.numel() <= expected[name].numel()
+        else:
+            assert tensor.shape == expected[name].shape
+    errors = [read_metadata(folder).components[component.name].relative_weight_error for folder in (repository, stock)]
+    assert errors[0] ** 2 < 0.83 * errors[1] ** 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@quantized_components
+def test_searched_scales_load_the_conventional_way_and_are_multiplied_with(
+    component: Component, device: str, repository: Path
+) -> None:
+    """A model from ``from_pretrained`` gives what it gives with its layers replaced by products with the restored weights."""
+    library = importlib.import_module(component.library)
+    with _diffusers_nf4_on(torch.device(device)):
+        model = getattr(library, component.class_name).from_pretrained(
+            repository / component.name, device_map={"": device}, **{DTYPE_ARGUMENT[component.library]: torch.bfloat16}
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    _convert(model, torch.float32)  # so that rounding doesn't hide a difference
+    restored = {}
+    for name, layer in layers.items():
+        state = layer.weight.quant_state
+        assert (dequantize_blockwise(state.absmax, state.state2) < 0).any()
+        state.dtype = torch.float32
+        restored[name] = dequantize_4bit(layer.weight.data, state)
+    with torch.device(device), torch.no_grad():
+        torch.manual_seed(0)
+        inputs = {"input_ids": torch.randint(0, 100, (1, 12))}
+        if component.library == "diffusers":
+            text = torch.randn(1, 5, model.config.text_in_dim)
+            latents = torch.randn(1, model.config.in_channels, 8, 8)
+            inputs = {"hidden_states": latents, "timestep": torch.tensor([500.0])}
+            inputs |= {"text_bth": text, "text_lens": torch.tensor([5])}
+        output = model(**inputs)[0]
+        for name, layer in layers.items():
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight.data, plain.bias = restored[name], layer.bias
+            model.set_submodule(name, plain)
+        expected = model(**inputs)[0]
+    assert (output - expected).norm() < (1e-2 if has_avx512bf16() else 1e-4) * expected.norm()
+
+
+def test_the_metadata_and_the_card_say_whether_scales_were_searched(repository: Path, stock: Path) -> None:
+    assert read_metadata(repository).quantization.scale_search
+    assert "Each block's scale, of either sign, was searched" in (repository / "README.md").read_text()
+    assert not read_metadata(stock).quantization.scale_search
+    assert "Each block's scale is its largest magnitude" in (stock / "README.md").read_text()
+
+
+def test_metadata_from_before_the_search_say_that_there_was_none(repository: Path, tmp_path: Path) -> None:
+    content = json.loads((repository / METADATA).read_text())
+    del content["quantization"]["scale_search"]
+    (tmp_path / METADATA).write_text(json.dumps(content))
+    assert not read_metadata(tmp_path).quantization.scale_search
+
+
+def test_the_command_line_can_leave_the_search_out(
+    original: Path, stock: Path, repository: Path, tmp_path: Path, command: Callable[..., object]
+) -> None:
+    for option, expected in (("--no-scale-search", stock), ("--scale-search", repository)):
+        output = tmp_path / option
+        assert command("quantize", original, output, "--device", "cpu", "--quiet", option).code == 0
+        for component in QUANTIZED:
+            assert_same_component(output / component.name, expected / component.name)
+
+
+def test_an_interrupted_run_is_not_continued_with_other_scales(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", interrupt)  # of the VAE, after the quantized components
+        with pytest.raises(KeyboardInterrupt):
+            quantize(original, tmp_path / "output", device="cpu", progress=False)
+    with pytest.raises(InvalidSettings, match="unfinished run with different scale search"):
+        quantize(original, tmp_path / "output", device="cpu", scale_search=False, progress=False)
+    quantize(original, tmp_path / "output", device="cpu", progress=False)
 
 
 def test_a_tied_head_is_stored_once(original: Path, repository: Path) -> None:
@@ -140,7 +240,7 @@ def test_a_tied_head_is_stored_once(original: Path, repository: Path) -> None:
 
 def test_a_head_that_differs_from_the_embeddings_is_kept(source: Path, tmp_path: Path) -> None:
     edit_tensors(source / "pe" / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
-    output = quantize(source, tmp_path / "output", device="cpu", progress=False)
+    output = quantize(source, tmp_path / "output", device="cpu", scale_search=False, progress=False)
     assert_same_component(
         output / "pe", conventional(source, COMPONENT["pe"], tmp_path / "theirs", torch.bfloat16, None)
     )
@@ -193,7 +293,7 @@ def test_the_source_is_only_read(source: Path, tmp_path: Path) -> None:
 
 def test_layers_are_kept_by_pattern_and_the_config_says_so(plain: Path, tmp_path: Path) -> None:
     patterns = ["transformer.final_linear", "*.layers.1.mlp", "pe.*.o_proj"]
-    output = quantize(plain, tmp_path / "output", device="cpu", keep=patterns, progress=False)
+    output = quantize(plain, tmp_path / "output", device="cpu", scale_search=False, keep=patterns, progress=False)
     metadata = read_metadata(output)
     kept = {component.name: metadata.components[component.name].kept_modules for component in QUANTIZED}
     assert kept["transformer"] == [
@@ -229,7 +329,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(original: Path, tmp_path: Pa
 
 def test_turbo_keeps_its_config_keys_and_gets_its_call_settings(source: Path, tmp_path: Path) -> None:
     edit_json(source / "transformer" / "config.json", use_lora=False, lora_rank=64)
-    output = quantize(source, tmp_path / "output", device="cpu", progress=False)
+    output = quantize(source, tmp_path / "output", device="cpu", scale_search=False, progress=False)
     assert read_metadata(output).recommended == Recommended(1024, 1024, num_inference_steps=8, guidance_scale=1.0)
     assert_same_component(
         output / "transformer",

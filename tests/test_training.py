@@ -86,11 +86,11 @@ def test_prompts_are_messages_of_the_pipeline_and_hold_the_answers_object():
     assert hits / 500 > 0.9  # a few are meant to name nothing
 
 
-@pytest.mark.parametrize("file", ["free_form_prompts.json", "free_form_prompts_dev.json"])
-def test_hand_written_prompts_are_50_in_two_languages_with_known_objects(file: str):
+@pytest.mark.parametrize(("file", "count"), [("free_form_prompts.json", 50), ("free_form_prompts_dev.json", 100)])
+def test_hand_written_prompts_are_in_two_languages_with_known_objects(file: str, count: int):
     entries = json.loads((TRAINING / file).read_text(encoding="utf-8"))
     names = {item["en"][0] for item in OBJECTS}
-    assert len({entry["prompt"] for entry in entries}) == 50
+    assert len({entry["prompt"] for entry in entries}) == count
     assert {entry["language"] for entry in entries} == {"en", "zh"}
     assert all(set(entry["objects"]) <= names and entry["objects"] for entry in entries)
     assert not {entry["prompt"] for entry in entries} & {*EN_STYLE, *ZH_STYLE}
