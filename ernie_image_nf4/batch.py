@@ -44,7 +44,7 @@ from .generate import (
     seeded,
 )
 from .metadata import file_record
-from .placement import GIB, WORKING_BYTES, find_device, free_memory
+from .placement import GIB, WORKING_BYTES, find_device, free_memory, memory_mode
 from .prompt_file import Row, check_rows
 
 logger = logging.getLogger(__name__)
@@ -268,14 +268,9 @@ def choose_batch_size(pixels: int, free_bytes: int | None) -> int:
 def find_batch_size(pipe: ErnieImagePipeline, settings: Settings) -> int:
     """`choose_batch_size` by the device's free memory, while offloaded components are all on the CPU."""
     free = free_memory(pipe._execution_device)
-    if free is not None and is_offloaded(pipe):
+    if free is not None and memory_mode(pipe) != "resident":
         free -= pipe.transformer.get_memory_footprint()
     return choose_batch_size(settings.height * settings.width, free)
-
-
-def is_offloaded(pipe: ErnieImagePipeline) -> bool:
-    """Whether components wait on the CPU until they are used."""
-    return bool(getattr(pipe, "_all_hooks", None))
 
 
 def groups(
@@ -356,7 +351,7 @@ def draw_pictures(
         found = batch_size or find_batch_size(pipe, picture.settings)
         return min(found, limits.get(picture.settings.height * picture.settings.width, found))
 
-    for group in groups(pictures, size, GROUP if is_offloaded(pipe) else 1):
+    for group in groups(pictures, size, GROUP if memory_mode(pipe) != "resident" else 1):
         yield from _draw_group_or_each(pipe, group, limits)
 
 

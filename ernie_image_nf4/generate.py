@@ -245,11 +245,11 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
 
 def memory_ran_out(pipe: ErnieImagePipeline, settings: Settings) -> str:
     """What to say when a picture doesn't fit, and what to do."""
-    device = pipe._execution_device
-    resident = device.type in ("cuda", "xpu") and not any(
-        hasattr(part, "_hf_hook") for part in pipe.components.values()
-    )
-    cure = "load with memory='offload' (--memory offload) or draw" if resident else "draw"
+    from .placement import memory_mode
+
+    device, mode = pipe._execution_device, memory_mode(pipe)
+    smaller = None if device.type in ("cpu", "mps") else {"resident": "offload", "offload": "stream"}.get(mode)
+    cure = f"load with memory={smaller!r} (--memory {smaller}) or draw" if smaller else "draw"
     return f"The memory of {device} ran out at {settings.width}x{settings.height}: {cure} a smaller size."
 
 

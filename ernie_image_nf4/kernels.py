@@ -21,7 +21,7 @@ def has_triton() -> bool:
 
 def use_triton(x: torch.Tensor) -> bool:
     """Kernels for CUDA tensors; under torch.compile the plain form, which inductor fuses itself."""
-    return x.is_cuda and has_triton() and not torch.compiler.is_compiling()
+    return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
 
 
 def modulated_norm(

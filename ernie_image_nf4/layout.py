@@ -28,6 +28,8 @@ class Component:
         weights: The safetensors file, or None for a component without weights.
         quantized: Whether its linear layers are stored as NF4; everything else keeps its original precision.
         optional: Whether the pipeline runs without it.
+        streamed: Whether it is large and made of blocks that can come to a GPU one by one.
+        unused: Modules whose weights text-to-image doesn't need on the GPU: what it never calls, and a table that it takes few rows of.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Component:
     weights: str | None = None
     quantized: bool = False
     optional: bool = False
+    streamed: bool = False
+    unused: tuple[str, ...] = ()
 
 
 COMPONENTS: tuple[Component, ...] = (
@@ -47,8 +51,17 @@ COMPONENTS: tuple[Component, ...] = (
         "config.json",
         "diffusion_pytorch_model.safetensors",
         quantized=True,
+        streamed=True,
     ),
-    Component("text_encoder", "transformers", "Mistral3Model", "config.json", "model.safetensors", quantized=True),
+    Component(
+        "text_encoder",
+        "transformers",
+        "Mistral3Model",
+        "config.json",
+        "model.safetensors",
+        quantized=True,
+        unused=("vision_tower", "multi_modal_projector", "embed_tokens"),
+    ),
     Component(
         "pe", "transformers", "Ministral3ForCausalLM", "config.json", "model.safetensors", quantized=True, optional=True
     ),

@@ -1,7 +1,8 @@
-"""Where a pipeline runs: device, dtype and memory mode. `choose_*` decide and are pure, `find_*` ask this machine first.
+"""Where and how a pipeline runs: device, dtype and memory mode. `choose_*` decide and are pure, `find_*` ask this machine first, and
+`apply` does it.
 
-Memory estimates follow measurements of the full-size NF4 pipeline (9.3 GB of weights) on an H100: peak reserved memory
-was 10.1 GiB at 512x512 and 14.8 GiB at 1024x1024 with everything on the GPU, and 4.7 GiB at 512x512 with offload.
+Memory estimates follow measurements of the full-size NF4 pipeline (9.3 GB of weights) on an H100: with everything on the GPU, as
+the model card's demo has it, peak reserved memory was 10.1 GiB at 512x512 and 14.8 GiB at 1024x1024.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ import platform
 from dataclasses import dataclass
 
 import torch
+from diffusers import ErnieImagePipeline
 
+from .decoding import TILE, enable_tiling
+from .denoising import enable_fast_denoising
 from .errors import DeviceUnavailable, InvalidSettings
+from .layout import COMPONENT
+from .offloading import StreamedBlocks, enable_offload
+from .prompt_enhancer import enable_fast_decoding
+from .text_encoding import unused_modules
 
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 DEVICE_TYPES = ("cuda", "xpu", "mps", "cpu")  # in order of preference; bitsandbytes has NF4 for each of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MEMORY_MODES = ("auto", "resident", "offload")
+MEMORY_MODES = ("auto", "resident", "offload", "stream")
 
-# The VAE decodes the whole picture at once; at 1024x1024 that is most of the memory beyond the weights.
+# Decoded at once, a picture of 1024x1024 takes most of the memory beyond the weights. In tiles it takes that of one tile.
 DECODE_BYTES_PER_PIXEL = 6 * GIB / 1024**2
-# Activations of the transformer and text encoder, and what the allocator rounds up.
+# Activations of the transformer and text encoder, decoding in tiles, and what the allocator rounds up.
 WORKING_BYTES = 1 * GIB
 
 
@@ -34,17 +42,65 @@ class Placement:
     Attributes:
         device: Device of the computation.
         dtype: dtype of activations and of all weights that aren't quantized.
-        memory: ``"resident"`` (all on the device) or ``"offload"`` (component by component).
+        memory: ``"resident"`` (all on the device), ``"offload"`` (component by component), or ``"stream"`` (the transformer
+            block by block as well).
+        fast: Whether upstream's code paths are replaced by faster ones.
     """
 
     device: torch.device
     dtype: torch.dtype
     memory: str
+    fast: bool
+
+    @property
+    def moves(self) -> bool:
+        """Whether components are moved to the device by us, from host memory that they were loaded to."""
+        return self.fast and self.memory == "resident"
 
     @property
     def load_device(self) -> torch.device:
-        """Where the weights are loaded to: offloaded ones wait on the CPU, so that the GPU never holds them all."""
-        return torch.device("cpu") if self.memory == "offload" else self.device
+        """Where upstream loads the weights to.
+
+        Offloaded ones wait on the CPU, so that the GPU never holds them all. Fast loading lets upstream map the files there, which
+        copies nothing, and moves them itself.
+        """
+        return self.device if self.memory == "resident" and not self.fast else torch.device("cpu")
+
+
+def apply(pipe: ErnieImagePipeline, where: Placement) -> None:
+    """Bring a pipeline that was loaded for `where` there.
+
+    Args:
+        pipe: The pipeline. If `where` moves components, the quantized ones are on the device already.
+        where: The decision.
+    """
+    if where.fast:  # before the hooks of offloading, which wrap the forward method that they find
+        enable_fast_denoising(pipe.transformer)
+        if pipe.pe is not None:
+            enable_fast_decoding(pipe.pe)
+    limit = None
+    if where.memory == "stream" or (where.memory == "offload" and where.fast):
+        unused = COMPONENT["text_encoder"].unused if where.fast else ()
+        excluded = unused_modules(pipe.text_encoder, unused)
+        limit = enable_offload(pipe, where.device, excluded=excluded, stream_blocks=where.memory == "stream")
+    elif where.memory == "offload":
+        pipe.enable_model_cpu_offload(device=where.device)
+    else:
+        pipe.vae.to(where.device)
+    if where.fast:
+
+        def fits(pixels: int) -> bool:
+            room = free_memory(where.device) if limit is None else limit
+            return pixels * DECODE_BYTES_PER_PIXEL <= room
+
+        enable_tiling(pipe.vae, fits)
+
+
+def memory_mode(pipe: ErnieImagePipeline) -> str:
+    """The memory mode that a pipeline is in."""
+    if isinstance(pipe.transformer.layers, StreamedBlocks):
+        return "stream"
+    return "offload" if any(hasattr(part, "_hf_hook") for part in pipe.components.values()) else "resident"
 
 
 def choose_device(requested: str | torch.device | None, counts: dict[str, int]) -> torch.device:
@@ -123,48 +179,68 @@ def choose_memory(
     *,
     weight_bytes: dict[str, int],
     free_bytes: int | None,
-    pixels: int,
+    working_bytes: int = WORKING_BYTES,
 ) -> tuple[str, str]:
     """The memory mode, with the reason in words.
 
-    ``"auto"`` stays resident where all weights and a picture of the recommended size fit; a mode asked for by name is
-    refused only where not even its weights and `WORKING_BYTES` fit, as a smaller picture may well do.
+    ``"auto"`` takes the first of resident, offload and stream where weights and a picture of the recommended size fit; a mode asked
+    for by name is refused only where not even its weights and `WORKING_BYTES` fit, as a smaller picture may well do.
 
     Args:
-        requested: ``"auto"``, ``"resident"`` or ``"offload"``.
+        requested: One of `MEMORY_MODES`.
         device: The device it will run on.
-        weight_bytes: Component name -> bytes of its weight files.
+        weight_bytes: Component name -> bytes of its weights that come to the device.
         free_bytes: Free memory of the device, None if it is the machine's own memory.
-        pixels: Pixels of a picture of the recommended size.
+        working_bytes: What a picture of the recommended size takes beside the weights.
 
     Raises:
         DeviceUnavailable: Too little memory.
-        InvalidSettings: Not a memory mode, or offload on a device that shares the machine's memory.
+        InvalidSettings: Not a memory mode, or one for GPUs on a device that shares the machine's memory.
     """
     if requested not in MEMORY_MODES:
         raise InvalidSettings(f"Memory mode {requested!r} is none of {', '.join(MEMORY_MODES)}.")
     if free_bytes is None:
-        if requested == "offload":
+        if requested in ("offload", "stream"):
             raise InvalidSettings(
-                f"Memory mode 'offload' moves components between a GPU and the CPU, but the device is {device}: "
+                f"Memory mode {requested!r} moves weights between a GPU and the CPU, but the device is {device}: "
                 "use memory='auto' or 'resident'."
             )
         return "resident", "it works in the machine's own memory"
-    everything, largest = sum(weight_bytes.values()), max(weight_bytes.values(), default=0)
-    minimum = {"resident": everything + WORKING_BYTES, "offload": largest + WORKING_BYTES}
-    comfortable = everything + max(WORKING_BYTES, int(DECODE_BYTES_PER_PIXEL * pixels))
+    weights = mode_bytes(weight_bytes)
     if requested == "auto":
-        mode = "resident" if free_bytes >= comfortable else "offload"
-        reason = f"{_gib(free_bytes)} free, {_gib(comfortable)} needed to keep all components there"
+        mode = next((mode for mode in weights if free_bytes >= weights[mode] + working_bytes), "stream")
+        needs = ", ".join(f"{_gib(size + working_bytes)} for {mode}" for mode, size in weights.items())
+        reason = f"{_gib(free_bytes)} free; it takes {needs}"
     else:
         mode, reason = requested, f"as asked, {_gib(free_bytes)} free"
-    if free_bytes < minimum[mode]:
-        smaller = "" if mode == "offload" else "memory='offload' (--memory offload), "
+    if free_bytes < (minimum := weights[mode] + WORKING_BYTES):
+        smaller = "" if mode == "stream" else "memory='stream' (--memory stream), "
         raise DeviceUnavailable(
-            f"Memory mode {mode!r} needs {_gib(minimum[mode])} on {device}, where {_gib(free_bytes)} are free: "
+            f"Memory mode {mode!r} needs {_gib(minimum)} on {device}, where {_gib(free_bytes)} are free: "
             f"close what else uses the device, or use {smaller}prompt_enhancer=False (--no-pe) or device='cpu'."
         )
     return mode, reason
+
+
+def working_bytes(pixels: int, fast: bool) -> int:
+    """What a picture takes on the device beside the weights.
+
+    Args:
+        pixels: Its pixels.
+        fast: Whether large pictures are decoded in tiles, if need be.
+    """
+    at_once = min(pixels, TILE**2) if fast else pixels
+    return max(WORKING_BYTES, int(DECODE_BYTES_PER_PIXEL * at_once))
+
+
+def mode_bytes(weight_bytes: dict[str, int]) -> dict[str, int]:
+    """Memory mode -> bytes of weights that are on the device at a time, from the most to the least."""
+    sizes = weight_bytes.values()
+    return {
+        "resident": sum(sizes),
+        "offload": max(sizes, default=0),
+        "stream": max((size for name, size in weight_bytes.items() if not COMPONENT[name].streamed), default=0),
+    }
 
 
 def find_device(requested: str | torch.device | None) -> torch.device:
@@ -178,10 +254,10 @@ def find_dtype(requested: str | torch.dtype | None, device: torch.device) -> tor
     return choose_dtype(requested, device, capability, cpu_has_bfloat16())
 
 
-def find_memory(requested: str, device: torch.device, *, weight_bytes: dict[str, int], pixels: int) -> str:
+def find_memory(requested: str, device: torch.device, *, weight_bytes: dict[str, int], working_bytes: int) -> str:
     """`choose_memory` by what is free now; the choice and its reason are logged at INFO level."""
     mode, reason = choose_memory(
-        requested, device, weight_bytes=weight_bytes, free_bytes=free_memory(device), pixels=pixels
+        requested, device, weight_bytes=weight_bytes, free_bytes=free_memory(device), working_bytes=working_bytes
     )
     logger.info("Memory mode %s on %s: %s", mode, device, reason)
     return mode

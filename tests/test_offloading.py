@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_image_nf4 import load, offloading
-from ernie_image_nf4.offloading import enable_offload, host_weights, tensors_of
+from ernie_image_nf4 import load, weight_blocks
+from ernie_image_nf4.layout import COMPONENT
+from ernie_image_nf4.offloading import StreamedBlocks, enable_offload
+from ernie_image_nf4.text_encoding import enable_host_embeddings, unused_modules
+from ernie_image_nf4.weight_blocks import host_weights, move_to_device, pieces_of, slots_of, tensors_of
 
 
 def draw(pipe, size: int = 32) -> np.ndarray:
@@ -39,7 +42,7 @@ def test_every_tensor_is_found_once_with_its_quantization_state(repository: Path
 
 @pytest.mark.parametrize("block", [256, 10_000, 1 << 27])
 def test_moving_to_blocks_and_back_changes_no_tensor(repository: Path, monkeypatch: pytest.MonkeyPatch, block: int):
-    monkeypatch.setattr(offloading, "BLOCK_BYTES", block)
+    monkeypatch.setattr(weight_blocks, "BLOCK_BYTES", block)
     module = load(repository, device="cpu").transformer
     before = snapshot(module)
     weights = host_weights(module, torch.device("cpu"))
@@ -51,6 +54,20 @@ def test_moving_to_blocks_and_back_changes_no_tensor(repository: Path, monkeypat
         min(block.data_ptr() for block in weights.on_device),
         max(block.data_ptr() + len(block) for block in weights.on_device),
     )
+
+
+@pytest.mark.parametrize("block", [256, 10_000, 1 << 27])
+def test_blocks_are_filled_in_pieces_of_limited_size(repository: Path, monkeypatch: pytest.MonkeyPatch, block: int):
+    monkeypatch.setattr(weight_blocks, "BLOCK_BYTES", block)
+    module = load(repository, device="cpu").pe
+    slots, sizes = slots_of(module)
+    blocks = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    for number, filled in enumerate(blocks):
+        for start, tensors in pieces_of([slot for slot in slots if slot.block == number], block):
+            for offset, values in tensors:
+                assert offset + len(values) <= block
+                filled[start + offset : start + offset + len(values)] = values
+    assert all(torch.equal(slot.view(blocks), getattr(slot.owner, slot.attribute)) for slot in slots)
 
 
 def test_components_take_turns_and_draw_the_same(repository: Path):
@@ -77,6 +94,61 @@ def test_the_next_component_is_fetched_ahead_only_if_both_fit(repository: Path):
     assert not transformer.weights.on_device
 
 
+def test_streamed_blocks_come_one_ahead_and_draw_the_same(repository: Path):
+    pipe = load(repository, device="cpu")
+    expected = draw(pipe)
+    whole = sum(part.nbytes for part in snapshot(pipe.transformer))
+    enable_offload(pipe, torch.device("cpu"), stream_blocks=True)
+    blocks = pipe.transformer.layers
+    assert isinstance(blocks, StreamedBlocks)
+    assert pipe.transformer._hf_hook.weights.bytes + sum(part.bytes for part in blocks.weights[2:]) < whole
+    there = []
+    for block in list(blocks._modules.values()):
+        block.register_forward_pre_hook(
+            lambda *_: there.append([number for number, part in enumerate(blocks.weights) if part.on_device])
+        )
+    assert np.array_equal(draw(pipe), expected)
+    count = len(blocks.weights)
+    steps = [sorted({number, (number + 1) % count}) for number in range(count)]
+    assert there == steps * 2
+    assert not any(part.on_device for part in blocks.weights)  # they have left with the transformer
+
+
+def test_a_streamed_transformer_saves_and_lists_its_blocks_as_before(repository: Path, tmp_path: Path):
+    transformer = load(repository, device="cpu").transformer
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    pipe = load(repository, device="cpu")
+    enable_offload(pipe, torch.device("cpu"), stream_blocks=True)
+    assert len(pipe.transformer.layers) == len(transformer.layers)
+    after = pipe.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_modules_left_out_stay_where_they_are(repository: Path):
+    encoder = load(repository, device="cpu").text_encoder
+    unused = unused_modules(encoder, COMPONENT["text_encoder"].unused)
+    assert {type(part).__name__ for part in unused} >= {"PixtralVisionModel", "Embedding"}
+    kept = {id(owner) for part in unused for owner, _ in tensors_of(part)}
+    found = {id(owner) for owner, _ in tensors_of(encoder, unused)}
+    assert kept
+    assert found
+    assert not kept & found
+    assert kept | found == {id(owner) for owner, _ in tensors_of(encoder)}
+
+
+def test_the_text_encoder_is_where_its_layers_are(repository: Path):
+    encoder = load(repository, device="cpu").text_encoder
+    ids = torch.tensor([[1, 5, 7]])
+    expected = encoder(ids).last_hidden_state
+    names = list(encoder.state_dict())
+    enable_host_embeddings(encoder, COMPONENT["text_encoder"].unused)
+    first = next(name for name, _ in encoder.named_parameters())
+    assert first.startswith("language_model.layers.0.")
+    assert sorted(encoder.state_dict()) == sorted(names)
+    assert torch.equal(encoder(ids).last_hidden_state, expected)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_only_one_component_is_there_and_the_picture_is_the_same(repository: Path):
     expected = draw(load(repository, device="cuda", memory="resident"))
@@ -85,3 +157,34 @@ def test_on_a_gpu_only_one_component_is_there_and_the_picture_is_the_same(reposi
     assert pipe.transformer.layers[0].mlp.gate_proj.weight.device.type == "cpu"
     assert pipe.transformer._hf_hook.weights.host[0].is_pinned()
     assert pipe._execution_device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fast", [True, False])
+def test_on_a_gpu_a_streamed_transformer_draws_the_same(repository: Path, fast: bool):
+    expected = draw(load(repository, device="cuda", memory="resident", fast=fast))
+    pipe = load(repository, device="cuda", memory="stream", fast=fast)
+    for _ in range(2):
+        assert np.array_equal(draw(pipe), expected)
+    assert {tensor.device.type for tensor in pipe.transformer.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [100_000, 1 << 27])
+def test_moved_tensors_are_those_that_were_loaded(repository: Path, monkeypatch: pytest.MonkeyPatch, block: int):
+    monkeypatch.setattr(weight_blocks, "BLOCK_BYTES", block)
+    encoder = load(repository, device="cpu", dtype="bfloat16").text_encoder
+    before = snapshot(encoder)
+    unused = unused_modules(encoder, COMPONENT["text_encoder"].unused)
+    move_to_device(encoder, torch.device("cuda", 0), unused)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, snapshot(encoder), strict=True))
+    assert {getattr(owner, name).device.type for owner, name in tensors_of(encoder, unused)} == {"cuda"}
+    assert {getattr(owner, name).device.type for part in unused for owner, name in tensors_of(part)} == {"cpu"}
+
+
+@pytest.mark.gpu
+def test_what_text_to_image_never_uses_stays_off_the_gpu(repository: Path):
+    pipe = load(repository, device="cuda", memory="resident")
+    unused = unused_modules(pipe.text_encoder, COMPONENT["text_encoder"].unused)
+    assert {tensor.device.type for part in unused for tensor in part.parameters()} == {"cpu"}
+    assert pipe.text_encoder.device.type == pipe.device.type == "cuda"

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidSettings
-from ernie_image_nf4.placement import GIB, choose_device, choose_dtype, choose_memory, device_counts, find_device
+from ernie_image_nf4.placement import (
+    GIB,
+    choose_device,
+    choose_dtype,
+    choose_memory,
+    device_counts,
+    find_device,
+    working_bytes,
+)
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 # Bytes of the published NF4 weights.
@@ -85,43 +93,53 @@ def test_a_dtype_that_cannot_work(requested):
         choose_dtype(requested, CUDA)
 
 
-def memory(requested: str, free_gib: float, *, side: int = 1024, weights: dict[str, int] = FULL_SIZE) -> str:
-    return choose_memory(requested, CUDA, weight_bytes=weights, free_bytes=int(free_gib * GIB), pixels=side * side)[0]
+def memory(requested: str, free_gib: float, *, working_gib: float = 1.5, weights: dict[str, int] = FULL_SIZE) -> str:
+    return choose_memory(
+        requested, CUDA, weight_bytes=weights, free_bytes=int(free_gib * GIB), working_bytes=int(working_gib * GIB)
+    )[0]
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "side", "expected"),
-    [
-        (24, 1024, "resident"),  # needs the 14.8 GiB that were measured
-        (15, 1024, "resident"),
-        (12, 1024, "offload"),
-        (12, 512, "resident"),  # needs the 10.3 GiB; 10.1 were measured
-        (8, 512, "offload"),
-    ],
+    ("free_gib", "expected"), [(24, "resident"), (10.3, "resident"), (10, "offload"), (5.4, "offload"), (5, "stream")]
 )
-def test_auto_stays_resident_where_a_picture_fits(free_gib, side, expected):
-    assert memory("auto", free_gib, side=side) == expected
+def test_auto_takes_the_first_mode_in_which_a_picture_fits(free_gib, expected):
+    assert memory("auto", free_gib) == expected
+
+
+def test_auto_streams_rather_than_refuse_where_a_smaller_picture_fits():
+    assert memory("auto", 4, working_gib=6) == "stream"
 
 
 def test_auto_says_why():
-    _, reason = choose_memory("auto", CUDA, weight_bytes=FULL_SIZE, free_bytes=12 * GIB, pixels=1024**2)
-    assert reason == "12.0 GiB free, 14.6 GiB needed to keep all components there"
+    _, reason = choose_memory("auto", CUDA, weight_bytes=FULL_SIZE, free_bytes=5 * GIB, working_bytes=GIB * 3 // 2)
+    assert reason == "5.0 GiB free; it takes 10.1 GiB for resident, 5.4 GiB for offload, 3.9 GiB for stream"
+
+
+def test_a_picture_decoded_in_tiles_takes_the_memory_of_one():
+    assert working_bytes(1024**2, fast=False) == 6 * GIB
+    assert working_bytes(1024**2, fast=True) == working_bytes(512**2, fast=True) == 1.5 * GIB
+    assert working_bytes(64**2, fast=True) == 1 * GIB
 
 
 def test_leaving_the_prompt_enhancer_out_saves_its_memory():
     smaller = {name: size for name, size in FULL_SIZE.items() if name != "pe"}
-    assert memory("auto", 13, weights=smaller) == "resident"
-    assert memory("auto", 13) == "offload"
+    assert memory("auto", 9, weights=smaller) == "resident"
+    assert memory("auto", 9) == "offload"
 
 
-@pytest.mark.parametrize("requested", ["resident", "offload"])
+@pytest.mark.parametrize("requested", ["resident", "offload", "stream"])
 def test_the_mode_asked_for_is_taken(requested):
     assert memory(requested, 10) == requested
 
 
 @pytest.mark.parametrize(
     ("requested", "free_gib", "cure"),
-    [("resident", 8, "memory='offload'"), ("offload", 4, "prompt_enhancer=False"), ("auto", 4, "device='cpu'")],
+    [
+        ("resident", 8, "memory='stream'"),
+        ("offload", 4, "memory='stream'"),
+        ("stream", 3, "prompt_enhancer=False"),
+        ("auto", 3, "device='cpu'"),
+    ],
 )
 def test_too_little_memory_is_found_before_loading(requested, free_gib, cure):
     with pytest.raises(DeviceUnavailable, match=cure):
@@ -131,11 +149,12 @@ def test_too_little_memory_is_found_before_loading(requested, free_gib, cure):
 @pytest.mark.parametrize("device", [CPU, torch.device("mps")])
 def test_a_device_in_the_machines_own_memory_is_always_resident(device):
     for requested in ("auto", "resident"):
-        assert choose_memory(requested, device, weight_bytes=FULL_SIZE, free_bytes=None, pixels=1)[0] == "resident"
-    with pytest.raises(InvalidSettings, match="use memory='auto' or 'resident'"):
-        choose_memory("offload", device, weight_bytes=FULL_SIZE, free_bytes=None, pixels=1)
+        assert choose_memory(requested, device, weight_bytes=FULL_SIZE, free_bytes=None)[0] == "resident"
+    for requested in ("offload", "stream"):
+        with pytest.raises(InvalidSettings, match="use memory='auto' or 'resident'"):
+            choose_memory(requested, device, weight_bytes=FULL_SIZE, free_bytes=None)
 
 
 def test_a_memory_mode_that_is_none():
-    with pytest.raises(InvalidSettings, match="is none of auto, resident, offload"):
+    with pytest.raises(InvalidSettings, match="is none of auto, resident, offload, stream"):
         memory("swap", 80)

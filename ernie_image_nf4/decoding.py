@@ -1,0 +1,36 @@
+"""VAE decoding within limits: in tiles, or picture by picture, whenever that would else need the most memory of all.
+
+A decode at 1024x1024 takes more memory than the NF4 transformer. Upstream can tile and slice, but not decide when to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKLFlux2
+
+# Side of a tile. Pictures up to this size are decoded as upstream decodes them, so most sizes don't change by a bit.
+TILE = 512
+
+
+def enable_tiling(vae: AutoencoderKLFlux2, fits: Callable[[int], bool]) -> None:
+    """Let ``vae.decode`` work in tiles, and in slices of one picture, when a call is too large.
+
+    Args:
+        vae: The VAE, whose settings are changed.
+        fits: Whether so many pixels can be decoded at once.
+    """
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // scale
+    upstream = type(vae).decode
+
+    @functools.wraps(upstream)
+    def decode(z: torch.Tensor, *args, **kwargs):
+        pixels = z.shape[-2] * z.shape[-1] * scale**2
+        vae.use_slicing = not fits(pixels * len(z))
+        vae.use_tiling = not fits(pixels)
+        return upstream(vae, z, *args, **kwargs)
+
+    vae.decode = decode
