@@ -1,0 +1,568 @@
+"""Speed and memory of ways to run ERNIE-Image on one GPU, each way in a process of its own, all in one run.
+
+The model card's two experiments: one picture, and several in a row after one load. On random weights the prompt enhancer finds no
+end, and on others every prompt's is elsewhere: so it is made to write a fixed number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InvalidSettings
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import ErnieImagePipeline
+
+# The first of the two prompts of the model card that this project set out from.
+PROMPT = (
+    "A realistic orange kitten sits on a wooden desk with a white sheet of paper that says Hello ERNIE-Image NF4, "
+    "soft natural lighting, centered composition."
+)
+GIB = 1024**3
+TIMESTEPS = tuple(range(1000, 0, -100))
+TEXT_LENGTHS = (3, 24)  # tokens of an empty prompt and of one, for predictions
+FLOPS_A_PRODUCT = 2  # a multiplication and an addition
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to run the model.
+
+    Attributes:
+        name: In the report.
+        way: ``"original"`` (bfloat16 with diffusers' CPU offload), ``"demo"`` (the model card's plain ``from_pretrained`` calls),
+            ``"ours"`` (`load`), or ``"peer"``.
+        options: Arguments of `load`, or the peer's name as ``peer``.
+        pictures: How many to draw in a row; None for the run's number.
+        cold: Whether the compiler's cache is emptied before, so that the first picture is that of a first start.
+    """
+
+    name: str
+    way: str
+    options: dict[str, Any] = field(default_factory=dict)
+    pictures: int | None = None
+    cold: bool = False
+
+
+ARMS = (
+    Arm("demo", "demo"),
+    Arm("resident", "ours", {"memory": "resident"}),
+    Arm("resident, compiled, first start", "ours", {"memory": "resident", "compile": True}, pictures=2, cold=True),
+    Arm("resident, compiled", "ours", {"memory": "resident", "compile": True}),
+    Arm("offload", "ours", {"memory": "offload"}),
+    Arm("stream", "ours", {"memory": "stream"}),
+    Arm("original, CPU offload", "original", pictures=2),
+)
+REFERENCE = ARMS[0].name
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every arm does.
+
+    Attributes:
+        size: Height and width of the pictures.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        tokens: New tokens of the prompt enhancer; 0 leaves it out.
+        pictures: In a row after one load.
+        large: Another size, drawn twice at the end with a fifth of the steps and without the prompt enhancer; None for none.
+    """
+
+    size: int = 512
+    steps: int = 50
+    guidance: float = 4.0
+    tokens: int = 256
+    pictures: int = 10
+    large: int | None = 1024
+
+
+def choose_arms(names: Sequence[str], *, peers: bool = False) -> list[Arm]:
+    """The arms of these names, or all; with the peers, other libraries' quantizations, if asked for or named.
+
+    Raises:
+        InvalidSettings: There is no arm of that name.
+    """
+    from .peers import PEERS
+
+    known = {arm.name: arm for arm in ARMS}
+    others = {name: Arm(name, "peer", {"peer": name}, pictures=4) for name in PEERS if name != "nf4-stock"}
+    for name in names:
+        if name not in known | others:
+            raise InvalidSettings(f"There is no arm {name!r}: choose of {'; '.join(known | others)}.")
+    if names:
+        return [(known | others)[name] for name in names]
+    return [*known.values(), *(others.values() if peers else ())]
+
+
+def make_synthetic(folder: str | Path) -> tuple[Path, Path]:
+    """Full-size repositories with random weights in `folder`, NF4 and original, made unless they are there."""
+    from .quantize import quantize
+    from .synthetic import synthesize
+
+    original, nf4 = Path(folder) / "ERNIE-Image", Path(folder) / "ERNIE-Image-NF4"
+    if not (original / "README.md").exists():  # which is written last
+        shutil.rmtree(original, ignore_errors=True)
+        synthesize(original)
+    quantize(original, nf4)
+    return nf4, original
+
+
+def benchmark(
+    model: str | Path,
+    original: str | Path | None,
+    work: str | Path,
+    *,
+    arms: Sequence[Arm] = ARMS,
+    workload: Workload = Workload(),
+    device: str = "cuda",
+    growth: bool = True,
+) -> dict[str, Any]:
+    """Run all arms and collect what they measured.
+
+    Args:
+        model: Folder of the NF4 repository.
+        original: Folder of the original one; None leaves out the arms that need it.
+        work: Folder for the compiler's cache and the predictions that are compared.
+        arms: What to run, in this order.
+        workload: What each does.
+        device: Where.
+        growth: Whether to measure how a step's time grows with size and batch.
+
+    Returns:
+        Machine, versions, command, workload, a list of ``arms`` with their figures or the error that kept one from running, and the
+        table of ``growth``.
+
+    Raises:
+        DeviceUnavailable: There is no such device.
+    """
+    from .placement import find_device
+
+    find_device(device)
+    work = Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
+    for arm in arms:
+        print(f"{arm.name} ...", file=sys.stderr, flush=True)
+        figures = _in_a_process(_measure, arm, model, original, work, workload, device)
+        result["arms"].append({"name": arm.name, "way": arm.way, "options": arm.options} | figures)
+        print(f"  {_brief(figures)}", file=sys.stderr, flush=True)
+    _compare_predictions(result["arms"], work)
+    if growth:
+        result["growth"] = _in_a_process(_growth, model, device)
+    return result | _in_a_process(_machine, device)
+
+
+def _in_a_process(function, *arguments) -> dict[str, Any]:
+    """`function(*arguments)` in a fresh process, or the error that it ended with."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return {"error": "the process was killed, probably for lack of memory"}
+        except Exception as error:  # an arm that can't run says why, and the others go on
+            return {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import torch
+
+    from .metadata import installed_versions
+
+    cuda = device.startswith("cuda")
+    return {
+        "machine": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "versions": installed_versions() | {"python": platform.python_version()},
+        "command": " ".join(["python", "-m", "ernie_image_nf4", *sys.argv[1:]]),
+    }
+
+
+# One arm
+
+
+def _measure(
+    arm: Arm, model: str | Path, original: str | Path | None, work: Path, workload: Workload, device: str
+) -> dict[str, Any]:
+    """All figures of one arm. Runs in its own process."""
+    cache = work / "compiled"
+    if arm.cold:
+        shutil.rmtree(cache, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    import torch
+
+    from . import denoising, loading, prompt_enhancer  # noqa: F401  imports are not part of loading
+
+    folder = (
+        Path(original if arm.way in ("original", "peer") else model) if (original or arm.way != "original") else None
+    )
+    if folder is None:
+        raise InvalidSettings("It needs the original repository: name it with --original.")
+    _read_all(folder)
+    torch.zeros(1, device=device)
+    began = time.perf_counter()
+    pipe = _load(arm, folder, device)
+    _synchronize(device)
+    figures: dict[str, Any] = {"load_s": time.perf_counter() - began}
+    pipe.set_progress_bar_config(disable=True)
+    tokens = workload.tokens if pipe.pe is not None else 0
+    drawn = []
+    for seed in range(arm.pictures or workload.pictures):
+        drawn.append(_picture(pipe, workload.size, workload.steps, workload.guidance, tokens, seed, device))
+    figures |= {"pictures": drawn} | _medians(drawn, tokens) | _peaks(device)
+    predictions = _predictions(pipe, workload.size, device)
+    predictions["reordered"] = _predictions(pipe, workload.size, device, reordered=True)["prediction"]
+    _save(predictions, _prediction_file(work, arm.name))
+    if workload.large:
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        steps = max(2, workload.steps // 5)
+        large = [_picture(pipe, workload.large, steps, workload.guidance, 0, seed, device) for seed in range(2)]
+        figures["large"] = {"size": workload.large, "step_ms": large[-1]["step_ms"]} | _peaks(device)
+    return figures
+
+
+def _load(arm: Arm, folder: Path, device: str) -> ErnieImagePipeline:
+    import torch
+    from diffusers import ErnieImagePipeline, ErnieImageTransformer2DModel
+    from transformers import Ministral3ForCausalLM, Mistral3Model
+
+    from .loading import DTYPE_ARGUMENT, load
+
+    if arm.way == "ours":
+        return load(folder, device=device, **arm.options)
+    if arm.way == "peer":
+        from .peers import load_peer
+
+        return load_peer(arm.options["peer"], folder, device=device)
+    dtypes = {library: {name: torch.bfloat16} for library, name in DTYPE_ARGUMENT.items()}
+    if arm.way == "original":
+        pipe = ErnieImagePipeline.from_pretrained(folder, **dtypes["diffusers"], local_files_only=True)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    parts = {
+        name: kind.from_pretrained(folder / name, device_map={"": device}, local_files_only=True, **dtypes[library])
+        for name, kind, library in (
+            ("transformer", ErnieImageTransformer2DModel, "diffusers"),
+            ("text_encoder", Mistral3Model, "transformers"),
+            ("pe", Ministral3ForCausalLM, "transformers"),
+        )
+    }
+    pipe = ErnieImagePipeline.from_pretrained(folder, **parts, **dtypes["diffusers"], local_files_only=True)
+    pipe.vae.to(device)
+    return pipe
+
+
+def _picture(
+    pipe: ErnieImagePipeline, size: int, steps: int, guidance: float, tokens: int, seed: int, device: str
+) -> dict[str, float]:
+    """Draw one picture: its seconds, those of its prompt enhancer, and the median milliseconds of a step."""
+    import torch
+
+    moments: list[float] = []
+
+    def on_step_end(pipe, step, timestep, kwargs):
+        _synchronize(device)  # upstream waits there as well, for the next timestep
+        moments.append(time.perf_counter())
+        return kwargs
+
+    with _counted_tokens(pipe, tokens, device) as enhancing:
+        _synchronize(device)
+        began = time.perf_counter()
+        pipe(
+            PROMPT,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            use_pe=tokens > 0,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=on_step_end,
+        )
+        _synchronize(device)
+    figures = {
+        "seconds": time.perf_counter() - began,
+        "prompt_enhancer_s": sum(enhancing),
+        "step_ms": 1000 * statistics.median(later - earlier for earlier, later in itertools.pairwise(moments)),
+    }
+    if device.startswith("cuda"):
+        figures["reserved_gib"] = torch.cuda.memory_reserved(device) / GIB
+    return figures
+
+
+@contextmanager
+def _counted_tokens(pipe: ErnieImagePipeline, tokens: int, device: str) -> Iterator[list[float]]:
+    """Let the prompt enhancer write `tokens` tokens; collects the seconds that it takes."""
+    seconds: list[float] = []
+    if not tokens:
+        yield seconds
+        return
+    generate = pipe.pe.generate
+
+    @functools.wraps(generate)
+    def timed(*args, **kwargs):
+        _synchronize(device)
+        began = time.perf_counter()
+        output = generate(*args, **kwargs | {"min_new_tokens": tokens, "max_new_tokens": tokens})
+        _synchronize(device)
+        seconds.append(time.perf_counter() - began)
+        return output
+
+    pipe.pe.generate = timed
+    try:
+        yield seconds
+    finally:
+        pipe.pe.generate = generate
+
+
+def _medians(pictures: list[dict[str, float]], tokens: int) -> dict[str, float]:
+    """Of the pictures after the first, where there are any; what the first took beyond is its overhead."""
+    later = pictures[1:] or pictures
+    medians = {
+        key: statistics.median(picture[key] for picture in later) for key in ("seconds", "prompt_enhancer_s", "step_ms")
+    }
+    figures = {
+        "first_s": pictures[0]["seconds"],
+        "seconds": medians["seconds"],
+        "slowest_over_median": max(picture["seconds"] for picture in later) / medians["seconds"],
+        "step_ms": medians["step_ms"],
+    }
+    if tokens:
+        figures["prompt_enhancer_ms_per_token"] = 1000 * medians["prompt_enhancer_s"] / tokens
+        figures["prompt_enhancer_first_overhead_s"] = pictures[0]["prompt_enhancer_s"] - medians["prompt_enhancer_s"]
+    return figures
+
+
+def _peaks(device: str) -> dict[str, float]:
+    import torch
+
+    if not device.startswith("cuda"):
+        return {}
+    return {
+        "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+    }
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _read_all(folder: Path) -> None:
+    """Read all weight files, so that every arm finds them in the page cache."""
+    block = bytearray(1 << 24)
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(block):
+                pass
+
+
+# Predictions
+
+
+def _predictions(
+    pipe: ErnieImagePipeline, size: int, device: str, *, reordered: bool = False
+) -> dict[str, torch.Tensor]:
+    """The transformer's prediction for fixed latents and embeddings of a pair of prompts, (timesteps, 2, C, h, w) float32.
+
+    Reordered: with the two rows of the batch exchanged, and exchanged back in the result.
+    """
+    import torch
+
+    from .layout import PIXELS_PER_PATCH
+
+    config, dtype = pipe.transformer.config, pipe.transformer.dtype
+    generator = torch.Generator("cpu").manual_seed(0)
+    side = size // PIXELS_PER_PATCH
+    latents = torch.randn(1, config.in_channels, side, side, generator=generator).expand(2, -1, -1, -1)
+    text = torch.randn(2, max(TEXT_LENGTHS), config.text_in_dim, generator=generator)
+    text[0, TEXT_LENGTHS[0] :] = 0
+    lengths = torch.tensor(TEXT_LENGTHS)
+    if reordered:
+        text, lengths = text.flip(0), lengths.flip(0)
+    rows = []
+    for timestep in TIMESTEPS:
+        with torch.no_grad():
+            row = pipe.transformer(
+                hidden_states=latents.to(device, dtype),
+                timestep=torch.full((2,), timestep, device=device, dtype=dtype),
+                text_bth=text.to(device, dtype),
+                text_lens=lengths.to(device),
+                return_dict=False,
+            )[0]
+        rows.append((row.flip(0) if reordered else row).float().cpu())
+    return {"prediction": torch.stack(rows)}
+
+
+def _prediction_file(work: Path, arm: str) -> Path:
+    return work / f"{arm.replace(', ', '-').replace(' ', '-')}.safetensors"
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def _compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
+    """Add to each arm the largest relative error over the timesteps, against the demo; to the demo that of its own reordered batch."""
+    from safetensors.torch import load_file
+
+    file = _prediction_file(work, REFERENCE)
+    if not file.exists() or all(arm["name"] != REFERENCE or "error" in arm for arm in arms):
+        return
+    reference = load_file(file)
+    for arm in arms:
+        if "error" in arm:
+            continue
+        other = (
+            reference["reordered"]
+            if arm["name"] == REFERENCE
+            else load_file(_prediction_file(work, arm["name"]))["prediction"]
+        )
+        difference = (other - reference["prediction"]).flatten(1).norm(dim=1)
+        arm["prediction_error"] = (difference / reference["prediction"].flatten(1).norm(dim=1)).max().item()
+
+
+# How a step grows
+
+
+def _growth(model: str | Path, device: str) -> dict[str, Any]:
+    """Milliseconds of one denoising step with guidance, by size and batch, over the time that its products alone would take."""
+    import torch
+
+    from .layout import PIXELS_PER_PATCH
+    from .loading import load
+
+    pipe = load(model, device=device, memory="resident", prompt_enhancer=False)
+    config, dtype = pipe.transformer.config, pipe.transformer.dtype
+    rate = _product_rate(device, dtype)
+    text_tokens = max(TEXT_LENGTHS)
+    rows = []
+    for size in (512, 768, 1024, 1536):
+        for batch in (1, 2, 4):
+            side = size // PIXELS_PER_PATCH
+            inputs = {
+                "hidden_states": torch.randn(2 * batch, config.in_channels, side, side, device=device, dtype=dtype),
+                "timestep": torch.full((2 * batch,), 500.0, device=device, dtype=dtype),
+                "text_bth": torch.randn(2 * batch, text_tokens, config.text_in_dim, device=device, dtype=dtype),
+                "text_lens": torch.full((2 * batch,), text_tokens, device=device),
+            }
+            seconds = _best_seconds(functools.partial(_no_grad, pipe.transformer, inputs), device)
+            operations = step_operations(config, 2 * batch, side * side + text_tokens)
+            rows.append(
+                {
+                    "size": size,
+                    "batch": batch,
+                    "step_ms": 1000 * seconds,
+                    "tflop": operations / 1e12,
+                    "over_floor": seconds * rate / operations,
+                }
+            )
+    return {"tflop_per_s": rate / 1e12, "rows": rows}
+
+
+def step_operations(config: Any, rows: int, tokens: int) -> float:
+    """Floating point operations of the products of one forward pass of the transformer, attention included.
+
+    Args:
+        config: Of the transformer.
+        rows: Of the batch.
+        tokens: Of a row, text included.
+    """
+    width, inner = config.hidden_size, config.ffn_hidden_size
+    block = (
+        4 * width * width + 3 * width * inner + 2 * tokens * width
+    )  # weights a token meets, and queries with keys, values
+    return FLOPS_A_PRODUCT * rows * tokens * block * config.num_layers
+
+
+def _product_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of one large product of matrices."""
+    import torch
+
+    side = 8192
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return FLOPS_A_PRODUCT * side**3 / _best_seconds(lambda: a @ b, device)
+
+
+def _best_seconds(function, device: str, repeats: int = 5) -> float:
+    function()
+    seconds = []
+    for _ in range(repeats):
+        _synchronize(device)
+        began = time.perf_counter()
+        function()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _no_grad(module, inputs: dict[str, Any]) -> None:
+    import torch
+
+    with torch.no_grad():
+        module(**inputs)
+
+
+# Report
+
+
+def _brief(figures: dict[str, Any]) -> str:
+    if "error" in figures:
+        return figures["error"]
+    return ", ".join(
+        f"{key} {figures[key]:.3g}"
+        for key in ("load_s", "first_s", "seconds", "prompt_enhancer_ms_per_token", "step_ms", "peak_reserved_gib")
+        if key in figures
+    )
+
+
+def summary(result: dict[str, Any]) -> dict[str, float]:
+    """The headline figures of a run on an H100, as they stand in ``benchmarks/summary.json``; those of arms that failed are missing."""
+    arms = {arm["name"]: arm for arm in result["arms"] if "error" not in arm}
+    demo, resident, compiled = (arms.get(name, {}) for name in (REFERENCE, "resident", "resident, compiled"))
+    offload, stream = arms.get("offload", {}), arms.get("stream", {})
+
+    def ratio(one: dict, other: dict, *keys: str) -> float | None:
+        for key in keys:
+            one, other = one.get(key, {}), other.get(key, {})
+        return one / other if one and other else None
+
+    figures = {
+        "time_vs_demo.resident": ratio(resident, demo, "seconds"),
+        "time_vs_demo.resident_compiled": ratio(compiled, demo, "seconds"),
+        "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
+        "step_ms.eager_512": resident.get("step_ms"),
+        "step_ms.compiled_512": compiled.get("step_ms"),
+        "step_vs_demo.compiled_1024": ratio(compiled, demo, "large", "step_ms"),
+        "peak_gib.resident_512": resident.get("peak_reserved_gib"),
+        "peak_gib.offload_512": offload.get("peak_reserved_gib"),
+        "peak_gib.stream_512": stream.get("peak_reserved_gib"),
+        "peak_gib.offload_1024": offload.get("large", {}).get("peak_reserved_gib"),
+        "peak_gib.stream_1024": stream.get("large", {}).get("peak_reserved_gib"),
+        "time_vs_resident.offload": ratio(offload, resident, "seconds"),
+        "time_vs_resident.stream": ratio(stream, resident, "seconds"),
+        "load_time_vs_demo": ratio(resident, demo, "load_s"),
+        "prediction_error.resident_compiled": compiled.get("prediction_error"),
+    }
+    return {f"h100.{key}": float(f"{value:.4g}") for key, value in figures.items() if value is not None}
