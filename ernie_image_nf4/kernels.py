@@ -46,6 +46,14 @@ def modulated_norm(
     return (normed.float() * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)).to(x.dtype)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of the last dimension, as transformers rounds it: to the dtype of `x` before the weight (H,) is multiplied."""
+    if use_triton(x):
+        return _triton().rms_norm(x, weight, eps)
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    return weight * (x.float() * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
 def gated_add_norm(
     x: torch.Tensor,
     branch: torch.Tensor,

@@ -110,6 +110,26 @@ def _lpips(device: torch.device, download: bool) -> Metric:
     return lpips
 
 
+def _st_lpips(device: torch.device, download: bool) -> Metric:
+    """Shift-tolerant LPIPS (https://arxiv.org/abs/2207.13686), whose package brings its network along."""
+    with _needs("torchvision"):
+        import torchvision  # noqa: F401
+    with _needs("stlpips-pytorch"):
+        from stlpips_pytorch.stlpips import LPIPS
+
+        network = LPIPS(net=LPIPS_BACKBONE, variant="shift_tolerant", verbose=False).to(device)
+
+    def st_lpips(reference: torch.Tensor, pictures: torch.Tensor, prompts: Sequence[str]) -> list[float]:
+        with torch.no_grad():
+            return [
+                value
+                for one, other in _batches(device, reference, pictures)
+                for value in network(2 * other - 1, 2 * one - 1).reshape(-1).tolist()
+            ]
+
+    return st_lpips
+
+
 def _clip_score(device: torch.device, download: bool) -> Metric:
     """100 times the cosine of picture and prompt (https://arxiv.org/abs/2104.08718), at least 0, as torchmetrics has it."""
     from huggingface_hub import snapshot_download
@@ -174,6 +194,7 @@ METRICS: dict[str, tuple[str, Callable[[torch.device, bool], Metric]]] = {
     "psnr": ("PSNR in dB, higher is closer", _psnr),
     "ssim": ("SSIM, 1 is equal", _ssim),
     "lpips": (f"LPIPS ({LPIPS_BACKBONE}), 0 is equal", _lpips),
+    "st_lpips": (f"ST-LPIPS ({LPIPS_BACKBONE}, shift-tolerant), 0 is equal", _st_lpips),
     "clip_score": (f"CLIP score ({CLIP}) of picture and prompt, higher fits better", _clip_score),
     "fid": ("FID between the two sets, lower is closer", _inception_distance("FrechetInceptionDistance", {})),
     "kid": (

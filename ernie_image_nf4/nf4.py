@@ -105,7 +105,7 @@ def _quantize_by_search(weight: torch.Tensor, block_size: int) -> tuple[torch.Te
     nested_absmax = absmax.new_empty(-(-absmax.numel() // NESTED_BLOCK_SIZE))
     absmax = torch.empty_like(absmax, dtype=torch.uint8)
     signed = weight.shape[-1:].numel() % block_size == 0
-    levels, sums = create_dynamic_map().to(weight.device), _code_sums(signed).to(weight.device)
+    levels, sums = create_dynamic_map().to(weight.device), code_sums(signed).to(weight.device)
     largest_scale = torch.finfo(weight.dtype).max
 
     def quantize_piece(
@@ -113,14 +113,7 @@ def _quantize_by_search(weight: torch.Tensor, block_size: int) -> tuple[torch.Te
     ) -> None:
         padding = scales.numel() * block_size - values.numel()
         blocks = pad(values.float(), (0, padding)).view(-1, block_size)
-        largest = blocks.abs().amax(1, keepdim=True).clamp_min_(TINY)
-
-        # Two sums over a block for each of 32 ratios, as one sum of table rows: 3 ns a value on a CPU core, where dividing,
-        # rounding to codes and summing takes 30 ns for a single ratio. The clamp is for NaN.
-        index = (blocks / largest).mul_(GRID).round_().int().add_(GRID).clamp_(0, 2 * GRID)
-        products, squares = embedding_bag(index, sums, mode="sum").chunk(2, dim=1)
-        ideal = products / squares.clamp_min(TINY)
-        error = -products * ideal  # less the sum of the values' squares, the same for all ratios
+        largest, ideal, squares, error = search_scales(blocks, sums)
         best = ideal.gather(1, error.argmin(1, keepdim=True)).mul_(largest)
         padding = group_scales.numel() * NESTED_BLOCK_SIZE - scales.numel()
         group_scales.copy_(pad(best.view(-1), (0, padding)).view(-1, NESTED_BLOCK_SIZE).abs().amax(1))
@@ -128,15 +121,11 @@ def _quantize_by_search(weight: torch.Tensor, block_size: int) -> tuple[torch.Te
 
         # Now in units of the group's scale, in which the levels that 8 bits can have are known.
         unit = group_scales.repeat_interleave(NESTED_BLOCK_SIZE)[: scales.numel(), None]
-        ratio = largest / unit
-        ideal *= ratio
-        level = _nearest(ideal, levels)
-        error = error.mul_(ratio.square()).addcmul_(squares, (levels[level] - ideal).square_())
-        scales.copy_(level.gather(1, error.argmin(1, keepdim=True)).view(-1))
+        scales.copy_(choose_levels(largest, ideal, squares, error, unit, levels))
         scale = levels[scales.int()].view(-1, 1) * unit
 
-        nearest = _nearest(blocks / scale.where(scale != 0, torch.inf), nf4).byte().view(-1, 2)
-        codes.copy_((nearest[: codes.numel(), :1] << 4) | nearest[: codes.numel(), 1:])
+        nearest_codes = nearest(blocks / scale.where(scale != 0, torch.inf), nf4).byte().view(-1, 2)
+        codes.copy_((nearest_codes[: codes.numel(), :1] << 4) | nearest_codes[: codes.numel(), 1:])
 
     nf4 = get_4bit_type("nf4", device=weight.device)
     pieces = _pieces(weight, packed, absmax, block_size)
@@ -146,17 +135,81 @@ def _quantize_by_search(weight: torch.Tensor, block_size: int) -> tuple[torch.Te
     return packed, _state(weight, block_size, absmax, nested, torch.zeros((), device=weight.device))
 
 
+def search_scales(
+    blocks: torch.Tensor, sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the search knows of blocks before their scales are quantized.
+
+    Args:
+        blocks: float32, (blocks, block_size).
+        sums: `code_sums`, on the same device.
+
+    Returns:
+        Each block's largest magnitude, (blocks, 1); and for the codes of each ratio, (blocks, ratios): the scale of least error
+        in units of that magnitude, q.q, and the squared error less the sum of the values' squares.
+    """
+    largest = blocks.abs().amax(1, keepdim=True).clamp_min_(TINY)
+    # Two sums over a block for each of 32 ratios, as one sum of table rows: 3 ns a value on a CPU core, where dividing,
+    # rounding to codes and summing takes 30 ns for a single ratio. The clamp is for NaN.
+    index = (blocks / largest).mul_(GRID).round_().int().add_(GRID).clamp_(0, 2 * GRID)
+    products, squares = embedding_bag(index, sums, mode="sum").chunk(2, dim=1)
+    ideal = products / squares.clamp_min(TINY)
+    return largest, ideal, squares, -products * ideal
+
+
+def choose_levels(
+    largest: torch.Tensor,
+    ideal: torch.Tensor,
+    squares: torch.Tensor,
+    error: torch.Tensor,
+    unit: torch.Tensor,
+    levels: torch.Tensor,
+) -> torch.Tensor:
+    """The 8-bit level of least error of each block, given what `search_scales` returns (and this overwrites) and the scale of
+    its group, (blocks, 1)."""
+    ratio = largest / unit
+    ideal *= ratio
+    level = nearest(ideal, levels)
+    error = error.mul_(ratio.square()).addcmul_(squares, (levels[level] - ideal).square_())
+    return level.gather(1, error.argmin(1, keepdim=True)).view(-1)
+
+
+def assemble(
+    codes: torch.Tensor, levels: torch.Tensor, nested_absmax: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, QuantState]:
+    """NF4 of given codes and scales.
+
+    Args:
+        codes: Index of each value's number in NF4's table, of the shape of the weight.
+        levels: Index of each block's scale in the map of the 8-bit scales, in the order of the values.
+        nested_absmax: float32, what the scales of each group of 256 blocks are multiples of.
+        dtype: Of the weight.
+
+    Returns:
+        As of `quantize_nf4`.
+    """
+    pairs = codes.byte().reshape(-1, 2)
+    packed = (pairs[:, :1] << 4) | pairs[:, 1:]
+    code = create_dynamic_map().to(codes.device)
+    nested = QuantState(absmax=nested_absmax, code=code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
+    weight = torch.empty(codes.shape, dtype=dtype, device="meta")
+    block_size = codes.numel() // levels.numel()
+    state = _state(weight, block_size, levels.byte(), nested, torch.zeros((), device=codes.device))
+    state.code = state.code.to(codes.device)
+    return packed, state
+
+
 @functools.cache
-def _code_sums(signed: bool) -> torch.Tensor:
+def code_sums(signed: bool) -> torch.Tensor:
     """For each value of the search's grid, from -1 to 1: what it adds to the sums w.q and q.q, ratio by ratio."""
     values = torch.arange(-GRID, GRID + 1, device="cpu")[:, None] / GRID
     ratios = torch.tensor(RATIOS + [-ratio for ratio in RATIOS] if signed else RATIOS, device="cpu")
     code = get_4bit_type("nf4", device="cpu")
-    codes = code[_nearest(values / ratios, code)]
+    codes = code[nearest(values / ratios, code)]
     return torch.cat([values * codes, codes.square()], dim=1)
 
 
-def _nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """Index of the nearest number in a sorted code."""
     return torch.bucketize(values, (code[1:] + code[:-1]) / 2, out_int32=True)
 

@@ -145,6 +145,7 @@ def _main_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
         "psnr": "PSNR (dB)",
         "ssim": "SSIM",
         "lpips": "LPIPS",
+        "st_lpips": "ST-LPIPS",
         "clip_score": "CLIP score",
         "fid": "FID",
         "kid": "KID",

@@ -7,6 +7,7 @@ tensor by tensor. What comes out is what ``safetensors.torch.save_file`` writes 
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise InvalidRepository(f"Weight file {file} is missing: {DOWNLOAD_AGAIN}.")
     refuse_lfs_pointer(file)
-    size = file.stat().st_size
+    stat = file.stat()
+    return dict(_parse_header(file, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)  # several checks ask for the same one, each of some 1,000 lines of JSON
+def _parse_header(file: Path, size: int, mtime_ns: int) -> dict[str, StoredTensor]:
     broken = InvalidRepository(
         f"{file} ({size} bytes) is truncated or corrupt, not a whole safetensors file: {DOWNLOAD_AGAIN}."
     )

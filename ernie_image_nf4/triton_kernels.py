@@ -12,9 +12,10 @@ ELEMENTS = 1024  # a program of the purely element-wise kernel
 @triton.jit
 def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
-    tokens, width, eps, modulation_stride, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, width, eps, modulation_stride, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: an optional gated addition, then an optional norm and modulation."""
+    """One program a token: an optional gated addition, then an optional norm, then an optional modulation."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -31,9 +32,11 @@ def _modulated_norm(
         value = value * tl.rsqrt(tl.sum(value * value) / width + eps)
         weight = tl.load(weight_pointer + column, inside, 0.0).to(tl.float32)
         value = (value.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        scale = tl.load(scale_pointer + modulation, inside, 0.0).to(tl.float32)
-        shift = tl.load(shift_pointer + modulation, inside, 0.0).to(tl.float32)
-        tl.store(out_pointer + row * width + column, (value * (1 + scale) + shift).to(dtype), inside)
+        if HAS_MODULATION:
+            scale = tl.load(scale_pointer + modulation, inside, 0.0).to(tl.float32)
+            shift = tl.load(shift_pointer + modulation, inside, 0.0).to(tl.float32)
+            value = value * (1 + scale) + shift
+        tl.store(out_pointer + row * width + column, value.to(dtype), inside)
 
 
 def modulated_norm(x, branch, gate, weight, scale, shift, eps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,9 +47,21 @@ def modulated_norm(x, branch, gate, weight, scale, shift, eps) -> tuple[torch.Te
     out = torch.empty_like(x)
     _modulated_norm[(batch * tokens,)](
         x, x if branch is None else branch.contiguous(), scale if gate is None else gate, weight, scale, shift, total, out,
-        tokens, width, eps, scale.stride(0), branch is not None, True, triton.next_power_of_2(width), num_warps=8,
+        tokens, width, eps, scale.stride(0), branch is not None, True, True, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return total, out
+
+
+def rms_norm(x, weight, eps) -> torch.Tensor:
+    """See ``kernels.rms_norm``."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    _modulated_norm[(x.numel() // width,)](
+        x, x, x, weight, x, x, x, out,
+        1, width, eps, 0, False, True, False, triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def gated_add(x, branch, gate) -> torch.Tensor:
@@ -56,7 +71,7 @@ def gated_add(x, branch, gate) -> torch.Tensor:
     total = torch.empty_like(x)
     _modulated_norm[(batch * tokens,)](
         x, branch.contiguous(), gate, x, x, x, total, x,
-        tokens, width, 0.0, gate.stride(0), True, False, triton.next_power_of_2(width), num_warps=8,
+        tokens, width, 0.0, gate.stride(0), True, False, False, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return total
 

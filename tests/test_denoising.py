@@ -112,6 +112,7 @@ def test_triton_kernels_round_where_torch_does(dtype: torch.dtype, monkeypatch: 
     scale, shift, gate = t["modulation"].chunk(3, -1)
     calls = [
         lambda: kernels.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
+        lambda: kernels.rms_norm(t["x"], t["weight"], 1e-6),
         lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
         lambda: kernels.gated_add(t["x"], t["branch"], gate),
         lambda: kernels.norm_rotary(t["heads"], t["weight"][:32], t["angles"].cos(), t["angles"].sin(), 1e-6),

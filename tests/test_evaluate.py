@@ -258,6 +258,16 @@ def test_a_network_is_taken_from_the_local_cache_or_with_leave_downloaded(monkey
     check_cached("https://example.com/net.pth", download=False)
 
 
+def test_shift_tolerant_lpips_grows_with_noise():
+    pytest.importorskip("stlpips_pytorch")
+    metrics, _ = find_metrics(torch.device("cpu"), 2, download=False)
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    noisy = (pictures.float() + 20 * torch.randn(pictures.shape, generator=generator)).clamp(0, 255).byte()
+    assert metrics["st_lpips"](pictures, pictures, ["a", "b"]) == [0, 0]
+    assert all(value > 0.01 for value in metrics["st_lpips"](pictures, noisy, ["a", "b"]))
+
+
 def test_distances_between_sets_need_a_hundred_pictures():
     _, statuses = find_metrics(torch.device("cpu"), 99, download=False)
     assert statuses["fid"].reason == "compares sets of at least 100 pictures, here are 99"

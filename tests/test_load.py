@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.core_model_loading import WeightConverter
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidRepository, InvalidSettings
@@ -91,7 +93,7 @@ def test_the_weights_are_those_of_the_file(repository, pipe):
         assert torch.equal(pipe.transformer.layers[0].self_attention.to_q.weight.data, file.get_tensor(name))
 
 
-def test_fast_makes_no_difference_yet(repository, pipe):
+def test_on_a_cpu_fast_makes_no_difference(repository, pipe):
     assert np.array_equal(draw(load(repository, device="cpu", fast=False)), draw(pipe))
 
 
@@ -114,6 +116,9 @@ def test_upstream_is_as_it_was_after_loading(repository, copy):
     with pytest.raises(Exception, match=r".+"):
         load(copy, device="cpu")
     assert before == AUTO_QUANTIZER_MAPPING
+    assert "__deepcopy__" not in vars(WeightConverter)
+    assert torch.nn.init.kaiming_uniform_.__module__ == "torch.nn.init"
+    assert gc.isenabled()
     assert diffusers.utils.logging.is_progress_bar_enabled()
     assert transformers.utils.logging.is_progress_bar_enabled()
 

@@ -202,7 +202,7 @@ def test_scales_are_the_best_that_8_bits_allow_to_a_thousandth() -> None:
     levels = create_dynamic_map() * state.state2.absmax.repeat_interleave(256)[:, None]
     least = torch.full((len(blocks),), math.inf)
     for scale in levels.T[..., None]:
-        restored = NF4[nf4._nearest(blocks / scale, NF4)] * scale
+        restored = NF4[nf4.nearest(blocks / scale, NF4)] * scale
         least = torch.fmin(least, (restored - blocks).square().sum(1))
     assert restoring_error(weight, packed, state) <= 1.001 * least.sum().item()
 

@@ -159,12 +159,29 @@ def test_padded_prompts_go_to_upstream():
     assert find_request(model, (), inputs | {"max_new_tokens": 5}) is None
 
 
-def test_disabling_gives_upstreams_method_back():
+def test_disabling_gives_upstreams_methods_back():
     model = build("cpu")
+    norm = model.model.layers[0].input_layernorm
     enable_fast_decoding(model)
     assert "generate" in vars(model)
+    assert "forward" in vars(norm)
     disable_fast_decoding(model)
     assert "generate" not in vars(model)
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_are_upstreams(model, dtype):
+    norm = model.model.layers[0].input_layernorm.to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, model.config.hidden_size).to(model.device, dtype)
+    with torch.no_grad():
+        expected = norm(x)
+        enable_fast_decoding(model)
+        torch.testing.assert_close(norm(x), expected)
+    x.requires_grad_()
+    norm(x).sum().backward()  # trained, it is upstream's
+    assert x.grad is not None
 
 
 @pytest.mark.gpu
