@@ -1,13 +1,15 @@
 """The transformer's forward pass with less work between its products; its modules and weights stay upstream's.
 
-What changes against ``ErnieImageTransformer2DModel.forward``: the modulation is broadcast instead of copied to every token, sine and
-cosine of the rotary embedding are taken once instead of in every layer, padded rows attend without a mask (each row has its own
-length), and the element-wise work is fused (``kernels.py``). The results differ by rounding alone.
+What changes against ``ErnieImageTransformer2DModel.forward``: rows of different lengths are packed one behind the other, so that
+padding is neither computed nor masked (guidance pairs a prompt with an empty one), the modulation is broadcast instead of copied to
+every token, sine and cosine of the rotary embedding are taken once instead of in every layer, and the element-wise work is fused
+(``kernels.py``). The results differ by rounding alone.
 """
 
 from __future__ import annotations
 
 import types
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,15 +55,16 @@ def forward(
 
     angles = self.pos_embed(token_positions(rows, columns, text_bth.shape[1], text_lens)).squeeze(2)
     rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    lengths = row_lengths(text_lens, pixels, x.shape[1])
-    if lengths is not None and self.layers[0]._compiled_call_impl is not None:
-        # Lengths are constants to the compiler, which would compile anew for every prompt: a mask is not.
-        lengths = (torch.arange(x.shape[1], device=x.device) < pixels + text_lens[:, None])[:, None, None]
+    packing = pack(text_lens, pixels, x.shape[1])
+    if packing is not None:
+        x, *rotary = (part.flatten(0, 1).unsqueeze(0)[:, packing.kept] for part in (x, *rotary))
 
     conditioning = self.time_embedding(self.time_proj(timestep).to(x.dtype))
     modulation = self.adaLN_modulation(conditioning).chunk(6, -1)
     for block in self.layers:
-        x = block(x, rotary, modulation, lengths)
+        x = block(x, tuple(rotary), modulation, packing)
+    if packing is not None:
+        x = torch.stack([row[:pixels] for row in x[0].split(packing.lengths)])
     x = self.final_norm(x[:, :pixels].transpose(0, 1), conditioning).type_as(x)
     patches = self.final_linear(x).transpose(0, 1)
     patches = patches.reshape(batch, rows, columns, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
@@ -84,13 +87,35 @@ def token_positions(rows: int, columns: int, text: int, text_lens: torch.Tensor)
     return torch.cat([image, index], 1)
 
 
-def row_lengths(text_lens: torch.Tensor, pixels: int, tokens: int) -> tuple[int, ...] | None:
-    """Tokens of each row that are not padding, or None where no row has any.
+class Packing(NamedTuple):
+    """Rows of different lengths, one behind the other without their padding.
+
+    Attributes:
+        lengths: Tokens of each row.
+        kept: (N,) int64, where the tokens were when all rows had the same length, rows counted on.
+        rows: (N,) int64, the row of each token.
+    """
+
+    lengths: tuple[int, ...]
+    kept: torch.Tensor
+    rows: torch.Tensor
+
+
+def pack(text_lens: torch.Tensor, pixels: int, tokens: int) -> Packing | None:
+    """How to pack rows of `tokens` tokens, of which `pixels` and the text's length are no padding. None if none has any.
 
     Waits for the GPU, which the pipeline has just done itself to read the timestep.
     """
     lengths = tuple(pixels + length for length in text_lens.tolist())
-    return None if all(length == tokens for length in lengths) else lengths
+    if all(length == tokens for length in lengths):
+        return None
+    kept = torch.cat(
+        [
+            torch.arange(row * tokens, row * tokens + length, device=text_lens.device)
+            for row, length in enumerate(lengths)
+        ]
+    )
+    return Packing(lengths, kept, kept // tokens)
 
 
 def block_forward(
@@ -98,56 +123,50 @@ def block_forward(
     x: torch.Tensor,
     rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     temb: tuple[torch.Tensor, ...],
-    attention_mask: torch.Tensor | tuple[int, ...] | None = None,
+    attention_mask: torch.Tensor | Packing | None = None,
 ) -> torch.Tensor:
-    """A block on (B, S, H) with the modulation (B, H) of each row; called the way upstream calls it, it is upstream's.
+    """A block on (B, S, H), or packed on (1, N, H), with the modulation (B, H) of each row; called as upstream does, it is upstream's.
 
-    `rotary_pos_emb` holds cosine and sine, (B, S, D) each; `attention_mask` a bool mask (B, 1, 1, S), the rows' lengths, or None.
+    `rotary_pos_emb` holds cosine and sine, (B, S, D) or (1, N, D) each; `attention_mask` how rows are packed, None if they aren't.
     """
     if not isinstance(rotary_pos_emb, tuple):
         return type(self).forward(self, x, rotary_pos_emb, temb, attention_mask)
+    packing = attention_mask
+    rows = None if packing is None else packing.rows
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb
     norm, mlp_norm, mlp = self.adaLN_sa_ln, self.adaLN_mlp_ln, self.mlp
-    hidden = kernels.modulated_norm(x, norm.weight, scale_msa, shift_msa, norm.eps)
-    hidden = attend(self.self_attention, hidden, rotary_pos_emb, attention_mask)
-    x, hidden = kernels.gated_add_norm(x, hidden, gate_msa, mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps)
+    hidden = kernels.modulated_norm(x, norm.weight, scale_msa, shift_msa, norm.eps, rows)
+    hidden = attend(self.self_attention, hidden, rotary_pos_emb, packing)
+    x, hidden = kernels.gated_add_norm(x, hidden, gate_msa, mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps, rows)
     hidden = mlp.linear_fc2(kernels.gelu_times(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
-    return kernels.gated_add(x, hidden, gate_mlp)
+    return kernels.gated_add(x, hidden, gate_mlp, rows)
 
 
 def attend(
-    attention: nn.Module,
-    x: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | tuple[int, ...] | None,
+    attention: nn.Module, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], packing: Packing | None
 ) -> torch.Tensor:
-    """Self-attention on (B, S, H). Rows of different lengths attend one by one, which needs no mask and so takes flash kernels."""
+    """Self-attention on (B, S, H) or packed (1, N, H). Packed rows attend one by one, without a mask: that takes flash kernels."""
     query, key, value = (
         projection(x).unflatten(-1, (attention.heads, -1))
         for projection in (attention.to_q, attention.to_k, attention.to_v)
     )
     query = kernels.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = kernels.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)
-    if isinstance(mask, tuple):
-        out = torch.zeros_like(query)
-        for row, length in enumerate(mask):
-            part = slice(row, row + 1), slice(length)
-            out[part] = scaled_attention(attention, query[part], key[part], value[part], None)
+    if packing is None:
+        out = scaled_attention(attention, query, key, value)
     else:
-        out = scaled_attention(attention, query, key, value, mask)
+        each = zip(*(part.split(packing.lengths, dim=1) for part in (query, key, value)), strict=True)
+        out = torch.cat([scaled_attention(attention, *row) for row in each], dim=1)
     return attention.to_out[0](out.flatten(2, 3))
 
 
-def scaled_attention(
-    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def scaled_attention(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(B, S, heads, D) through whichever attention backend has been set on the model."""
     processor = attention.processor
     return dispatch_attention_fn(
         query,
         key,
         value,
-        attn_mask=mask,
         backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
     )

@@ -25,25 +25,31 @@ def use_triton(x: torch.Tensor) -> bool:
 
 
 def modulated_norm(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMS norm, then ``* (1 + scale) + shift``.
 
     Args:
-        x: (B, S, H).
+        x: (B, S, H), or (1, N, H) with `rows`.
         weight: (H,), of the norm.
         scale: (B, H).
         shift: (B, H).
         eps: Added to the mean square.
+        rows: (N,) int64, which of the B rows each token belongs to; None if all rows have S tokens.
 
     Returns:
-        (B, S, H), dtype of `x`.
+        As `x`.
     """
     if use_triton(x):
-        return _triton().modulated_norm(x, None, None, weight, scale, shift, eps)[1]
+        return _triton().modulated_norm(x, None, None, weight, scale, shift, eps, rows)[1]
     variance = x.float().pow(2).mean(-1, keepdim=True)
     normed = (x * torch.rsqrt(variance + eps)).to(x.dtype) * weight
-    return (normed.float() * (1 + scale.float().unsqueeze(1)) + shift.float().unsqueeze(1)).to(x.dtype)
+    return (normed.float() * (1 + _by_token(scale, rows)) + _by_token(shift, rows)).to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -62,19 +68,28 @@ def gated_add_norm(
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_add`, then `modulated_norm` of the sum. Returns both, each (B, S, H)."""
+    """`gated_add`, then `modulated_norm` of the sum. Returns both, each as `x`."""
     if use_triton(x):
-        return _triton().modulated_norm(x, branch, gate, weight, scale, shift, eps)
-    total = gated_add(x, branch, gate)
-    return total, modulated_norm(total, weight, scale, shift, eps)
+        return _triton().modulated_norm(x, branch, gate, weight, scale, shift, eps, rows)
+    total = gated_add(x, branch, gate, rows)
+    return total, modulated_norm(total, weight, scale, shift, eps, rows)
 
 
-def gated_add(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x + gate * branch``: (B, S, H), with `gate` (B, H)."""
+def gated_add(
+    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x + gate * branch``: (B, S, H), with `gate` (B, H); or packed as in `modulated_norm`."""
     if use_triton(x):
-        return _triton().gated_add(x, branch, gate)
-    return x + (gate.float().unsqueeze(1) * branch.float()).to(x.dtype)
+        return _triton().gated_add(x, branch, gate, rows)
+    return x + (_by_token(gate, rows) * branch.float()).to(x.dtype)
+
+
+def _by_token(modulation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """(B, H) as float32 that broadcasts over tokens: (B, 1, H), or (1, N, H) for packed ones."""
+    modulation = modulation.float()
+    return modulation.unsqueeze(1) if rows is None else modulation[rows].unsqueeze(0)
 
 
 def norm_rotary(

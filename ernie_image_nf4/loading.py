@@ -76,7 +76,7 @@ def load(
             transformer block by block as well (for 4 GB), ``"auto"`` chooses by the device's free memory and says so at INFO level.
         fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of the
             prompt enhancer, denoising, loading, offloading. False leaves them untouched.
-        compile: Compile the transformer's blocks as well; the first picture of each size waits for that.
+        compile: Compile the transformer's blocks as well; the first picture waits for that, without `fast` that of each size.
         prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
         revision: Branch, tag or commit of a Hub repository.
         token: Hub token, or True for the stored one.
@@ -133,8 +133,8 @@ def load(
             )
     _check_agreement(pipe, folder)
     placement.apply(pipe, where)
-    if compile:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True if fast else None)
     return pipe
 
 

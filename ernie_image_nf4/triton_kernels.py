@@ -12,14 +12,17 @@ ELEMENTS = 1024  # a program of the purely element-wise kernel
 @triton.jit
 def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
-    tokens, width, eps, modulation_stride, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows_pointer, tokens, width, eps, modulation_stride, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a token: an optional gated addition, then an optional norm, then an optional modulation."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    modulation = (row // tokens) * modulation_stride + column
+    if HAS_ROWS:
+        modulation = tl.load(rows_pointer + row) * modulation_stride + column
+    else:
+        modulation = (row // tokens) * modulation_stride + column
     x = tl.load(x_pointer + row * width + column, inside, 0.0)
     dtype = x.dtype
     if HAS_BRANCH:
@@ -39,7 +42,7 @@ def _modulated_norm(
         tl.store(out_pointer + row * width + column, value.to(dtype), inside)
 
 
-def modulated_norm(x, branch, gate, weight, scale, shift, eps) -> tuple[torch.Tensor, torch.Tensor]:
+def modulated_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``kernels.gated_add_norm``; without `branch` the first result is `x` itself."""
     x = x.contiguous()
     batch, tokens, width = x.shape
@@ -47,7 +50,8 @@ def modulated_norm(x, branch, gate, weight, scale, shift, eps) -> tuple[torch.Te
     out = torch.empty_like(x)
     _modulated_norm[(batch * tokens,)](
         x, x if branch is None else branch.contiguous(), scale if gate is None else gate, weight, scale, shift, total, out,
-        tokens, width, eps, scale.stride(0), branch is not None, True, True, triton.next_power_of_2(width), num_warps=8,
+        x if rows is None else rows, tokens, width, eps, scale.stride(0), branch is not None, True, True, rows is not None,
+        triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return total, out
 
@@ -59,19 +63,20 @@ def rms_norm(x, weight, eps) -> torch.Tensor:
     out = torch.empty_like(x)
     _modulated_norm[(x.numel() // width,)](
         x, x, x, weight, x, x, x, out,
-        1, width, eps, 0, False, True, False, triton.next_power_of_2(width), num_warps=8,
+        x, 1, width, eps, 0, False, True, False, False, triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return out
 
 
-def gated_add(x, branch, gate) -> torch.Tensor:
+def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
     """See ``kernels.gated_add``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
     total = torch.empty_like(x)
     _modulated_norm[(batch * tokens,)](
         x, branch.contiguous(), gate, x, x, x, total, x,
-        tokens, width, 0.0, gate.stride(0), True, False, False, triton.next_power_of_2(width), num_warps=8,
+        x if rows is None else rows, tokens, width, 0.0, gate.stride(0), True, False, False, rows is not None,
+        triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return total
 

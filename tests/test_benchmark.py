@@ -18,9 +18,8 @@ TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48)
 # The names of real arms, with options that a CPU has.
 CPU_ARMS = [
     Arm("demo", "ours", {"fast": False}),
-    Arm("resident", "ours", {"memory": "resident"}),
+    Arm("resident", "ours", {"memory": "resident", "dtype": "bfloat16"}),
     Arm("original, CPU offload", "original"),
-    Arm("changed", "ours", {"dtype": "bfloat16"}, pictures=1),
 ]
 
 
@@ -37,7 +36,7 @@ def arm(result: dict, name: str) -> dict:
 def test_every_arm_has_a_row_with_figures_or_with_the_reason_why_not(result):
     assert [row["name"] for row in result["arms"]] == [each.name for each in CPU_ARMS]
     assert "--original" in arm(result, "original, CPU offload")["error"]
-    for name in ("demo", "resident", "changed"):
+    for name in ("demo", "resident"):
         assert "error" not in arm(result, name), arm(result, name)
 
 
@@ -58,9 +57,8 @@ def test_the_figures_of_an_arm_add_up(result):
 
 
 def test_predictions_are_compared_with_the_demo(result):
-    assert arm(result, "resident")["prediction_error"] == 0  # on a CPU both are upstream's
-    assert 0 <= arm(result, "demo")["prediction_error"] < 1e-3  # float32, its batch reordered
-    assert 1e-4 < arm(result, "changed")["prediction_error"] < 0.1
+    assert 0 <= arm(result, "demo")["prediction_error"] < 1e-5  # float32, its batch reordered
+    assert 1e-4 < arm(result, "resident")["prediction_error"] < 0.1  # bfloat16
 
 
 def test_the_report_has_all_arms(result, tmp_path: Path):

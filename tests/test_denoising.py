@@ -79,17 +79,32 @@ def test_training_goes_through_upstream():
     assert transformer.layers[0].mlp.gate_proj.weight.grad is not None
 
 
+@torch.no_grad()
+def test_blocks_are_compiled_once_for_all_sizes_and_lengths_of_prompts():
+    transformer, lengths = build(), ((1, 9), (2, 9), (5, 9), (3, 12))
+    calls = [inputs("cpu", torch.float32, each) for each in lengths]
+    calls.append(calls[0] | {"hidden_states": torch.randn(2, 8, 12, 10, generator=torch.Generator().manual_seed(3))})
+    expected = [transformer(**call).sample for call in calls]
+    enable_fast_denoising(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for call, reference in zip(calls, expected, strict=True):
+            got = transformer(**call).sample
+            assert (got - reference).norm() / reference.norm() < 2e-6
+
+
 @pytest.mark.gpu
 @torch.no_grad()
-def test_compiled_blocks_give_the_same_without_compiling_for_every_prompt():
+def test_compiled_blocks_give_the_same_on_a_gpu():
     transformer = build().to("cuda", torch.bfloat16)
-    expected = [transformer(**inputs("cuda", torch.bfloat16, lengths)).sample for lengths in ((1, 9), (2, 9), (5, 9))]
+    calls = [inputs("cuda", torch.bfloat16, lengths) for lengths in ((1, 9), (2, 9), (5, 9))]
+    expected = [transformer(**call).sample.float() for call in calls]
     enable_fast_denoising(transformer)
-    transformer.compile_repeated_blocks(fullgraph=True)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for lengths, reference in zip(((1, 9), (2, 9), (5, 9)), expected, strict=True):
-            got = transformer(**inputs("cuda", torch.bfloat16, lengths)).sample
-            assert (got.float() - reference.float()).norm() / reference.float().norm() < 1e-2
+        for call, reference in zip(calls, expected, strict=True):
+            error = (transformer(**call).sample.float() - reference).norm() / reference.norm()
+            assert error < 1e-2
 
 
 def kernel_inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -110,11 +125,15 @@ def kernel_inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def test_triton_kernels_round_where_torch_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     t = kernel_inputs(dtype)
     scale, shift, gate = t["modulation"].chunk(3, -1)
+    packed, rows = t["x"].flatten(0, 1)[:9].unsqueeze(0), torch.tensor([0] * 4 + [1] * 5, device="cuda")
     calls = [
         lambda: kernels.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
         lambda: kernels.rms_norm(t["x"], t["weight"], 1e-6),
         lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
         lambda: kernels.gated_add(t["x"], t["branch"], gate),
+        lambda: kernels.modulated_norm(packed, t["weight"], scale, shift, 1e-6, rows),
+        lambda: kernels.gated_add_norm(packed, packed + 1, gate, t["weight"], scale, shift, 1e-6, rows)[1],
+        lambda: kernels.gated_add(packed, packed + 1, gate, rows),
         lambda: kernels.norm_rotary(t["heads"], t["weight"][:32], t["angles"].cos(), t["angles"].sin(), 1e-6),
         lambda: kernels.gelu_times(t["x"], t["branch"]),
     ]
