@@ -8,7 +8,7 @@ The hooks are accelerate's, where diffusers looks for them, so the pipeline stay
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -52,12 +52,14 @@ class OffloadHook(ModelHook):
     Attributes:
         execution_device: Where diffusers finds the device to compute on.
         following: The component that is called next; it is fetched meanwhile if both fit where the largest one does.
+        on_leaving: Called before the component leaves, for whoever holds on to the addresses of its weights.
     """
 
     def __init__(self, weights: HostWeights, turns: Turns, blocks: StreamedBlocks | None = None) -> None:
         self.weights, self.turns, self.blocks = weights, turns, blocks
         self.execution_device = weights.device
         self.following: OffloadHook | None = None
+        self.on_leaving: Callable[[], None] | None = None
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         if self.turns.current is not self:
@@ -74,6 +76,8 @@ class OffloadHook(ModelHook):
         return args, kwargs
 
     def leave(self) -> None:
+        if self.on_leaving is not None:
+            self.on_leaving()
         self.weights.leave()
         if self.blocks is not None:
             self.blocks.leave()

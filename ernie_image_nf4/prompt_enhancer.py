@@ -201,9 +201,15 @@ class Decoder:
             if len(pending) > LOOK_BACK and _all_true(pending.pop(0)):
                 break
         new = torch.cat(tokens, 1)
-        if hook is not None:
-            self.state = None  # its graph reads weights that are about to move
+        if hasattr(hook, "on_leaving"):
+            hook.on_leaving = self.forget
+        elif hook is not None:
+            self.forget()
         return torch.cat([ids, trimmed(new, state.end)], 1).to(request.input_ids.device)
+
+    def forget(self) -> None:
+        """Drop the state: its graph reads weights that are about to move."""
+        self.state = None
 
     def _state(self, request: Request, capacity: int) -> State:
         """A state ready for prefill: the last one, if it was of this kind and is large enough, or a new one."""

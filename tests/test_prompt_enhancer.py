@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
-from ernie_image_nf4 import prompt_enhancer
+from ernie_image_nf4 import load, prompt_enhancer
+from ernie_image_nf4.offloading import enable_offload
 from ernie_image_nf4.prompt_enhancer import disable_fast_decoding, enable_fast_decoding, find_request
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -194,3 +195,20 @@ def test_the_step_is_captured_once_for_calls_of_one_kind():
     assert graph is not None
     decoder.generate(request)
     assert decoder.state.graph is graph
+
+
+def test_offloaded_the_state_stays_until_the_enhancer_leaves(repository):
+    pipe = load(repository, device="cpu")
+    request = {"input_ids": torch.tensor([[1, 5, 9]]), "max_new_tokens": 4, "do_sample": False}
+    expected = pipe.pe.generate(**request)
+    enable_fast_decoding(pipe.pe)
+    enable_offload(pipe, torch.device("cpu"))
+    decoder = pipe.pe.generate.__closure__
+    (decoder,) = (cell.cell_contents for cell in decoder if isinstance(cell.cell_contents, prompt_enhancer.Decoder))
+    assert torch.equal(pipe.pe.generate(**request), expected)
+    state = decoder.state
+    assert torch.equal(pipe.pe.generate(**request), expected)
+    assert decoder.state is state
+    pipe.encode_prompt("a cat", torch.device("cpu"))
+    assert decoder.state is None
+    assert torch.equal(pipe.pe.generate(**request), expected)
