@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import REFERENCE
-from .errors import InvalidSettings
-from .generate import replacing
-from .report import markdown_table
+from .report import markdown_table, write_files
 
 COLUMNS = {
     "load (s)": ("load_s", 1),
@@ -51,14 +49,7 @@ def write_benchmark(result: dict[str, Any], folder: str | os.PathLike[str], name
         pass
     else:
         writers[f"{name}.png"] = lambda path: bar_chart(result, path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, write in writers.items():
-            with replacing(folder / file) as temporary:
-                write(temporary)
-    except OSError as error:
-        raise InvalidSettings(f"{folder} could not be written ({error.strerror}): name another folder.") from error
-    return [folder / file for file in writers]
+    return write_files(folder, writers)
 
 
 def markdown(result: dict[str, Any]) -> str:

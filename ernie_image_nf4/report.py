@@ -59,6 +59,15 @@ def write_report(evaluation: Evaluation, folder: str | os.PathLike[str]) -> list
             "timesteps.png": lambda path: _plot_timesteps(evaluation, path),
         }
     writers["evaluation.md"] = lambda path: path.write_text(markdown(evaluation, missing), encoding="utf-8")
+    return write_files(folder, writers)
+
+
+def write_files(folder: Path, writers: dict[str, Callable[[Path], object]]) -> list[Path]:
+    """Write files by name into a folder, which is made if need be.
+
+    Raises:
+        InvalidSettings: The folder can't be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():

@@ -271,6 +271,17 @@ def test_a_tokenizer_of_absurd_size(copy):
     refuse(copy, r"tokenizer.json has [\d,]+ bytes, such a file has at most")
 
 
+def test_other_vocabularies_of_absurd_size(copy):
+    (copy / "tokenizer" / "merges.txt").write_text(" " * (MAX_VOCABULARY + 1))
+    refuse(copy, r"merges.txt has [\d,]+ bytes, such a file has at most")
+
+
+def test_a_tokenizer_may_be_larger_than_other_json(copy):
+    with (copy / "tokenizer" / "tokenizer.json").open("a") as stream:
+        stream.write(" " * MAX_JSON)  # 17 MB in the published ones
+    load(copy, device="cpu")
+
+
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_json_nested_without_end(copy, opening):
     (copy / "vae" / "config.json").write_text(opening * 1_000_000)
@@ -319,6 +330,7 @@ def test_a_safetensors_header_nested_without_end(copy):
         {"shape": [2**40, 2**40], "data_offsets": [0, 2**80]},
         {"shape": [4.0], "data_offsets": [0, 4]},
         {"shape": [3], "data_offsets": [0, 3]},
+        {"shape": [5], "data_offsets": [0, 4]},  # fills the file, but reading it would go on behind its end
     ],
     ids=str,
 )
