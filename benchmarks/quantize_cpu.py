@@ -123,7 +123,7 @@ def error_ratio(weights: Iterable[torch.Tensor]) -> float:
 
 
 def quantize_stock(source: Path, output: Path) -> None:
-    quantize(source, output, device="cpu", scale_search=False, progress=False)
+    quantize(source, output, device="cpu", scale_search=False, default_keep=False, progress=False)
 
 
 def quantize_all(weights: list[torch.Tensor]) -> None:

@@ -78,13 +78,13 @@ def synthesize(work: Path, preset: str) -> None:
 def quantize(work: Path, preset: str) -> None:
     from ernie_image_nf4.quantize import quantize
 
-    quantize(work / ORIGINAL, work / OURS, scale_search=False, progress=False)
+    quantize(work / ORIGINAL, work / OURS, scale_search=False, default_keep=False, progress=False)
 
 
 def scale_search(work: Path, preset: str) -> None:
     from ernie_image_nf4.quantize import quantize
 
-    quantize(work / ORIGINAL, work / SEARCHED, scale_search=True, progress=False)
+    quantize(work / ORIGINAL, work / SEARCHED, default_keep=False, progress=False)
 
 
 def conventional(work: Path, preset: str) -> None:

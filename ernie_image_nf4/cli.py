@@ -214,13 +214,26 @@ def quantize(
         bool, typer.Option(help="Look for the scales of least error, or take those of bitsandbytes.")
     ] = True,
     keep: Annotated[
-        list[str] | None, typer.Option(help="Pattern of linear layers to keep unquantized; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Pattern of linear layers to keep unquantized beside the default ones; may be repeated."),
+    ] = None,
+    default_keep: Annotated[
+        bool, typer.Option(help="Keep the few layers unquantized that pictures depend on most.")
+    ] = True,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PROMPTS", help="Prompt file, as for generate: round the transformer for what these prompts need."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO_ID", help="Publish the result there.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Make an NF4 repository from an original one."""
+    from .prompt_file import read_prompts
+
+    prompts = [row.prompt for row in read_prompts(calibrate)] if calibrate else None
     from .quantize import quantize
 
     folder = quantize(
@@ -229,6 +242,8 @@ def quantize(
         device=device,
         scale_search=scale_search,
         keep=tuple(keep or ()),
+        default_keep=default_keep,
+        calibrate=prompts,
         revision=revision,
         push_to_hub=push_to_hub,
         progress=not quiet,

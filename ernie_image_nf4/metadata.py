@@ -66,6 +66,7 @@ class Quantization:
         double_quantization: Whether the scales are quantized themselves (8 bits, blocks of 256).
         compute_dtype: dtype of the products, as in the components' configs.
         scale_search: Whether each block's scale was searched for the least squared error.
+        calibration_prompts: How many prompts the transformer's codes were calibrated with, 0 if they weren't.
     """
 
     method: str = "bitsandbytes"
@@ -74,6 +75,7 @@ class Quantization:
     double_quantization: bool = True
     compute_dtype: str = "bfloat16"
     scale_search: bool = False
+    calibration_prompts: int = 0
 
 
 @dataclass(frozen=True)

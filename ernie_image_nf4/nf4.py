@@ -192,11 +192,9 @@ def assemble(
     packed = (pairs[:, :1] << 4) | pairs[:, 1:]
     code = create_dynamic_map().to(codes.device)
     nested = QuantState(absmax=nested_absmax, code=code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
-    weight = torch.empty(codes.shape, dtype=dtype, device="meta")
+    weight = torch.empty((), dtype=dtype, device=codes.device).expand(codes.shape)
     block_size = codes.numel() // levels.numel()
-    state = _state(weight, block_size, levels.byte(), nested, torch.zeros((), device=codes.device))
-    state.code = state.code.to(codes.device)
-    return packed, state
+    return packed, _state(weight, block_size, levels.byte(), nested, torch.zeros((), device=codes.device))
 
 
 @functools.cache

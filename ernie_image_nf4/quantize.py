@@ -7,6 +7,7 @@ leaves whole components, or nothing, and goes on from there.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from bitsandbytes.functional import QuantState
 from tqdm import tqdm
 
 from . import nf4
+from .calibration import NF4Weight, calibrate_transformer, move_weight
 from .card import CARD, LICENSE, describe_source, license_file, model_card
 from .errors import DeviceUnavailable, InvalidRepository, InvalidSettings
 from .hub import CONFIG_PATTERNS, check_repository, find_repository, weight_files
 from .layout import METADATA, MODEL_INDEX, Component
 from .metadata import ComponentRecord, Metadata, Recommended, installed_versions, to_json
 from .placement import find_device
-from .plan import QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
+from .plan import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
+from .prompt_file import read_prompts
 from .publish import create_repository, upload
 from .staging import Staging, folder_records, staging
 from .tensors import StoredTensor, TensorWriter, file_bytes, find_tensors, read_chunks, read_tensor
@@ -49,6 +53,8 @@ def quantize(
     device: str | None = None,
     scale_search: bool = True,
     keep: Sequence[str] = (),
+    default_keep: bool = True,
+    calibrate: str | Path | Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -68,7 +74,12 @@ def quantize(
         scale_search: Whether to look for each block's scale of least squared error, which takes two to three times as long on a
             CPU. Without, the weights are byte for byte those that bitsandbytes makes.
         keep: Globs over the full names of linear layers, the component first: ``"transformer.final_linear"``,
-            ``"*.self_attention.to_out.0"``. Matching layers, and all below a matching module, keep their precision.
+            ``"*.self_attention.to_out.0"``. Matching layers, and all below a matching module, keep their precision, and so do
+            those of `plan.DEFAULT_KEEP`.
+        default_keep: False quantizes the latter, unless `keep` names them.
+        calibrate: Prompt file, as `prompt_file.read_prompts` takes it, or prompts: the original draws them, and the transformer's
+            codes are rounded for what it needs then (see `calibration`). This takes the memory that drawing with the original
+            takes while components are offloaded. A few dozen prompts, of all kinds that matter, are enough.
         revision: Branch, tag or commit of a Hub source.
         token: Hub token, or True for the stored one.
         push_to_hub: Hub id to upload the result to.
@@ -83,30 +94,44 @@ def quantize(
         RepositoryNotFound: There is no such source, or the Hub can't be reached.
         InvalidRepository: The source is incomplete or damaged, of other classes, quantized already, or has NaN, infinite values
             or a dtype that NF4 isn't made from.
-        InvalidSettings: The output can't be written or is in use, its disk is too small, or a `keep` pattern matches nothing.
+        InvalidSettings: The output can't be written or is in use, its disk is too small, a `keep` pattern matches nothing, or
+            there are no prompts to calibrate with, or no scale search.
         DeviceUnavailable: There is no such device.
     """
     output = Path(output)
+    prompts = _calibration_prompts(calibrate, scale_search)
     target = find_device(device)
     folder = find_repository(source, revision=revision, token=token)
     if output.resolve().is_relative_to(folder.resolve()):
         raise InvalidSettings(f"{output} lies in the source, which is only read: name a folder outside of it.")
     components = check_repository(folder)
-    plans = {part.name: plan_weights(folder, part, keep) for part in components if part.quantized}
+    kept = [*keep, *(DEFAULT_KEEP if default_keep else ())]
+    plans = {part.name: plan_weights(folder, part, kept) for part in components if part.quantized}
     _check_patterns(keep, plans)
+    recommended = recommended or _recommended(folder, components)
     described = describe_source(folder, token)
     if push_to_hub:
         create_repository(push_to_hub, token)
     try:
-        with staging(output, _job(folder, components, target, scale_search, keep)) as made:
+        with staging(output, _job(folder, components, target, scale_search, kept, prompts, recommended)) as made:
             if made:
-                _make_components(made, folder, components, plans, target, scale_search, progress)
+                calibrate = partial(
+                    calibrate_transformer,
+                    folder,
+                    prompts=prompts,
+                    settings=recommended,
+                    device=target,
+                    progress=progress,
+                )
+                _make_components(
+                    made, folder, components, plans, target, scale_search, calibrate if prompts else None, progress
+                )
                 metadata = Metadata(
                     name=name or output.resolve().name,
                     source=described,
-                    quantization=replace(QUANTIZATION, scale_search=scale_search),
+                    quantization=replace(QUANTIZATION, scale_search=scale_search, calibration_prompts=len(prompts)),
                     components={part.name: made.records[part.name] for part in components},
-                    recommended=recommended or _recommended(folder, components),
+                    recommended=recommended,
                     versions=installed_versions(),
                 )
                 _make_rest(made, folder, metadata)
@@ -124,8 +149,26 @@ def quantize(
     return output
 
 
+def _calibration_prompts(calibrate: str | Path | Sequence[str] | None, scale_search: bool) -> list[str]:
+    """The prompts to calibrate with, none if that isn't asked for."""
+    if calibrate is None:
+        return []
+    if not scale_search:
+        raise InvalidSettings("Calibration starts from searched scales: leave the scale search on, or don't calibrate.")
+    prompts = [row.prompt for row in read_prompts(calibrate)] if isinstance(calibrate, str | Path) else list(calibrate)
+    if not prompts:
+        raise InvalidSettings("There are no prompts to calibrate with: name some, of every kind that matters.")
+    return prompts
+
+
 def _job(
-    folder: Path, components: Sequence[Component], device: torch.device, scale_search: bool, keep: Sequence[str]
+    folder: Path,
+    components: Sequence[Component],
+    device: torch.device,
+    scale_search: bool,
+    keep: Sequence[str],
+    prompts: Sequence[str],
+    recommended: Recommended,
 ) -> dict[str, Any]:
     """All that shapes the components: an unfinished output is only continued if none of it has changed."""
     files = [path for part in components for path in sorted((folder / part.name).iterdir()) if path.is_file()]
@@ -135,6 +178,9 @@ def _job(
         "device": device.type,
         "scale search": scale_search,
         "layers to keep": sorted(keep),
+        "calibration": [hashlib.sha256("\0".join(prompts).encode()).hexdigest(), asdict(recommended)]
+        if prompts
+        else None,
         "library versions": installed_versions(),
     }
 
@@ -146,6 +192,7 @@ def _make_components(
     plans: dict[str, WeightPlan],
     device: torch.device,
     scale_search: bool,
+    calibrate: Callable[..., dict[str, NF4Weight]] | None,
     progress: bool,
 ) -> None:
     """Makes all components that aren't finished, after checking that the disk has room for them."""
@@ -171,7 +218,8 @@ def _make_components(
             work.mkdir()
             if plan:
                 save_configs(plan.model, work)
-                error = _quantize_weights(plan, work / component.weights, device, scale_search, bar)
+                calibrated = calibrate(component=component, plan=plan) if calibrate and component.streamed else {}
+                error = _quantize_weights(plan, work / component.weights, device, scale_search, calibrated, bar)
             else:
                 _copy_component(folder, component, work, bar)
             # Digests take a second for 2 GB, which the next component doesn't wait for.
@@ -194,8 +242,18 @@ def _finish(made: Staging, folder: Path, component: Component, plan: WeightPlan 
     made.finish(component.name, record)
 
 
-def _quantize_weights(plan: WeightPlan, file: Path, device: torch.device, scale_search: bool, bar: tqdm) -> float:
-    """Writes the weight file of a component and returns the relative weight error of what was quantized."""
+def _quantize_weights(
+    plan: WeightPlan,
+    file: Path,
+    device: torch.device,
+    scale_search: bool,
+    calibrated: dict[str, NF4Weight],
+    bar: tqdm,
+) -> float:
+    """Writes the weight file of a component and returns the relative weight error of what was quantized.
+
+    Weights that were calibrated are written as they are.
+    """
     error = squares = 0.0
     kept, quantized = sorted(plan.tensors.keys() - plan.quantized), sorted(plan.quantized)
     with TensorWriter(file, plan.specs()) as writer:
@@ -205,7 +263,10 @@ def _quantize_weights(plan: WeightPlan, file: Path, device: torch.device, scale_
         with _behind() as write:
             for name, weight in zip(quantized, weights, strict=True):
                 on_device = weight.to(device, non_blocking=True)
-                packed, state = nf4.quantize_nf4(on_device, scale_search=scale_search)
+                if name in calibrated:
+                    packed, state = move_weight(calibrated.pop(name), device)
+                else:
+                    packed, state = nf4.quantize_nf4(on_device, scale_search=scale_search)
                 tensor_error, tensor_squares = nf4.squared_error(on_device, packed, state)
                 if not math.isfinite(tensor_squares):
                     raise _unusable(name, plan.tensors[name])

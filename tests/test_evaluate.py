@@ -115,7 +115,9 @@ def test_nf4_has_its_known_error_and_bytes(evaluation, repository):
         assert 0.07 < result.weight_error[component.name].overall < 0.11
         stored = find_tensors(weight_files(repository, component)).values()
         assert result.bytes[component.name] == pytest.approx(sum(tensor.spec.bytes for tensor in stored), rel=0.002)
-        assert 4.1 < result.bits_per_weight[component.name] < 6  # tiny layers have much beside their codes
+        assert (
+            4.1 < result.bits_per_weight[component.name] < 7
+        )  # tiny layers have much beside their codes, some are kept
         assert evaluation.results[0].bits_per_weight[component.name] == 16
     assert 0 < result.prediction_error.overall < 0.5
     assert len(result.prediction_error.timesteps) == len(result.prediction_error.relative_errors) == 10

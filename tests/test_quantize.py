@@ -103,8 +103,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stock(original: Path) -> Path:
-    """The NF4 repository of `original` with the scales that bitsandbytes takes."""
-    return quantize(original, original.with_name("ERNIE-Tiny-stock"), device="cpu", scale_search=False, progress=False)
+    """The NF4 repository of `original` with the layers and scales that diffusers, transformers and bitsandbytes take."""
+    return conventionally(original, original.with_name("ERNIE-Tiny-stock"))
+
+
+def conventionally(source: Path, output: Path, **options: object) -> Path:
+    """The NF4 repository that ours has to equal where nothing is made better."""
+    return quantize(
+        source, output, **{"device": "cpu", "scale_search": False, "default_keep": False, "progress": False} | options
+    )
+
+
+@pytest.fixture(scope="session")
+def searched(original: Path) -> Path:
+    """`stock` with searched scales."""
+    return conventionally(original, original.with_name("ERNIE-Tiny-searched"), scale_search=True)
 
 
 @contextmanager
@@ -135,7 +148,7 @@ def test_so_they_are_from_other_precisions(dtype: torch.dtype, plain: Path, tmp_
     source = Path(shutil.copytree(plain, tmp_path / "source"))
     for file in [file for component in QUANTIZED for file in weight_files(source, component)]:
         edit_tensors(file, lambda tensors: tensors.update({name: value.to(dtype) for name, value in tensors.items()}))
-    output = quantize(source, tmp_path / "output", device="cpu", scale_search=False, progress=False)
+    output = conventionally(source, tmp_path / "output")
     for component in QUANTIZED:
         theirs = conventional(source, component, tmp_path / "theirs", dtype, None)
         assert_same_component(output / component.name, theirs)
@@ -143,10 +156,10 @@ def test_so_they_are_from_other_precisions(dtype: torch.dtype, plain: Path, tmp_
 
 @quantized_components
 def test_scale_search_takes_no_more_bytes_and_lowers_the_error(
-    component: Component, stock: Path, repository: Path
+    component: Component, stock: Path, searched: Path
 ) -> None:
     """Every tensor has the same shape and dtype; only the settings, which hold the offset as text, may be shorter."""
-    tensors, expected = (load_file(folder / component.name / component.weights) for folder in (repository, stock))
+    tensors, expected = (load_file(folder / component.name / component.weights) for folder in (searched, stock))
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == expected[name].dtype
@@ -154,7 +167,7 @@ def test_scale_search_takes_no_more_bytes_and_lowers_the_error(
             assert tensor.numel() <= expected[name].numel()
         else:
             assert tensor.shape == expected[name].shape
-    errors = [read_metadata(folder).components[component.name].relative_weight_error for folder in (repository, stock)]
+    errors = [read_metadata(folder).components[component.name].relative_weight_error for folder in (searched, stock)]
     assert errors[0] ** 2 < 0.83 * errors[1] ** 2
 
 
@@ -209,11 +222,13 @@ def test_metadata_from_before_the_search_say_that_there_was_none(repository: Pat
 
 
 def test_the_command_line_can_leave_the_search_out(
-    original: Path, stock: Path, repository: Path, tmp_path: Path, command: Callable[..., object]
+    original: Path, stock: Path, searched: Path, tmp_path: Path, command: Callable[..., object]
 ) -> None:
-    for option, expected in (("--no-scale-search", stock), ("--scale-search", repository)):
+    for option, expected in (("--no-scale-search", stock), ("--scale-search", searched)):
         output = tmp_path / option
-        assert command("quantize", original, output, "--device", "cpu", "--quiet", option).code == 0
+        assert (
+            command("quantize", original, output, "--no-default-keep", "--device", "cpu", "--quiet", option).code == 0
+        )
         for component in QUANTIZED:
             assert_same_component(output / component.name, expected / component.name)
 
@@ -240,7 +255,7 @@ def test_a_tied_head_is_stored_once(original: Path, repository: Path) -> None:
 
 def test_a_head_that_differs_from_the_embeddings_is_kept(source: Path, tmp_path: Path) -> None:
     edit_tensors(source / "pe" / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
-    output = quantize(source, tmp_path / "output", device="cpu", scale_search=False, progress=False)
+    output = conventionally(source, tmp_path / "output")
     assert_same_component(
         output / "pe", conventional(source, COMPONENT["pe"], tmp_path / "theirs", torch.bfloat16, None)
     )
@@ -293,7 +308,7 @@ def test_the_source_is_only_read(source: Path, tmp_path: Path) -> None:
 
 def test_layers_are_kept_by_pattern_and_the_config_says_so(plain: Path, tmp_path: Path) -> None:
     patterns = ["transformer.final_linear", "*.layers.1.mlp", "pe.*.o_proj"]
-    output = quantize(plain, tmp_path / "output", device="cpu", scale_search=False, keep=patterns, progress=False)
+    output = conventionally(plain, tmp_path / "output", keep=patterns)
     metadata = read_metadata(output)
     kept = {component.name: metadata.components[component.name].kept_modules for component in QUANTIZED}
     assert kept["transformer"] == [
@@ -329,7 +344,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(original: Path, tmp_path: Pa
 
 def test_turbo_keeps_its_config_keys_and_gets_its_call_settings(source: Path, tmp_path: Path) -> None:
     edit_json(source / "transformer" / "config.json", use_lora=False, lora_rank=64)
-    output = quantize(source, tmp_path / "output", device="cpu", scale_search=False, progress=False)
+    output = conventionally(source, tmp_path / "output")
     assert read_metadata(output).recommended == Recommended(1024, 1024, num_inference_steps=8, guidance_scale=1.0)
     assert_same_component(
         output / "transformer",

@@ -138,7 +138,7 @@ def test_settings_of_another_block_size_than_the_scales_have(unrecorded: Path) -
 def test_a_quantized_weight_where_the_configuration_says_original(unrecorded: Path) -> None:
     path = unrecorded / "transformer" / TRANSFORMER.config
     config = json.loads(path.read_text())
-    config["quantization_config"]["llm_int8_skip_modules"] = [WEIGHT.removesuffix(".weight")]
+    config["quantization_config"]["llm_int8_skip_modules"].append(WEIGHT.removesuffix(".weight"))
     path.write_text(json.dumps(config))
     check(unrecorded, f"tensor {WEIGHT} has shape")
 
@@ -181,6 +181,19 @@ def test_an_index_that_lists_other_tensors_than_its_shards_have(unrecorded: Path
     assert all(report.ok for report in verify(unrecorded))
     index.write_text(json.dumps({"weight_map": {WEIGHT: shard.name}}))
     check(unrecorded, "doesn't list the tensors of its files")
+
+
+def test_a_tensor_in_two_shards(unrecorded: Path) -> None:
+    file = unrecorded / "transformer" / TRANSFORMER.weights
+    tensors = load_file(file)
+    alone = "x_embedder.proj.weight"
+    shards = {"a": {alone, WEIGHT}, "b": tensors.keys() - {alone}}  # in the second the index finds it
+    for name, names in shards.items():
+        save_file({each: tensors[each] for each in names}, file.with_name(f"{name}.safetensors"))
+    weight_map = dict.fromkeys(tensors, "b.safetensors") | {alone: "a.safetensors"}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    file.unlink()
+    check(unrecorded, f"tensor {WEIGHT} is in another file as well")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""How far NF4 pictures of the mini are from its original's: stock, scale search, layers kept, calibration, and other libraries.
+
+    python benchmarks/nf4_mini.py ORIGINAL --work /tmp/nf4-mini --output benchmarks/nf4_mini.json --device cuda --batch 50
+
+ORIGINAL is the folder of the mini in original precision, as training/ makes it. The captions are held-out scenes, half of them
+in each language, with a fixed seed for each; calibration uses captions of other scenes. `--peers` adds other libraries'
+formats, `--classifier FILE` the accuracy of what is drawn. Beside the JSON goes a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+
+from ernie_image_nf4.evaluate import Evaluation, Result, evaluate
+from ernie_image_nf4.evaluate import to_json as evaluation_json
+from ernie_image_nf4.metadata import Recommended
+from ernie_image_nf4.peers import PEERS
+from ernie_image_nf4.placement import find_device
+from ernie_image_nf4.prompt_file import Row
+from ernie_image_nf4.quantize import quantize
+from training.classifier import SceneClassifier, accuracies, classify
+from training.scenes import Scene, caption, sample_scene
+
+SETTINGS = Recommended(256, 256, 25, 4.0)
+CALIBRATION_PROMPTS = 64
+VARIANTS = {
+    "stock": {"scale_search": False, "default_keep": False},
+    "scale_search": {"default_keep": False},
+    "default": {},
+    "calibrated": {"calibrate": True},
+    "calibrated_all": {"calibrate": True, "default_keep": False},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("original", type=Path)
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the repositories; those in it are used again"
+    )
+    parser.add_argument("--output", type=Path, default=Path("nf4_mini.json"))
+    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, separated by commas")
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="other libraries' formats")
+    parser.add_argument("--size", type=int, default=SETTINGS.height)
+    parser.add_argument("--steps", type=int, default=SETTINGS.num_inference_steps)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--device", help="default: the best there is")
+    parser.add_argument("--dtype", help="default: bfloat16, float32 on CPUs")
+    parser.add_argument("--classifier", type=Path, help="weights of the judge of training/classifier.py")
+    arguments = parser.parse_args()
+
+    names = arguments.variants.split(",")
+    made = {name: make(name, arguments.original, arguments.work, arguments.device) for name in names}
+    scenes, rows = held_out(arguments.captions)
+    candidates = [str(made[name][0]) for name in names] + arguments.peers
+    *_, evaluation = evaluate(
+        arguments.original,
+        candidates,
+        prompts=rows,
+        height=arguments.size,
+        width=arguments.size,
+        steps=arguments.steps,
+        guidance=SETTINGS.guidance_scale,
+        batch_size=arguments.batch,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        command=" ".join(["python", *sys.argv]),
+        progress=True,
+    )
+    accuracies = judge(evaluation, scenes, arguments.classifier, arguments.device) if arguments.classifier else {}
+    results = {
+        name: figures(result) | accuracies.get(result.name, {})
+        for name, result in zip(["original", *names, *arguments.peers], evaluation.results, strict=True)
+    }
+    for name in names:
+        results[name]["quantize_s"] = made[name][1]
+    content = {
+        "command": evaluation.command,
+        "machine": {"device": evaluation.device, "platform": platform.platform()},
+        "versions": evaluation.versions,
+        "dtype": evaluation.dtype,
+        "captions": len(rows),
+        "calibration_prompts": CALIBRATION_PROMPTS,
+        "settings": vars(evaluation.settings),
+        "batch_size": evaluation.batch_size,
+        "results": results,
+    }
+    arguments.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    details = json.loads(evaluation_json(evaluation))
+    arguments.output.with_suffix(".details.json").write_text(json.dumps(details) + "\n", encoding="utf-8")
+    text = table(results)
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def make(name: str, original: Path, work: Path, device: str | None) -> tuple[Path, float | None]:
+    """The NF4 repository of one variant, and the seconds that it took; None if it was there."""
+    folder = work / name
+    if (folder / "model_index.json").exists() and not (folder / ".unfinished").exists():
+        return folder, None
+    options = dict(VARIANTS[name])
+    if options.get("calibrate"):
+        options["calibrate"] = calibration_prompts()
+    began = time.perf_counter()
+    quantize(original, folder, device=device, recommended=SETTINGS, **options)
+    return folder, round(time.perf_counter() - began, 1)
+
+
+def held_out(count: int) -> tuple[list[Scene], list[Row]]:
+    """Scenes that no training picture showed, and their captions, English and Chinese in turn."""
+    rng = random.Random(123)
+    scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
+    texts = [caption(scene, language(number), rng) for number, scene in enumerate(scenes)]
+    return scenes, [Row(text, seed=number) for number, text in enumerate(texts)]
+
+
+def calibration_prompts() -> list[str]:
+    """Captions of training scenes."""
+    rng = random.Random(7)
+    return [caption(sample_scene(rng), language(number), rng) for number in range(CALIBRATION_PROMPTS)]
+
+
+def language(number: int) -> str:
+    return ("en", "zh")[number % 2]
+
+
+def judge(
+    evaluation: Evaluation, scenes: list[Scene], classifier: Path, device: str | None
+) -> dict[str, dict[str, float]]:
+    """What the classifier of training/ finds right in each result's pictures."""
+    model = SceneClassifier()
+    model.load_state_dict({name: value.float() for name, value in load_file(classifier).items()})
+    where = find_device(device)
+    model.eval().to(where)
+    found = {}
+    for name, pictures in evaluation.pictures.items():
+        seen = classify(model, pictures.to(where, torch.float32) / 127.5 - 1)
+        found[name] = {f"{what}_accuracy": round(value, 4) for what, value in accuracies(seen, scenes).items()}
+    return found
+
+
+def figures(result: Result) -> dict[str, object]:
+    """The flat figures of one result."""
+    if result.error:
+        return {"error": result.error}
+    return {
+        "format": result.format,
+        "bytes": result.bytes,
+        "bits_per_weight": result.bits_per_weight,
+        "weight_error": {name: error.overall for name, error in result.weight_error.items()},
+        "prediction_error": result.prediction_error and result.prediction_error.overall,
+        **{name: score.mean for name, score in result.scores.items()},
+        "seconds_per_image": result.seconds_per_image,
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown: a row for each result, with what it gains over stock NF4."""
+    stock = results.get("stock", {}).get("psnr")
+    lines = [
+        "| | bits per weight | weight error | prediction error | PSNR (dB) | over stock (dB) | SSIM | objects right |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, result in results.items():
+        if "error" in result:
+            lines.append(f"| {name} | {result['error']} |")
+            continue
+        psnr = result.get("psnr")
+        cells = [
+            (result["bits_per_weight"].get("transformer"), ".3f"),
+            (result["weight_error"].get("transformer"), ".4f"),
+            (result["prediction_error"], ".4f"),
+            (psnr, ".2f"),
+            (psnr - stock if psnr and stock else None, "+.2f"),
+            (result.get("ssim"), ".4f"),
+            (result.get("object_accuracy"), ".1%"),
+        ]
+        lines.append(f"| {name} | " + " | ".join("" if x is None else format(x, form) for x, form in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
