@@ -16,7 +16,8 @@ COLUMNS = {
     "s per picture": ("seconds", 2),
     "prompt enhancer (ms a token)": ("prompt_enhancer_ms_per_token", 1),
     "step (ms)": ("step_ms", 1),
-    "peak reserved (GiB)": ("peak_reserved_gib", 2),
+    "peak reserved, loading (GiB)": ("loading_peak_reserved_gib", 2),
+    "drawing (GiB)": ("peak_reserved_gib", 2),
     "peak allocated (GiB)": ("peak_allocated_gib", 2),
     "prediction error": ("prediction_error", 4),
 }
@@ -60,14 +61,24 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {size}x{size}, {workload['steps']} steps, guidance {workload['guidance']}, {workload['tokens']} tokens of prompt enhancing",
         f"{result['machine']}. Medians of the pictures after the first; prediction error: largest relative error of the "
         "transformer's output over ten timesteps against the demo, in the demo's own row that of its batch reordered.",
-        _table(result["arms"], COLUMNS),
+        _table([arm for arm in result["arms"] if arm["way"] != "peer"], COLUMNS),
     ]
+    peers = [arm for arm in result["arms"] if arm["way"] == "peer" and "error" not in arm]
+    if peers:
+        sections += [
+            "Other libraries' formats, **without the prompt enhancer**; quantized on the GPU while loading:",
+            _table(peers, COLUMNS),
+        ]
     notes = [f"- {arm['name']}: could not run, {arm['error']}" for arm in result["arms"] if "error" in arm]
     if notes:
         sections.append("\n".join(notes))
     measured = [{"name": arm["name"]} | arm["large"] for arm in result["arms"] if "large" in arm]
     if measured:
-        sections += [f"## {large}x{large}, without the prompt enhancer", _table(measured, LARGE_COLUMNS)]
+        sections += [
+            f"## {large}x{large}, without the prompt enhancer",
+            f"The second of two pictures of {max(2, workload['steps'] // 5)} steps.",
+            _table(measured, LARGE_COLUMNS),
+        ]
     if "rows" in result.get("growth", {}):
         sections += [
             "## How a step grows",
@@ -100,10 +111,10 @@ def _table(arms: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> s
 
 
 def bar_chart(result: dict[str, Any], path: Path) -> None:
-    """Seconds per picture and peak reserved memory of every arm, the demo's as a line."""
+    """Seconds per picture and peak reserved memory of every arm with a prompt enhancer, the demo's as a line."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
-    arms = [arm for arm in result["arms"] if "error" not in arm]
+    arms = [arm for arm in result["arms"] if "error" not in arm and arm["way"] != "peer"]
     names = [arm["name"] for arm in arms]
     figure = Figure(figsize=(10, 0.9 + 0.42 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -29,8 +29,13 @@ def enable_tiling(vae: AutoencoderKLFlux2, fits: Callable[[int], bool]) -> None:
     @functools.wraps(upstream)
     def decode(z: torch.Tensor, *args, **kwargs):
         pixels = z.shape[-2] * z.shape[-1] * scale**2
-        vae.use_slicing = not fits(pixels * len(z))
-        vae.use_tiling = not fits(pixels)
-        return upstream(vae, z, *args, **kwargs)
+        chosen = vae.use_slicing, vae.use_tiling
+        if z.is_cuda:
+            torch.cuda.empty_cache()  # what denoising leaves free lies in pieces too small for this
+        try:
+            vae.use_slicing, vae.use_tiling = chosen[0] or not fits(pixels * len(z)), chosen[1] or not fits(pixels)
+            return upstream(vae, z, *args, **kwargs)
+        finally:
+            vae.use_slicing, vae.use_tiling = chosen
 
     vae.decode = decode

@@ -22,7 +22,13 @@ from . import kernels
 
 
 def enable_fast_denoising(transformer: ErnieImageTransformer2DModel) -> None:
-    """Replace the forward methods of this one transformer and of its blocks. `disable_fast_denoising` undoes it."""
+    """Replace the forward methods of this one transformer and of its blocks. `disable_fast_denoising` undoes it.
+
+    One with heads of another size than a power of two, which the kernels need, is left as it is.
+    """
+    head_size = transformer.config.hidden_size // transformer.config.num_attention_heads
+    if head_size & (head_size - 1):
+        return
     transformer.forward = types.MethodType(forward, transformer)
     for block in transformer.layers:
         block.forward = types.MethodType(block_forward, block)
@@ -31,7 +37,10 @@ def enable_fast_denoising(transformer: ErnieImageTransformer2DModel) -> None:
 def disable_fast_denoising(transformer: ErnieImageTransformer2DModel) -> None:
     """Give the forward methods back to upstream."""
     for module in (transformer, *transformer.layers):
-        vars(module).pop("forward", None)
+        if hasattr(module, "_hf_hook"):  # accelerate's wrapper stays
+            module._old_forward = types.MethodType(type(module).forward, module)
+        else:
+            vars(module).pop("forward", None)
 
 
 def forward(
@@ -49,20 +58,17 @@ def forward(
     size = self.patch_size
     rows, columns = height // size, width // size
     pixels = rows * columns
+    packing, rotary = positions(self, text_lens, text_bth.shape[1], rows, columns, hidden_states.dtype)
     if self.text_proj is not None and text_bth.numel():
         text_bth = self.text_proj(text_bth)
     x = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
-
-    angles = self.pos_embed(token_positions(rows, columns, text_bth.shape[1], text_lens)).squeeze(2)
-    rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    packing = pack(text_lens, pixels, x.shape[1])
     if packing is not None:
-        x, *rotary = (part.flatten(0, 1).unsqueeze(0)[:, packing.kept] for part in (x, *rotary))
+        x = packed(x, packing)
 
     conditioning = self.time_embedding(self.time_proj(timestep).to(x.dtype))
     modulation = self.adaLN_modulation(conditioning).chunk(6, -1)
     for block in self.layers:
-        x = block(x, tuple(rotary), modulation, packing)
+        x = block(x, rotary, modulation, packing)
     if packing is not None:
         x = torch.stack([row[:pixels] for row in x[0].split(packing.lengths)])
     x = self.final_norm(x[:, :pixels].transpose(0, 1), conditioning).type_as(x)
@@ -70,6 +76,27 @@ def forward(
     patches = patches.reshape(batch, rows, columns, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
     sample = patches.reshape(batch, self.out_channels, height, width)
     return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def positions(
+    self: ErnieImageTransformer2DModel, text_lens: torch.Tensor, text: int, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Packing | None, tuple[torch.Tensor, torch.Tensor]]:
+    """How rows are packed, and cosine and sine of their tokens' rotary angles, (B, S, D) or (1, N, D) each.
+
+    All steps of a picture have the same, given in the same tensor of lengths: they are kept until another one comes.
+    """
+    version = None if text_lens.is_inference() else text_lens._version
+    key = (version, text, rows, columns, dtype)
+    kept = vars(self).get("_positions")
+    if kept is not None and kept[0] is text_lens and kept[1] == key:
+        return kept[2]
+    angles = self.pos_embed(token_positions(rows, columns, text, text_lens)).squeeze(2)
+    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+    packing = pack(text_lens, rows * columns, angles.shape[1])
+    if packing is not None:
+        rotary = packed(rotary[0], packing), packed(rotary[1], packing)
+    self._positions = (text_lens, key, (packing, rotary))
+    return packing, rotary
 
 
 def token_positions(rows: int, columns: int, text: int, text_lens: torch.Tensor) -> torch.Tensor:
@@ -116,6 +143,11 @@ def pack(text_lens: torch.Tensor, pixels: int, tokens: int) -> Packing | None:
         ]
     )
     return Packing(lengths, kept, kept // tokens)
+
+
+def packed(x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(B, S, ...) -> (1, N, ...). The result is no view, which compiled blocks would tell apart from other blocks' inputs."""
+    return x.flatten(0, 1).unsqueeze(0)[:, packing.kept]
 
 
 def block_forward(

@@ -217,6 +217,8 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     """
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    from .offloading import free_device
+
     started = time.perf_counter()
     with seeded(settings.seed, pipe._execution_device):
         try:
@@ -236,7 +238,8 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
             message = memory_ran_out(pipe, settings)
             # The frames of the failed call hold its tensors, and a smaller picture is to fit next.
             traceback.clear_frames(error.__traceback__)
-            pipe.maybe_free_model_hooks()  # with offload: what was on the GPU goes back
+            free_device(pipe)
+            pipe.maybe_free_model_hooks()  # of diffusers' own offloading
             clear_device_cache(garbage_collection=True)
             raise DeviceUnavailable(message) from error
     revised = result.revised_prompts[0] if result.revised_prompts else None

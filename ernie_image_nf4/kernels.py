@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 
 import torch
 import torch.nn.functional as F
 
+logger = logging.getLogger(__name__)
+
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; torch brings it on Linux with CUDA."""
-    return importlib.util.find_spec("triton") is not None
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton works on a CUDA device: torch brings it on Linux, but it needs a C compiler and compute capability 7.0."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    probe = torch.zeros(1, device=device)
+    try:
+        _triton().gelu_times(probe, probe)
+    except (
+        Exception
+    ) as error:  # of Triton, its compiler or the system's: each has its own, and none matters to the result
+        logger.info("Triton doesn't work here (%s): PyTorch's own kernels are used.", error)
+        return False
+    return True
 
 
 def use_triton(x: torch.Tensor) -> bool:
     """Kernels for CUDA tensors; under torch.compile the plain form, which inductor fuses itself."""
-    return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
+    return x.is_cuda and not torch.compiler.is_compiling() and has_triton(x.device)
 
 
 def modulated_norm(

@@ -117,6 +117,8 @@ def load(
     metadata = read_metadata_if_ours(folder)
     recommended = metadata.recommended if metadata else Recommended()
     fast = fast and chosen_device.type == "cuda"
+    if fast and torch.cuda.memory_allocated(chosen_device):
+        gc.collect()  # a pipeline of before may still hold its weights: replaced methods make it refer to itself
     mode = placement.find_memory(
         memory,
         chosen_device,
@@ -134,7 +136,7 @@ def load(
     _check_agreement(pipe, folder)
     placement.apply(pipe, where)
     if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True if fast else None)
+        pipe.transformer.compile_repeated_blocks(fullgraph=not fast, dynamic=True if fast else None)
     return pipe
 
 

@@ -17,7 +17,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImagePipeline
 from torch import nn
 
-from .weight_blocks import HostWeights, host_weights
+from .weight_blocks import HostWeights, host_weights, tensors_of
 
 PINNING_THREADS = 4  # one takes six seconds to lock 9 GB in memory
 
@@ -26,6 +26,7 @@ class StreamedBlocks(nn.ModuleList):
     """The transformer's blocks, each of which comes to the device while the ones before it compute.
 
     Two are there at a time. Whoever iterates over the list, as both forward passes do, gets each block with its weights in place.
+    A list of upstream's becomes one by a change of its class, so that names and state dict stay as they are.
     """
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -55,25 +56,36 @@ class OffloadHook(ModelHook):
         on_leaving: Called before the component leaves, for whoever holds on to the addresses of its weights.
     """
 
-    def __init__(self, weights: HostWeights, turns: Turns, blocks: StreamedBlocks | None = None) -> None:
-        self.weights, self.turns, self.blocks = weights, turns, blocks
+    def __init__(
+        self,
+        weights: HostWeights,
+        turns: Turns,
+        excluded: Iterable[nn.Module] = (),
+        blocks: StreamedBlocks | None = None,
+    ) -> None:
+        self.weights, self.turns, self.excluded, self.blocks = weights, turns, excluded, blocks
         self.execution_device = weights.device
         self.following: OffloadHook | None = None
         self.on_leaving: Callable[[], None] | None = None
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         if self.turns.current is not self:
-            if self.turns.current is not None:
-                self.turns.current.leave()
-            self.turns.current = self
+            self.turns.end()
             self.weights.bring(self.turns.stream)
+            self.turns.current = self  # not before, lest a component that found no room be taken for there
+            self._bring_adapters(module)
             following = self.following
             if following is not None and self.weights.bytes + following.weights.bytes <= self.turns.limit:
                 following.weights.prefetch(self.turns.stream)
-            elif self.turns.stream is not None:
-                # Blocks of weights, free now, are of no use to the larger tensors of a picture.
-                torch.cuda.empty_cache()
         return args, kwargs
+
+    def _bring_adapters(self, module: nn.Module) -> None:
+        """Move what the module didn't have when it was offloaded (a LoRA is small) to the device, where it stays."""
+        parts = [self.weights, *(self.blocks.weights if self.blocks is not None else ())]
+        known = {id(slot.owner) for part in parts for slot in part.slots}
+        for owner, name in tensors_of(module, self.excluded):
+            if id(owner) not in known:
+                setattr(owner, name, getattr(owner, name).to(self.execution_device))
 
     def leave(self) -> None:
         if self.on_leaving is not None:
@@ -96,6 +108,14 @@ class Turns:
     stream: torch.cuda.Stream | None
     limit: int
     current: OffloadHook | None = None
+
+    def end(self) -> None:
+        """Let the component that is there leave, and give its memory back: blocks of weights don't fit a picture's tensors."""
+        if self.current is not None:
+            self.current.leave()
+            self.current = None
+        if self.stream is not None:
+            torch.cuda.empty_cache()
 
 
 def enable_offload(
@@ -125,9 +145,17 @@ def enable_offload(
         blocks.weights, blocks.stream = weights[len(order) :], turns.stream
     hooks = []
     for module, part in zip(order, weights, strict=False):
-        hooks.append(OffloadHook(part, turns, blocks if stream_blocks and module is pipe.transformer else None))
+        streamed = blocks if stream_blocks and module is pipe.transformer else None
+        hooks.append(OffloadHook(part, turns, [each for each in excluded if each is not blocks], streamed))
         add_hook_to_module(module, hooks[-1])
     turns.limit = max(hook.weights.bytes for hook in hooks)
     for hook, following in itertools.pairwise(hooks):
         hook.following = following
     return turns.limit
+
+
+def free_device(pipe: ErnieImagePipeline) -> None:
+    """Let the component of an offloaded pipeline that is on the device leave."""
+    hook = getattr(pipe.transformer, "_hf_hook", None)
+    if isinstance(hook, OffloadHook):
+        hook.turns.end()

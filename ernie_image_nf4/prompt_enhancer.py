@@ -8,6 +8,7 @@ CUDA graph. On other devices the same step runs uncaptured, which is how its res
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from transformers.generation import (
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RMSNorm
 
 from . import kernels
+from .weight_blocks import tensors_of
 
 ARGUMENTS = {
     "attention_mask", "do_sample", "eos_token_id", "input_ids", "max_new_tokens", "min_new_tokens", "pad_token_id", "temperature",
@@ -85,9 +87,9 @@ def enable_fast_decoding(model: PreTrainedModel) -> None:
 
 def disable_fast_decoding(model: PreTrainedModel) -> None:
     """Give ``model.generate``, and its norms, back to upstream."""
-    for module in (model, *norms(model)):
-        vars(module).pop("generate", None)
-        vars(module).pop("forward", None)
+    vars(model).pop("generate", None)
+    for norm in norms(model):
+        vars(norm).pop("forward", None)
 
 
 def norms(model: PreTrainedModel) -> list[Ministral3RMSNorm]:
@@ -176,18 +178,33 @@ class Decoder:
         self.model = model
         self.state: State | None = None
         self.settings: tuple = ()
+        self.lock = threading.Lock()
 
+    @torch.inference_mode(False)  # the state outlives the call, and others may not be in inference mode
     @torch.no_grad()
     def generate(self, request: Request) -> torch.Tensor:
         """Input and new tokens, (batch, length + new) int64 on the input's device, as upstream's ``generate`` returns them."""
         hook = getattr(self.model, "_hf_hook", None)
-        if hook is not None:  # offloaded: brings the model to its device, which upstream's forward would do
-            hook.pre_forward(self.model)
-        device = self.model.get_input_embeddings().weight.device
-        ids = request.input_ids.to(device)
+        with self.lock:
+            if hook is not None:  # offloaded: brings the model to its device, which upstream's forward would do
+                hook.pre_forward(self.model)
+            if hasattr(hook, "on_leaving"):
+                hook.on_leaving = self.forget
+            ids = request.input_ids.to(self.model.get_input_embeddings().weight.device)
+            try:
+                with torch.cuda.device_of(ids):  # graphs are captured on the current device, whichever the model's is
+                    return self._generate(request, ids).to(request.input_ids.device)
+            except BaseException:
+                self.forget()
+                raise
+            finally:
+                if hook is not None and not hasattr(hook, "on_leaving"):
+                    self.forget()
+
+    def _generate(self, request: Request, ids: torch.Tensor) -> torch.Tensor:
         length = ids.shape[1]
         limit = length + request.max_new_tokens
-        state = self._state(request, min(limit, _rounded(length + CACHE_STEP)))
+        state = self._state(request, _rounded(length + CACHE_STEP // 2))
         tokens, pending = [], []
 
         prefill(self.model, state, ids, request)
@@ -195,17 +212,15 @@ class Decoder:
             if step:
                 if length + step > state.capacity:
                     state = self._grown(state, request, min(limit, _rounded(2 * state.capacity)))
-                state.graph.replay() if state.graph else decode(self.model, state, request)
+                if state.graph:
+                    state.graph.replay()
+                else:
+                    decode(self.model, state, request)
             tokens.append(state.token.clone())
             pending.append(_copied(state.ended))
             if len(pending) > LOOK_BACK and _all_true(pending.pop(0)):
                 break
-        new = torch.cat(tokens, 1)
-        if hasattr(hook, "on_leaving"):
-            hook.on_leaving = self.forget
-        elif hook is not None:
-            self.forget()
-        return torch.cat([ids, trimmed(new, state.end)], 1).to(request.input_ids.device)
+        return torch.cat([ids, trimmed(torch.cat(tokens, 1), state.end)], 1)
 
     def forget(self) -> None:
         """Drop the state: its graph reads weights that are about to move."""
@@ -214,7 +229,9 @@ class Decoder:
     def _state(self, request: Request, capacity: int) -> State:
         """A state ready for prefill: the last one, if it was of this kind and is large enough, or a new one."""
         weight = self.model.get_input_embeddings().weight
-        settings = (*request.settings, weight.device, weight.data_ptr())
+        # A graph reads weights where they were when it was captured, adapters included.
+        addresses = tuple(getattr(owner, name).data_ptr() for owner, name in tensors_of(self.model))
+        settings = (*request.settings, weight.device, addresses)
         if self.state is None or self.settings != settings or self.state.capacity < capacity:
             self.state = None  # before the new one takes its memory
             state = new_state(self.model, request, capacity)
@@ -309,14 +326,14 @@ def capture(model: PreTrainedModel, state: State, request: Request) -> None:
     """Record `decode` as a CUDA graph of `state`. The global random state is left as it was."""
     device = state.token.device
     random_state = torch.cuda.get_rng_state(device)
+    decode(model, state, request)  # allocates the cache, where it belongs to this stream
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(2):  # allocates the cache and whatever the kernels keep
-            decode(model, state, request)
+        decode(model, state, request)  # allocates whatever the kernels keep for a stream
     torch.cuda.current_stream(device).wait_stream(stream)
     state.graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(state.graph):
+    with torch.cuda.graph(state.graph, stream=stream, capture_error_mode="thread_local"):
         decode(model, state, request)
     torch.cuda.set_rng_state(random_state, device)
 
@@ -339,7 +356,7 @@ def _copied(ended: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]
     host = torch.empty(ended.shape, dtype=torch.bool, pin_memory=True)
     host.copy_(ended, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(ended.device))
     return host, event
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,18 @@ import triton.language as tl
 ELEMENTS = 1024  # a program of the purely element-wise kernel
 
 
-@triton.jit
+def _on_its_device(launch):
+    """Triton launches on the current device, whichever the first tensor's is."""
+
+    @functools.wraps(launch)
+    def guarded(x, *args):
+        with torch.cuda.device_of(x):
+            return launch(x, *args)
+
+    return guarded
+
+
+@triton.jit(do_not_specialize=["tokens"])  # which differ from prompt to prompt
 def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
     rows_pointer, tokens, width, eps, modulation_stride, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr,
@@ -42,6 +55,7 @@ def _modulated_norm(
         tl.store(out_pointer + row * width + column, value.to(dtype), inside)
 
 
+@_on_its_device
 def modulated_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``kernels.gated_add_norm``; without `branch` the first result is `x` itself."""
     x = x.contiguous()
@@ -56,6 +70,7 @@ def modulated_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tup
     return total, out
 
 
+@_on_its_device
 def rms_norm(x, weight, eps) -> torch.Tensor:
     """See ``kernels.rms_norm``."""
     x = x.contiguous()
@@ -68,6 +83,7 @@ def rms_norm(x, weight, eps) -> torch.Tensor:
     return out
 
 
+@_on_its_device
 def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
     """See ``kernels.gated_add``."""
     x = x.contiguous()
@@ -106,10 +122,13 @@ def _norm_rotary(
         tl.load(sin_pointer + angle + HALF).to(tl.float32),
     )
     out = row * heads * (2 * HALF) + offset
-    tl.store(out_pointer + out, (a * cos_a - b * sin_a).to(dtype), inside)
-    tl.store(out_pointer + out + HALF, (b * cos_b + a * sin_b).to(dtype), inside)
+    first = (a * cos_a).to(dtype).to(tl.float32) - (b * sin_a).to(dtype).to(tl.float32)
+    tl.store(out_pointer + out, first.to(dtype), inside)
+    second = (b * cos_b).to(dtype).to(tl.float32) + (a * sin_b).to(dtype).to(tl.float32)
+    tl.store(out_pointer + out + HALF, second.to(dtype), inside)
 
 
+@_on_its_device
 def norm_rotary(x, weight, cos, sin, eps) -> torch.Tensor:
     """See ``kernels.norm_rotary``."""
     batch, tokens, heads, size = x.shape
@@ -123,7 +142,7 @@ def norm_rotary(x, weight, cos, sin, eps) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gelu_times(gate_pointer, up_pointer, out_pointer, count, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
@@ -135,6 +154,7 @@ def _gelu_times(gate_pointer, up_pointer, out_pointer, count, BLOCK: tl.constexp
     tl.store(out_pointer + index, (value.to(dtype).to(tl.float32) * up).to(dtype), inside)
 
 
+@_on_its_device
 def gelu_times(gate, up) -> torch.Tensor:
     """See ``kernels.gelu_times``."""
     gate, up = gate.contiguous(), up.contiguous()

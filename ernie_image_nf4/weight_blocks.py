@@ -135,12 +135,16 @@ class HostWeights:
 
     def leave(self) -> None:
         """Let the module's tensors be those of the host again, and free the copies."""
-        self._wait()  # for a copy under way that nobody used: its memory is about to be another's
+        self._wait()
         for slot, view in zip(self.slots, self._host_views, strict=True):
             slot.point_to(view)
         self.on_device, self.ready = [], None
 
+    def __del__(self) -> None:
+        self._wait()
+
     def _wait(self) -> None:
+        """Let this stream's later work, and whoever gets the memory next, wait for a copy under way."""
         if self.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready)
 

@@ -14,7 +14,7 @@ from ernie_image_nf4.benchmark_report import markdown, write_benchmark
 from ernie_image_nf4.cli import app
 from ernie_image_nf4.errors import InvalidSettings
 
-TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48)
+TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
 # The names of real arms, with options that a CPU has.
 CPU_ARMS = [
     Arm("demo", "ours", {"fast": False}),

@@ -62,10 +62,17 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles_and_nearly_the_same(vae
 
 
 def test_the_choice_is_made_for_each_call(vae):
-    room = [0]
+    room, seen = [0], []
+    vae.decoder.register_forward_pre_hook(lambda *_: seen.append(vae.use_tiling))
     enable_tiling(vae, lambda pixels: pixels <= room[0])
     decode(vae, latents(1, 64))
-    assert vae.use_tiling
     room[0] = 64 * 64
     decode(vae, latents(1, 64))
-    assert not vae.use_tiling
+    assert seen == [True, False]
+
+
+def test_tiling_that_the_user_chose_stays(vae):
+    enable_tiling(vae, lambda pixels: True)
+    vae.enable_tiling()
+    decode(vae, latents(1, 64))
+    assert vae.use_tiling

@@ -68,6 +68,29 @@ def test_it_runs_our_blocks_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 3
 
 
+@torch.no_grad()
+def test_what_is_kept_for_a_picture_is_not_taken_for_another():
+    transformer = build()
+    call = inputs("cpu", torch.float32, (2, 5))
+    larger = call | {"hidden_states": torch.randn(2, 8, 10, 6, generator=torch.Generator().manual_seed(3))}
+    other = call | {"text_lens": torch.tensor([5, 3])}
+    expected = [transformer(**each).sample for each in (call, larger, other)]
+    enable_fast_denoising(transformer)
+    for each, reference in zip((call, larger, call, other), (*expected[:2], expected[0], expected[2]), strict=True):
+        assert (transformer(**each).sample - reference).norm() / reference.norm() < 2e-6
+    call["text_lens"].copy_(other["text_lens"])  # in place
+    assert (transformer(**call).sample - expected[2]).norm() / expected[2].norm() < 2e-6
+
+
+def test_a_transformer_with_heads_of_another_size_is_left_alone():
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=72, num_attention_heads=3, num_layers=1, ffn_hidden_size=64, in_channels=8, out_channels=8, text_in_dim=24,
+        rope_axes_dim=(8, 8, 8),
+    )  # fmt: skip
+    enable_fast_denoising(transformer)
+    assert "forward" not in vars(transformer)
+
+
 def test_training_goes_through_upstream():
     transformer = build()
     arguments = inputs("cpu", torch.float32, (2, 3))
@@ -107,34 +130,38 @@ def test_compiled_blocks_give_the_same_on_a_gpu():
             assert error < 1e-2
 
 
-def kernel_inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def kernel_inputs(dtype: torch.dtype, width: int, head: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     shapes = {
-        "x": (2, 7, 96),
-        "branch": (2, 7, 96),
-        "weight": (96,),
-        "modulation": (2, 3 * 96),
-        "heads": (2, 7, 3, 32),
-        "angles": (2, 7, 32),
+        "x": (2, 7, width),
+        "branch": (2, 7, width),
+        "weight": (width,),
+        "modulation": (2, 3 * width),
+        "heads": (2, 7, width // head, head),
+        "angles": (2, 7, head),
     }
     return {name: torch.randn(shape, generator=generator).cuda().to(dtype) for name, shape in shapes.items()}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_kernels_round_where_torch_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    t = kernel_inputs(dtype)
+@pytest.mark.parametrize(("width", "head"), [(96, 32), (4096, 128)])
+def test_triton_kernels_round_where_torch_does(
+    dtype: torch.dtype, width: int, head: int, monkeypatch: pytest.MonkeyPatch
+):
+    t = kernel_inputs(dtype, width, head)
     scale, shift, gate = t["modulation"].chunk(3, -1)
     packed, rows = t["x"].flatten(0, 1)[:9].unsqueeze(0), torch.tensor([0] * 4 + [1] * 5, device="cuda")
     calls = [
         lambda: kernels.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
         lambda: kernels.rms_norm(t["x"], t["weight"], 1e-6),
         lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
+        lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[0],
         lambda: kernels.gated_add(t["x"], t["branch"], gate),
         lambda: kernels.modulated_norm(packed, t["weight"], scale, shift, 1e-6, rows),
         lambda: kernels.gated_add_norm(packed, packed + 1, gate, t["weight"], scale, shift, 1e-6, rows)[1],
         lambda: kernels.gated_add(packed, packed + 1, gate, rows),
-        lambda: kernels.norm_rotary(t["heads"], t["weight"][:32], t["angles"].cos(), t["angles"].sin(), 1e-6),
+        lambda: kernels.norm_rotary(t["heads"], t["weight"][:head], t["angles"].cos(), t["angles"].sin(), 1e-6),
         lambda: kernels.gelu_times(t["x"], t["branch"]),
     ]
     assert kernels.use_triton(t["x"])

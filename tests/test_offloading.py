@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ernie_image_nf4 import load, weight_blocks
+from ernie_image_nf4.denoising import enable_fast_denoising
 from ernie_image_nf4.layout import COMPONENT
-from ernie_image_nf4.offloading import StreamedBlocks, enable_offload
+from ernie_image_nf4.offloading import StreamedBlocks, enable_offload, free_device
 from ernie_image_nf4.text_encoding import enable_host_embeddings, unused_modules
 from ernie_image_nf4.weight_blocks import host_weights, move_to_device, pieces_of, slots_of, tensors_of
 
@@ -188,3 +189,43 @@ def test_what_text_to_image_never_uses_stays_off_the_gpu(repository: Path):
     unused = unused_modules(pipe.text_encoder, COMPONENT["text_encoder"].unused)
     assert {tensor.device.type for part in unused for tensor in part.parameters()} == {"cpu"}
     assert pipe.text_encoder.device.type == pipe.device.type == "cuda"
+
+
+def add_lora(transformer: torch.nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    transformer.add_adapter(config)
+
+
+@pytest.mark.parametrize("stream_blocks", [False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_adapters_loaded_into_offloaded_components_come_along(repository: Path, device: str, stream_blocks: bool):
+    expected = load(repository, device=device, dtype="float32", memory="resident")
+    pipe = load(repository, device="cpu", dtype="float32")
+    if device == "cuda":
+        enable_fast_denoising(pipe.transformer)
+    enable_offload(pipe, torch.device(device), stream_blocks=stream_blocks)
+    before = draw(pipe)
+    for each in (expected, pipe):
+        add_lora(each.transformer)
+    after = draw(pipe)
+    assert not np.array_equal(after, before)
+    assert np.array_equal(after, draw(expected))
+
+
+def test_a_component_that_found_no_room_is_brought_again(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe = load(repository, device="cpu")
+    expected = draw(pipe)
+    enable_offload(pipe, torch.device("cpu"))
+    weights = pipe.transformer._hf_hook.weights
+    monkeypatch.setattr(weights, "bring", lambda stream: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(pipe)
+    assert pipe.transformer._hf_hook.turns.current is None
+    monkeypatch.undo()
+    assert np.array_equal(draw(pipe), expected)
+    free_device(pipe)
+    assert not any(
+        getattr(pipe, name)._hf_hook.weights.on_device for name in ("pe", "text_encoder", "transformer", "vae")
+    )

@@ -212,3 +212,23 @@ def test_offloaded_the_state_stays_until_the_enhancer_leaves(repository):
     pipe.encode_prompt("a cat", torch.device("cpu"))
     assert decoder.state is None
     assert torch.equal(pipe.pe.generate(**request), expected)
+
+
+def test_a_call_in_inference_mode_does_not_spoil_the_next(model, monkeypatch):
+    served(model, monkeypatch)
+    inputs = prompt(model, 1, 4) | {"max_new_tokens": 5, "do_sample": False}
+    with torch.inference_mode():
+        first = model.generate(**inputs)
+    assert torch.equal(model.generate(**inputs), first)
+
+
+@pytest.mark.gpu
+def test_weights_that_moved_are_captured_anew(repository):
+    pipe = load(repository, device="cuda", memory="resident")
+    request = {"input_ids": torch.tensor([[1, 5, 9]], device="cuda"), "max_new_tokens": 8, "do_sample": False}
+    expected = pipe.pe.generate(**request)
+    pipe.to("cpu")
+    filler = torch.empty(1 << 20, device="cuda")
+    pipe.to("cuda")
+    assert torch.equal(pipe.pe.generate(**request), expected)
+    del filler

@@ -130,6 +130,11 @@ def test_settings_of_a_quantization_state_that_make_no_sense(unrecorded: Path, c
     check(unrecorded, f"tensor {WEIGHT} (was quantized with {next(iter(changes))}|has the offset None)")
 
 
+def test_settings_of_a_quantization_state_of_absurd_length(unrecorded: Path) -> None:
+    edit_settings(unrecorded, comment=" " * 5000)
+    check(unrecorded, f"the quantization state of tensor {WEIGHT} is unreadable")
+
+
 def test_settings_of_another_block_size_than_the_scales_have(unrecorded: Path) -> None:
     edit_settings(unrecorded, blocksize=128)
     check(unrecorded, f"tensor {WEIGHT}.absmax is .*, expected TensorSpec")
