@@ -38,6 +38,8 @@ def summary() -> dict[str, float]:
         errors = run["scale_search_vs_stock"]["squared_error"]
         figures |= {
             "quantize.cpu_vs_bitsandbytes": run["cpu_vs_bitsandbytes"],
+            "quantize.cpu_projected_s": run["projected_full_size_s"],
+            "nf4.cpu_time_vs_stock": run["scale_search_vs_stock"]["time"],
             "nf4.error_vs_stock.mini": errors["transformer"],
             "nf4.error_vs_stock.normal": errors["normal"],
         }
