@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,15 @@ def test_debug_shows_the_traceback(monkeypatch, place):
         ernie_image_nf4.cli.main()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a terminal's process has it: one started in the background ignores it, and so would the test, for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_no_half_picture(generate, tmp_path):
     timer = threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
