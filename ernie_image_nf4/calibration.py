@@ -6,8 +6,8 @@ quantized model. Rounding goes column by column and has the columns still to com
 https://arxiv.org/abs/2210.17323; with y beside x GPTAQ, https://arxiv.org/abs/2504.02692; with g after GuidedQuant,
 https://arxiv.org/abs/2505.07004). Then codes and scales are each set to their best, the others given, a few times over.
 
-The result is NF4 like any other. The text encoder isn't calibrated: of the error of the mini's pictures, its share is a
-hundredth (they differ by 49 dB with its NF4 alone, by 30 with the transformer's).
+The result is NF4 like any other. The text encoder isn't calibrated: its share of the error of
+pictures is small.
 
 Of the original, the whole transformer is on the device for drawing and for g, as with offloading. Afterwards it comes block by
 block: the original and the quantized block, and the sums over x and y of one of its layers. What goes into a block lies in host

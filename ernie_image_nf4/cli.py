@@ -58,6 +58,11 @@ def common(
     """ERNIE-Image with NF4 weights: draw, quantize, check."""
 
 
+SizeOption = Annotated[int | None, typer.Option(help="Pixels. Default: as the model recommends.")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale. Default: as the model recommends.")]
+MemoryOption = Annotated[str, typer.Option(help="auto, resident, offload or stream.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")]
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Folder or Hub id. Default: the repository this package stands in.")
 ]
@@ -86,7 +91,7 @@ def generate(
     width: Annotated[
         int | None, typer.Option(help="Pixels, a multiple of 16. Default: as the model recommends.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")] = None,
+    steps: StepsOption = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale, 1 for none. Default: as the model recommends.")
     ] = None,
@@ -99,10 +104,8 @@ def generate(
         bool, typer.Option("--no-pe", help="Draw the prompt as it is, without the prompt enhancer.")
     ] = False,
     count: Annotated[int, typer.Option(help="Pictures, with seeds counting up from the first.")] = 1,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")
-    ] = None,
-    memory: Annotated[str, typer.Option(help="auto, resident, offload or stream.")] = "auto",
+    device: DeviceOption = None,
+    memory: MemoryOption = "auto",
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the transformer; pays off from a few pictures on.")
     ] = False,
@@ -306,16 +309,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Prompts as for generate, with seeds if they like. Default: eight built-in ones."),
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. Default: as the model recommends.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. Default: as the model recommends.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: as the model recommends.")] = None,
+    height: SizeOption = None,
+    width: SizeOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt's noise; the others count up.")] = 0,
     batch: Annotated[int, typer.Option(help="Pictures to draw together.")] = 1,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")
-    ] = None,
-    memory: Annotated[str, typer.Option(help="auto, resident, offload or stream.")] = "auto",
+    device: DeviceOption = None,
+    memory: MemoryOption = "auto",
     download_metrics: Annotated[
         bool, typer.Option("--download-metrics", help="Let LPIPS, CLIP score, FID and KID download their networks.")
     ] = False,

@@ -273,8 +273,8 @@ def _diffusers_nf4_on(device: torch.device) -> Iterator[None]:
 def _cheap_conversions() -> Iterator[None]:
     """Let transformers copy the conversion of each weight one level deep while the context lasts.
 
-    It copies each with all that hangs on it, the quantizer and its configuration among them: 1.5 of the 2.4 s that Python takes
-    for the full-size components.
+    It copies each with all that hangs on it, the quantizer and its configuration among them, which is
+    much of the time that Python takes.
     """
     with upstream_lock:
         WeightConverter.__deepcopy__ = _copy_one_level
@@ -297,7 +297,7 @@ def _copy_one_level(converter: WeightConverter, memo: dict) -> WeightConverter:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Keep Python from looking for garbage among the hundred thousand objects that are all to stay, a fifth of the time."""
+    """Keep Python from looking for garbage among the hundred thousand objects that are all to stay."""
     collecting = gc.isenabled()
     gc.disable()
     try:

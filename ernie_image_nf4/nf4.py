@@ -149,8 +149,8 @@ def search_scales(
         in units of that magnitude, q.q, and the squared error less the sum of the values' squares.
     """
     largest = blocks.abs().amax(1, keepdim=True).clamp_min_(TINY)
-    # Two sums over a block for each of 32 ratios, as one sum of table rows: 3 ns a value on a CPU core, where dividing,
-    # rounding to codes and summing takes 30 ns for a single ratio. The clamp is for NaN.
+    # Two sums over a block for each of 32 ratios, as one sum of table rows: less work for all of them than
+    # dividing, rounding to codes and summing is for one. The clamp is for NaN.
     index = (blocks / largest).mul_(GRID).round_().int().add_(GRID).clamp_(0, 2 * GRID)
     products, squares = embedding_bag(index, sums, mode="sum").chunk(2, dim=1)
     ideal = products / squares.clamp_min(TINY)

@@ -19,7 +19,7 @@ from torch import nn
 
 from .weight_blocks import HostWeights, host_weights, tensors_of
 
-PINNING_THREADS = 4  # one takes six seconds to lock 9 GB in memory
+PINNING_THREADS = 4  # locking memory is most of the time that loading takes here
 
 
 class StreamedBlocks(nn.ModuleList):

@@ -1,8 +1,8 @@
 """Fast decoding for the prompt enhancer: a static cache and one captured decode step, sampling included.
 
-Upstream's ``generate`` takes 32-55 ms a token on an H100 for a 3.8B model whose weights could be read in one: Python starts
-some two thousand kernels a token. Here the whole step (embedding, layers, logits, warping, sampling, end test) is one
-CUDA graph. On other devices the same step runs uncaptured, which is how its results are tested without a GPU.
+Upstream's ``generate`` waits for Python, which starts every kernel of every token. Here the whole step (embedding, layers, logits,
+warping, sampling, end test) is one CUDA graph. On other devices the same step runs uncaptured, which is how its results are tested
+without a GPU.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def disable_fast_decoding(model: PreTrainedModel) -> None:
 
 
 def norms(model: PreTrainedModel) -> list[Ministral3RMSNorm]:
-    """Two a layer, seven kernels each as upstream has them: a third of the kernels of a step."""
+    """The norms, several kernels each as upstream has them."""
     return [module for module in model.modules() if isinstance(module, Ministral3RMSNorm)]
 
 

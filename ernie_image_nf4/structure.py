@@ -137,7 +137,7 @@ def _expected_tensors(
         count: How many tensors it has. A model of more parameters is given up while it is built.
     """
     place = folder / component.name
-    with upstream_lock, no_init_weights():  # which takes half the time, even without storage
+    with upstream_lock, no_init_weights():  # which takes time even without storage
         with library_reading(place / component.config), _at_most(count + MAX_TIED, place / component.config):
             model = skeleton(component, place)
             names, aliases = saved_names(model), tied_weights(model)

@@ -1,7 +1,7 @@
 """A module's tensors in a few blocks of memory, which move between host and device as a whole.
 
-A full-size component has some two thousand tensors, quantization states included. Moved one by one from pageable memory they come
-over at 4 GB/s on an H100's host; a few pinned blocks come at the speed of the bus.
+A full-size component has many tensors, quantization states included. Moved one by one from pageable memory they
+come slowly; a few pinned blocks come at the speed of the bus.
 """
 
 from __future__ import annotations
