@@ -24,22 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no
 
 from ernie_image_nf4.evaluate import Evaluation, Result, evaluate
 from ernie_image_nf4.evaluate import to_json as evaluation_json
-from ernie_image_nf4.metadata import Recommended
 from ernie_image_nf4.peers import PEERS
 from ernie_image_nf4.placement import find_device
 from ernie_image_nf4.prompt_file import Row
 from ernie_image_nf4.quantize import quantize
 from training.classifier import SceneClassifier, accuracies, classify
+from training.export import CALIBRATION_PROMPTS, RECOMMENDED, calibration_prompts
 from training.scenes import Scene, caption, sample_scene
 
-SETTINGS = Recommended(256, 256, 25, 4.0)
-CALIBRATION_PROMPTS = 64
+SETTINGS = RECOMMENDED
 VARIANTS = {
     "stock": {"scale_search": False, "default_keep": False},
     "scale_search": {"default_keep": False},
     "default": {},
     "calibrated": {"calibrate": True},
-    "calibrated_all": {"calibrate": True, "default_keep": False},
 }
 
 
@@ -124,12 +122,6 @@ def held_out(count: int) -> tuple[list[Scene], list[Row]]:
     scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
     texts = [caption(scene, language(number), rng) for number, scene in enumerate(scenes)]
     return scenes, [Row(text, seed=number) for number, text in enumerate(texts)]
-
-
-def calibration_prompts() -> list[str]:
-    """Captions of training scenes."""
-    rng = random.Random(7)
-    return [caption(sample_scene(rng), language(number), rng) for number in range(CALIBRATION_PROMPTS)]
 
 
 def language(number: int) -> str:

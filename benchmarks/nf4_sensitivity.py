@@ -39,6 +39,7 @@ from ernie_image_nf4.metadata import Recommended, installed_versions
 from ernie_image_nf4.nf4 import quantize_nf4, stored_specs
 from ernie_image_nf4.plan import DEFAULT_KEEP, matches, skeleton
 
+SCALES = {"stock": False, "scale_search": True}
 # {last} is the last block, {before} the one before it.
 TRANSFORMER = {
     "time_embedding": ["transformer.time_embedding"],
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SETTINGS.num_inference_steps)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--groups", help="some of them, separated by semicolons")
+    parser.add_argument("--scales", nargs="+", default=[*SCALES], choices=SCALES)
     parser.add_argument("--device", help="default: the best there is")
     arguments = parser.parse_args()
 
@@ -122,8 +124,8 @@ def main() -> None:
     predictions = predict(pipe, probe, arguments.batch)
     originals = {name: weights_of(getattr(pipe, name)) for name in ("transformer", "text_encoder")}
     quantized = {
-        "stock": {component: nf4_of(weights, False) for component, weights in originals.items()},
-        "scale_search": {component: nf4_of(weights, True) for component, weights in originals.items()},
+        scales: {component: nf4_of(weights, SCALES[scales]) for component, weights in originals.items()}
+        for scales in arguments.scales
     }
 
     def measure(scales: str, components: Sequence[str], patterns: Sequence[str]) -> dict[str, float]:

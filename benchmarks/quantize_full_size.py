@@ -59,6 +59,7 @@ def main() -> None:
             for name in (OURS, CONVENTIONAL):
                 shutil.rmtree(arguments.work / name)
         print(f"{step} ...", flush=True)
+        os.sync()  # what the step before left to be written is none of this one's time
         command = [sys.executable, __file__, "--step", step, "--work", arguments.work, "--preset", arguments.preset]
         result[step] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         print(json.dumps(result[step]), flush=True)

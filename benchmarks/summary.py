@@ -44,7 +44,10 @@ def summary() -> dict[str, float]:
             "nf4.error_vs_stock.normal": errors["normal"],
         }
     if run := read("nf4_mini.json"):
-        figures |= {f"nf4.psnr_db.{name}": value for name, value in run["psnr_db"].items()}
+        figures |= {
+            f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3)
+            for name in ("stock", "scale_search", "default", "calibrated")
+        }
     return figures
 
 

@@ -9,8 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import bitsandbytes
@@ -24,6 +23,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
 from . import placement
 from .chat_template import check_chat_template
+from .device_files import DeviceReader
 from .errors import InvalidRepository
 from .guard import library_reading
 from .hub import check_repository, find_repository, is_quantized, weight_files
@@ -32,10 +32,9 @@ from .metadata import Recommended, read_metadata_if_ours
 from .placement import Placement
 from .plan import upstream_lock
 from .structure import check_structure
-from .tensors import find_tensors
+from .tensors import DTYPES, StoredTensor, find_tensors
 from .text_encoding import enable_host_embeddings, unused_modules
 from .verify import check_integrity
-from .weight_blocks import move_to_device
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ DTYPE_ARGUMENT = {
     "transformers": "dtype",
     "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
 }
+NF4_DTYPES = ("U8", "F32")  # of codes and scales in files
 # Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
 # and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.
 SPURIOUS_WARNINGS = {"configuration_utils": "'force_upcast'", "pipelines.pipeline_utils": "Expected types for"}
@@ -111,9 +111,6 @@ def load(
     components = check_repository(folder, prompt_enhancer=prompt_enhancer)
     if verify:
         check_integrity(folder, components)
-    else:
-        for component in components:
-            check_structure(folder, component)
     metadata = read_metadata_if_ours(folder)
     recommended = metadata.recommended if metadata else Recommended()
     fast = fast and chosen_device.type == "cuda"
@@ -126,13 +123,23 @@ def load(
         working_bytes=placement.working_bytes(recommended.height * recommended.width, fast),
     )
     where = Placement(chosen_device, chosen_dtype, mode, fast)
-    with _quiet_loading(), _diffusers_nf4_on(where.load_device), _cheap_conversions(), _no_collections():
+    heavy = [part for part in components if part.quantized]
+    with (
+        _reading(folder, heavy, where) as reader,
+        _quiet_loading(),
+        _diffusers_nf4_on(where.load_device),
+        _cheap_conversions(),
+        _no_collections(),
+    ):
+        for component in components if not verify else ():  # which has checked it
+            check_structure(folder, component)
         parts = dict.fromkeys(PROMPT_ENHANCER) if len(components) < len(COMPONENTS) else {}  # None leaves them unread
-        parts |= load_components(folder, [part for part in components if part.quantized], where)
+        parts |= {part.name: load_component(folder, part, where) for part in heavy}
         with library_reading(folder):
             pipe = diffusers.ErnieImagePipeline.from_pretrained(
                 folder, **parts, **_dtype("diffusers", where), local_files_only=True, use_safetensors=True
             )
+        _place(pipe, folder, heavy, where, reader)
     _check_agreement(pipe, folder)
     placement.apply(pipe, where)
     if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
@@ -140,28 +147,50 @@ def load(
     return pipe
 
 
-def load_components(folder: Path, components: Sequence[Component], where: Placement) -> dict[str, torch.nn.Module]:
-    """The heavy components by name. Those that we move are on their way to the device while the next one is loaded."""
-    models, moving = {}, []
-    with ThreadPoolExecutor(1) as mover:
-        for component in components:
-            model = models[component.name] = load_component(folder, component, where)
-            unused = ()
-            if where.fast and component.unused:
-                enable_host_embeddings(model, component.unused)
-                unused = unused_modules(model, component.unused)
-            if where.moves:
-                moving.append(mover.submit(move_to_device, model, where.device, unused))
-        for moved in moving:
-            moved.result()
-    return models
+def _reading(
+    folder: Path, components: Sequence[Component], where: Placement
+) -> AbstractContextManager[DeviceReader | None]:
+    """Starts reading the weights that we bring to the device ourselves."""
+    if not where.moves:
+        return nullcontext()
+    reader = DeviceReader(where.device)
+    for component in components:
+        reader.start(stored for stored in device_tensors(folder, component, where.fast) if _stays(stored, where.dtype))
+    return reader
+
+
+def _stays(stored: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether upstream leaves a stored tensor as it is: all that belongs to NF4, and what has the dtype asked for."""
+    return stored.spec.dtype in NF4_DTYPES or DTYPES[stored.spec.dtype] == dtype
+
+
+def _place(
+    pipe: diffusers.ErnieImagePipeline,
+    folder: Path,
+    components: Sequence[Component],
+    where: Placement,
+    reader: DeviceReader | None,
+) -> None:
+    """Takes what text-to-image doesn't need out of the components' way, and gives them the weights that `reader` has."""
+    for component in components if where.fast else ():
+        model, unused = getattr(pipe, component.name), []
+        if component.unused:
+            enable_host_embeddings(model, component.unused)
+            unused = unused_modules(model, component.unused)
+        if reader:
+            reader.place(model, weight_files(folder, component), unused)
+
+
+def device_tensors(folder: Path, component: Component, fast: bool) -> list[StoredTensor]:
+    """The weights of a component that come to the device."""
+    tensors = find_tensors(weight_files(folder, component))
+    unused = set(component.unused) if fast else set()
+    return [stored for name, stored in tensors.items() if not unused & set(name.split("."))]
 
 
 def device_bytes(folder: Path, component: Component, fast: bool) -> int:
     """Bytes of a component's weights that come to the device."""
-    tensors = find_tensors(weight_files(folder, component))
-    unused = component.unused if fast else ()
-    return sum(stored.spec.bytes for name, stored in tensors.items() if not set(unused) & set(name.split(".")))
+    return sum(stored.spec.bytes for stored in device_tensors(folder, component, fast))
 
 
 def load_component(folder: Path, component: Component, where: Placement) -> torch.nn.Module:

@@ -54,7 +54,7 @@ class Placement:
 
     @property
     def moves(self) -> bool:
-        """Whether components are moved to the device by us, from host memory that they were loaded to."""
+        """Whether weights are read to the device by us, while upstream maps them to host memory."""
         return self.fast and self.memory == "resident"
 
     @property
@@ -62,7 +62,7 @@ class Placement:
         """Where upstream loads the weights to.
 
         Offloaded ones wait on the CPU, so that the GPU never holds them all. Fast loading lets upstream map the files there, which
-        copies nothing, and moves them itself.
+        reads nothing, and reads them to the device itself.
         """
         return self.device if self.memory == "resident" and not self.fast else torch.device("cpu")
 
@@ -71,7 +71,7 @@ def apply(pipe: ErnieImagePipeline, where: Placement) -> None:
     """Bring a pipeline that was loaded for `where` there.
 
     Args:
-        pipe: The pipeline. If `where` moves components, the quantized ones are on the device already.
+        pipe: The pipeline. If `where.moves`, the quantized components are on the device already.
         where: The decision.
     """
     if where.fast:  # before the hooks of offloading, which wrap the forward method that they find

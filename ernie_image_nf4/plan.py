@@ -31,13 +31,11 @@ from .tensors import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
 
 QUANTIZATION = Quantization()
 # Linear layers that keep their precision unless that is asked not to be: those of most fidelity a byte on the mini, as
-# benchmarks/nf4_sensitivity.py measures. 119 MB at full size, 2.9% of the transformer's NF4 bytes. {last} is the last block.
+# benchmarks/nf4_sensitivity.py measures. 69 MB at full size, 1.7% of the transformer's NF4 bytes.
 DEFAULT_KEEP = (
     "transformer.final_linear",
     "transformer.text_proj",
     "transformer.time_embedding",
-    "transformer.layers.{last}.self_attention.to_v",
-    "transformer.layers.{last}.self_attention.to_out.0",
 )
 # Torch's device contexts and both libraries' loaders set global state and restore it: two threads at once would restore each
 # other's, and leave the process on the meta device.
@@ -78,8 +76,7 @@ def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -
         source: Folder of the original repository. Of the component only configs and headers are read, and a tied weight that is
             stored twice.
         component: One that is to be quantized.
-        keep: Globs over full names of linear layers, as in `quantize.quantize`; ``{last}`` stands for the number of the last of
-            the model's blocks.
+        keep: Globs over full names of linear layers, as in `quantize.quantize`.
 
     Raises:
         InvalidRepository: It is quantized already, or a tensor is missing or has an unexpected shape or dtype.
@@ -117,8 +114,6 @@ def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -
         tensors[name] = found
 
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    last = str(len(getattr(model, "layers", ())) - 1)
-    keep = [pattern.replace("{last}", last) for pattern in keep]
     kept = [name for name in linear if any(matches(f"{component.name}.{name}", pattern) for pattern in keep)]
     with upstream_lock:
         replaced = _replace_linear_layers(model, component, dtype, kept)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from tqdm import tqdm
 
 from . import nf4
@@ -41,7 +40,7 @@ from .tensors import StoredTensor, TensorWriter, file_bytes, find_tensors, read_
 TURBO = Recommended(num_inference_steps=8, guidance_scale=1.0)
 TURBO_KEYS = {"use_lora", "lora_rank"}  # of ERNIE-Image-Turbo's transformer config, and of no other
 PACKAGE = Path(__file__).parent
-AHEAD = 2  # tensors that are read before, and written behind, the one that is worked on
+AHEAD = 4  # tensors that are read before, and written behind, the one that is worked on
 # The lines that the Hub puts into a new model repository, as far as they concern files that are here.
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.model"))
 
@@ -256,9 +255,13 @@ def _quantize_weights(
     """
     error = squares = 0.0
     kept, quantized = sorted(plan.tensors.keys() - plan.quantized), sorted(plan.quantized)
-    with TensorWriter(file, plan.specs()) as writer:
+
+    def write_kept(writer: TensorWriter) -> None:
         for name in kept:
             writer.write(name, _checked(name, plan.tensors[name], bar))
+
+    with TensorWriter(file, plan.specs()) as writer, ThreadPoolExecutor(1) as beside:
+        keeping = beside.submit(write_kept, writer)
         weights = _read_ahead([plan.tensors[name] for name in quantized], pinned=device.type == "cuda")
         with _behind() as write:
             for name, weight in zip(quantized, weights, strict=True):
@@ -267,19 +270,21 @@ def _quantize_weights(
                     packed, state = move_weight(calibrated.pop(name), device)
                 else:
                     packed, state = nf4.quantize_nf4(on_device, scale_search=scale_search)
-                tensor_error, tensor_squares = nf4.squared_error(on_device, packed, state)
+                stored = {name: packed} | {f"{name}.{key}": tensor for key, tensor in nf4.state_tensors(state).items()}
+                stored = {key: tensor.to("cpu", non_blocking=True) for key, tensor in stored.items()}
+                tensor_error, tensor_squares = nf4.squared_error(on_device, packed, state)  # waits for the copies too
                 if not math.isfinite(tensor_squares):
                     raise _unusable(name, plan.tensors[name])
                 error, squares = error + tensor_error, squares + tensor_squares
-                write(_write_nf4, writer, name, packed, state)
+                write(_write_all, writer, stored)
                 bar.update(weight.nbytes)
+        keeping.result()
     return math.sqrt(error / squares) if squares else 0.0
 
 
-def _write_nf4(writer: TensorWriter, name: str, packed: torch.Tensor, state: QuantState) -> None:
-    writer.write(name, [packed])
-    for suffix, tensor in nf4.state_tensors(state).items():
-        writer.write(f"{name}.{suffix}", [tensor])
+def _write_all(writer: TensorWriter, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        writer.write(name, [tensor])
 
 
 def _copy_component(folder: Path, component: Component, work: Path, bar: tqdm) -> None:

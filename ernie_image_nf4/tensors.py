@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -153,8 +154,8 @@ class TensorWriter:
 
     Tensors of the last dtype in the file (``"U8"`` where there are NF4 weights) must be written in the order of `names`, and
     may turn out shorter than announced: bitsandbytes stores a tensor's NF4 settings as JSON text, whose length is known only
-    afterwards. All others have their place from the start and can be written at any time. The header comes last; until then
-    the file starts with zeros, which no reader accepts.
+    afterwards. All others have their place from the start and can be written at any time, by another thread as well. The header
+    comes last; until then the file starts with zeros, which no reader accepts.
     """
 
     def __init__(self, file: Path, specs: dict[str, TensorSpec]):
@@ -170,6 +171,7 @@ class TensorWriter:
                 self._places[name] = self._end
                 self._end += specs[name].bytes
         self._stream = file.open("wb", buffering=0)
+        self._lock = threading.Lock()  # of the stream's position
 
     def write(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
         """Writes the values of tensor `name`, given in one or several pieces."""
@@ -178,7 +180,8 @@ class TensorWriter:
             self._put(self._reserved + offset, as_bytes(chunk))
             offset += chunk.nbytes
         self._written[name] = (start, offset - start)
-        self._end = max(self._end, offset)
+        if name not in self._places:
+            self._end = offset
 
     def close(self) -> None:
         """Writes the header: the file is complete."""
@@ -198,9 +201,10 @@ class TensorWriter:
         self._stream.close()
 
     def _put(self, offset: int, data: memoryview) -> None:
-        self._stream.seek(offset)
-        while data:  # a raw stream may write less than it is given
-            data = data[self._stream.write(data) :]
+        with self._lock:
+            self._stream.seek(offset)
+            while data:  # a raw stream may write less than it is given
+                data = data[self._stream.write(data) :]
 
 
 def file_order(specs: dict[str, TensorSpec]) -> list[str]:

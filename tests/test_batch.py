@@ -41,8 +41,10 @@ from ernie_image_nf4.batch import (
 )
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.generate import Settings, draw, save_png
+from ernie_image_nf4.offloading import enable_offload
 from ernie_image_nf4.placement import GIB
 from ernie_image_nf4.prompt_file import Row
+from ernie_image_nf4.weight_blocks import HostWeights
 
 DEFAULTS = Settings("", "", 32, 32, 2, 3.0, seed=0)
 ROWS = [
@@ -480,19 +482,23 @@ def test_the_command_under_accelerate_launch_gives_the_same_bytes(repository, pr
 # On a GPU
 
 
-@pytest.mark.gpu
-def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeypatch):
-    offloaded = load(repository, memory="offload")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeypatch, device):
+    offloaded = load(repository, device=device, memory="auto" if device == "cpu" else "offload")
+    if device == "cpu":
+        enable_offload(offloaded, torch.device("cpu"))
     arrivals = []
-    for name in ("pe", "text_encoder", "transformer", "vae"):
-        model = getattr(offloaded, name)
+    names = {
+        id(getattr(offloaded, name)._hf_hook.weights): name for name in ("pe", "text_encoder", "transformer", "vae")
+    }
+    prefetch = HostWeights.prefetch
 
-        def to(*args, name=name, move=model.to, **kwargs):
-            if args and torch.device(args[0]).type == "cuda":
-                arrivals.append(name)
-            return move(*args, **kwargs)
+    def recorded(weights: HostWeights, stream: torch.cuda.Stream | None) -> None:
+        if not weights.on_device:
+            arrivals.append(names[id(weights)])
+        prefetch(weights, stream)
 
-        monkeypatch.setattr(model, "to", to)
+    monkeypatch.setattr(HostWeights, "prefetch", recorded)
     records = run(offloaded, tmp_path, [Row("a cat", seed=seed) for seed in range(6)], batch_size=2)
     assert {record.batch_size for record in records} == {2}
     assert arrivals == ["pe", "text_encoder", "transformer", "vae"]

@@ -270,10 +270,9 @@ def test_an_interrupted_run_is_not_continued_with_other_prompts(
 # What is kept by default
 
 
-def test_the_default_list_costs_less_than_3_percent_at_full_size() -> None:
+def test_the_default_list_costs_less_than_2_percent_at_full_size() -> None:
     with as_file(files("ernie_image_nf4") / "configs" / "full") as configs:
         model = skeleton(TRANSFORMER, configs / "transformer")
-    patterns = [pattern.replace("{last}", str(len(model.layers) - 1)) for pattern in DEFAULT_KEEP]
     total = extra = 0
     kept = []
     for name, parameter in model.named_parameters():
@@ -283,17 +282,16 @@ def test_the_default_list_costs_less_than_3_percent_at_full_size() -> None:
             continue
         quantized = sum(spec.bytes for spec in stored_specs(tuple(parameter.shape), torch.bfloat16).values())
         total += quantized
-        if any(matches(f"transformer.{layer}", pattern) for pattern in patterns):
+        if any(matches(f"transformer.{layer}", pattern) for pattern in DEFAULT_KEEP):
             kept.append(layer)
             extra += parameter.numel() * 2 - quantized
     assert kept
-    assert extra < 0.03 * total
+    assert extra < 0.02 * total
 
 
 def test_the_default_list_is_kept_recorded_and_honoured_by_stock_loading(original: Path, repository: Path) -> None:
     kept = read_metadata(repository).components["transformer"].kept_modules
-    assert "final_linear" in kept
-    assert "layers.1.self_attention.to_v" in kept  # of two blocks, the last
+    assert {"final_linear", "text_proj"} <= set(kept)
     assert all(f"`transformer.{name}`" in (repository / "README.md").read_text() for name in kept)
     config = json.loads((repository / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == sorted(kept)

@@ -16,7 +16,7 @@ from ernie_image_nf4.denoising import enable_fast_denoising
 from ernie_image_nf4.layout import COMPONENT
 from ernie_image_nf4.offloading import StreamedBlocks, enable_offload, free_device
 from ernie_image_nf4.text_encoding import enable_host_embeddings, unused_modules
-from ernie_image_nf4.weight_blocks import host_weights, move_to_device, pieces_of, slots_of, tensors_of
+from ernie_image_nf4.weight_blocks import host_weights, tensors_of
 
 
 def draw(pipe, size: int = 32) -> np.ndarray:
@@ -55,20 +55,6 @@ def test_moving_to_blocks_and_back_changes_no_tensor(repository: Path, monkeypat
         min(block.data_ptr() for block in weights.on_device),
         max(block.data_ptr() + len(block) for block in weights.on_device),
     )
-
-
-@pytest.mark.parametrize("block", [256, 10_000, 1 << 27])
-def test_blocks_are_filled_in_pieces_of_limited_size(repository: Path, monkeypatch: pytest.MonkeyPatch, block: int):
-    monkeypatch.setattr(weight_blocks, "BLOCK_BYTES", block)
-    module = load(repository, device="cpu").pe
-    slots, sizes = slots_of(module)
-    blocks = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-    for number, filled in enumerate(blocks):
-        for start, tensors in pieces_of([slot for slot in slots if slot.block == number], block):
-            for offset, values in tensors:
-                assert offset + len(values) <= block
-                filled[start + offset : start + offset + len(values)] = values
-    assert all(torch.equal(slot.view(blocks), getattr(slot.owner, slot.attribute)) for slot in slots)
 
 
 def test_components_take_turns_and_draw_the_same(repository: Path):
@@ -168,19 +154,6 @@ def test_on_a_gpu_a_streamed_transformer_draws_the_same(repository: Path, fast: 
     for _ in range(2):
         assert np.array_equal(draw(pipe), expected)
     assert {tensor.device.type for tensor in pipe.transformer.parameters()} == {"cpu"}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block", [100_000, 1 << 27])
-def test_moved_tensors_are_those_that_were_loaded(repository: Path, monkeypatch: pytest.MonkeyPatch, block: int):
-    monkeypatch.setattr(weight_blocks, "BLOCK_BYTES", block)
-    encoder = load(repository, device="cpu", dtype="bfloat16").text_encoder
-    before = snapshot(encoder)
-    unused = unused_modules(encoder, COMPONENT["text_encoder"].unused)
-    move_to_device(encoder, torch.device("cuda", 0), unused)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, snapshot(encoder), strict=True))
-    assert {getattr(owner, name).device.type for owner, name in tensors_of(encoder, unused)} == {"cuda"}
-    assert {getattr(owner, name).device.type for part in unused for owner, name in tensors_of(part)} == {"cpu"}
 
 
 @pytest.mark.gpu

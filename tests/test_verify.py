@@ -24,7 +24,7 @@ def test_an_untouched_repository_passes(repository: Path) -> None:
     assert [report.name for report in reports] == [component.name for component in COMPONENTS]
     assert all(report.ok and not report.problems for report in reports)
     assert reports[0].summary.startswith(
-        "transformer: ErnieImageTransformer2DModel, NF4, 0.5 MB, relative weight error 0.08"
+        "transformer: ErnieImageTransformer2DModel, NF4, 0.4 MB, relative weight error 0.08"
     )
     assert all("\n" not in report.summary for report in reports)
 

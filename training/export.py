@@ -1,4 +1,4 @@
-"""Stage 6: put the trained parts together as an original-precision repository, and quantize it.
+"""Stage 6: put the trained parts together as an original-precision repository, and quantize it, calibrated.
 
 python -m training.export training/work          # work/original -> work/nf4
 python -m training.export training/work --install .   # and copy the component folders into the checkout
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from ernie_image_nf4 import quantize
 from ernie_image_nf4.layout import COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS
 from ernie_image_nf4.metadata import Recommended
 
+from .scenes import caption, sample_scene
+
 NAME = "ERNIE-Image-NF4 mini"
 RECOMMENDED = Recommended(height=256, width=256, num_inference_steps=25, guidance_scale=4.0)
+CALIBRATION_PROMPTS = 64
 
 
 def write_model_index(original: Path) -> None:
@@ -26,6 +30,12 @@ def write_model_index(original: Path) -> None:
     index: dict[str, object] = {"_class_name": PIPELINE_CLASS, "_diffusers_version": diffusers.__version__}
     index |= {component.name: [component.library, component.class_name] for component in COMPONENTS}
     (original / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def calibration_prompts() -> list[str]:
+    """Captions of training scenes, English and Chinese in turn."""
+    rng = random.Random(7)
+    return [caption(sample_scene(rng), ("en", "zh")[number % 2], rng) for number in range(CALIBRATION_PROMPTS)]
 
 
 def install(nf4: Path, checkout: Path) -> None:
@@ -46,7 +56,7 @@ def main() -> None:
     if original.exists():
         write_model_index(original)
         shutil.rmtree(nf4, ignore_errors=True)
-        quantize(original, nf4, name=NAME, recommended=RECOMMENDED, progress=False)
+        quantize(original, nf4, name=NAME, recommended=RECOMMENDED, calibrate=calibration_prompts(), progress=False)
     if arguments.install:
         install(nf4, arguments.install)
 
