@@ -129,12 +129,13 @@ class Packing(NamedTuple):
 
 
 def pack(text_lens: torch.Tensor, pixels: int, tokens: int) -> Packing | None:
-    """How to pack rows of `tokens` tokens, of which `pixels` and the text's length are no padding. None if none has any.
+    """How to pack rows of `tokens` tokens, of which `pixels` and the text's length are no padding. None for a single row without any.
 
-    Waits for the GPU, which the pipeline has just done itself to read the timestep.
+    Several of the same length are packed too: otherwise blocks would be compiled a second time for the rare prompt as long as the
+    empty one. Waits for the GPU, which the pipeline has just done itself to read the timestep.
     """
     lengths = tuple(pixels + length for length in text_lens.tolist())
-    if all(length == tokens for length in lengths):
+    if lengths == (tokens,):
         return None
     kept = torch.cat(
         [

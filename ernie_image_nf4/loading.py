@@ -31,7 +31,7 @@ from .layout import COMPONENTS, PROMPT_ENHANCER, Component
 from .metadata import Recommended, read_metadata_if_ours
 from .placement import Placement
 from .plan import upstream_lock
-from .structure import check_structure
+from .structure import check_structure, checked_loading
 from .tensors import DTYPES, StoredTensor, find_tensors
 from .text_encoding import enable_host_embeddings, unused_modules
 from .verify import check_integrity
@@ -43,6 +43,7 @@ DTYPE_ARGUMENT = {
     "transformers": "dtype",
     "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
 }
+ASYNCHRONOUS_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' environment variable
 NF4_DTYPES = ("U8", "F32")  # of codes and scales in files
 # Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
 # and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.
@@ -128,13 +129,14 @@ def load(
         _reading(folder, heavy, where) as reader,
         _quiet_loading(),
         _diffusers_nf4_on(where.load_device),
-        _cheap_conversions(),
+        _cheap_loading(),
         _no_collections(),
     ):
-        for component in components if not verify else ():  # which has checked it
-            check_structure(folder, component)
+        for component in components:
+            if not (verify or component.quantized):
+                check_structure(folder, component)
         parts = dict.fromkeys(PROMPT_ENHANCER) if len(components) < len(COMPONENTS) else {}  # None leaves them unread
-        parts |= {part.name: load_component(folder, part, where) for part in heavy}
+        parts |= {part.name: load_component(folder, part, where, check=not verify) for part in heavy}
         with library_reading(folder):
             pipe = diffusers.ErnieImagePipeline.from_pretrained(
                 folder, **parts, **_dtype("diffusers", where), local_files_only=True, use_safetensors=True
@@ -193,16 +195,24 @@ def device_bytes(folder: Path, component: Component, fast: bool) -> int:
     return sum(stored.spec.bytes for stored in device_tensors(folder, component, fast))
 
 
-def load_component(folder: Path, component: Component, where: Placement) -> torch.nn.Module:
-    """One of the heavy components through its library's own ``from_pretrained``, on the device it is loaded to."""
-    if not is_quantized(folder, component):
+def load_component(folder: Path, component: Component, where: Placement, *, check: bool = True) -> torch.nn.Module:
+    """One of the heavy components through its library's own ``from_pretrained``, on the device it is loaded to.
+
+    Raises:
+        InvalidRepository: Its files don't fit its configuration. Without `check` only what upstream notices.
+    """
+    quantized = is_quantized(folder, component)
+    if not quantized:
         logger.warning(
             "%s in %s is not quantized: it is loaded in %s and takes about four times the memory of NF4.",
             component.name,
             folder,
             where.dtype,
         )
-    with library_reading(folder / component.name):
+        if check:
+            check_structure(folder, component)
+    checked = checked_loading(folder, component) if check and quantized else nullcontext()
+    with library_reading(folder / component.name), checked:
         model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
             folder / component.name,
             device_map={"": where.load_device},
@@ -299,18 +309,27 @@ def _diffusers_nf4_on(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _cheap_conversions() -> Iterator[None]:
-    """Let transformers copy the conversion of each weight one level deep while the context lasts.
+def _cheap_loading() -> Iterator[None]:
+    """Spare upstream's loading what takes Python much time and gives nothing here, while the context lasts.
 
-    It copies each with all that hangs on it, the quantizer and its configuration among them, which is
-    much of the time that Python takes.
+    transformers copies the conversion of each weight with all that hangs on it, where one level does, and lets threads fetch each
+    tensor, which are mapped and wait for nothing. Layers get initial values, although all of them are in the files.
     """
     with upstream_lock:
+        asynchronous = os.environ.get(ASYNCHRONOUS_OFF)
+        reset_parameters = torch.nn.Linear.reset_parameters
+        os.environ[ASYNCHRONOUS_OFF] = "1"
+        torch.nn.Linear.reset_parameters = lambda self: None
         WeightConverter.__deepcopy__ = _copy_one_level
         try:
             yield
         finally:
             del WeightConverter.__deepcopy__
+            torch.nn.Linear.reset_parameters = reset_parameters
+            if asynchronous is None:
+                del os.environ[ASYNCHRONOUS_OFF]
+            else:
+                os.environ[ASYNCHRONOUS_OFF] = asynchronous
 
 
 def _copy_one_level(converter: WeightConverter, memo: dict) -> WeightConverter:

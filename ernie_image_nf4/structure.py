@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +69,7 @@ def check_structure(folder: Path, component: Component) -> None:
     Raises:
         InvalidRepository: They don't, or one of them can't be read. The message has the first problem.
     """
-    if problems := structure_problems(folder, component):
-        raise InvalidRepository(f"{problems[0]} Download the repository again, both configuration and weights.")
+    _refuse(structure_problems(folder, component))
 
 
 def structure_problems(folder: Path, component: Component, *, values: bool = False) -> list[str]:
@@ -86,28 +85,52 @@ def structure_problems(folder: Path, component: Component, *, values: bool = Fal
     """
     if component.weights is None:
         return []
-    place = folder / component.name
     stored, problems = _stored_tensors(folder, component)
-    expected, tied = _expected_tensors(folder, component, len(stored))
-    used = set(tied)
-    for name in sorted(tied.keys() & stored):
-        problems += _plain_problems(name, tied[name], stored[name])
-    for name, tensor in expected.items():
-        name = name if name in stored else tensor.key  # both libraries take either name
-        if name not in stored:
-            problems.append(f"{place} has no tensor {name}.")
-            continue
-        if tensor.quantized:
-            parts = {other.removeprefix(name): stored[other] for other in _with_state(name, stored)}
-            problems += _nf4_problems(name, tensor, parts)
-            used |= {name + suffix for suffix in parts}
-        else:
-            problems += _plain_problems(name, tensor, stored[name])
-            used.add(name)
-    problems += [f"{stored[name].file}: tensor {name} belongs to no layer." for name in sorted(stored.keys() - used)]
+    problems += _differences(folder, component, _built_model(folder, component, len(stored)), stored)
     if values and not problems:
         problems += _value_problems(stored)
     return problems
+
+
+@contextmanager
+def checked_loading(folder: Path, component: Component) -> Iterator[None]:
+    """Let ``from_pretrained`` of a quantized component, in this context and thread, take weights only if they fit its model.
+
+    Finds what `check_structure` finds, in the model that upstream builds, before it has storage: a second one would take Python as long.
+
+    Raises:
+        InvalidRepository: As `check_structure`.
+    """
+    stored, problems = _stored_tensors(folder, component)
+    _refuse(problems)
+    quantizer_class, _, _ = _quantizer(folder, component)
+    own = vars(quantizer_class).get("preprocess_model")
+    upstream, thread = quantizer_class.preprocess_model, threading.get_ident()
+    with upstream_lock, ExitStack() as building:
+        building.enter_context(_at_most(len(stored) + MAX_TIED, folder / component.name / component.config))
+
+        def preprocess_model(self, model, *args, **kwargs):
+            if threading.get_ident() != thread:
+                return upstream(self, model, *args, **kwargs)
+            building.close()  # its layers are replaced now, whose parameters count anew
+            result = upstream(self, model, *args, **kwargs)
+            with torch.device("cpu"):  # transformers is building on the meta device
+                _refuse(_differences(folder, component, model, stored))
+            return result
+
+        quantizer_class.preprocess_model = preprocess_model
+        try:
+            yield
+        finally:
+            if own is None:
+                del quantizer_class.preprocess_model
+            else:
+                quantizer_class.preprocess_model = own
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise InvalidRepository(f"{problems[0]} Download the repository again, both configuration and weights.")
 
 
 def _stored_tensors(folder: Path, component: Component) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -126,10 +149,8 @@ def _stored_tensors(folder: Path, component: Component) -> tuple[dict[str, Store
     return stored, problems
 
 
-def _expected_tensors(
-    folder: Path, component: Component, count: int
-) -> tuple[dict[str, Expected], dict[str, Expected]]:
-    """What a component's configuration asks for, by the names under which it is saved, and tied weights, which may be left out.
+def _built_model(folder: Path, component: Component, count: int) -> torch.nn.Module:
+    """The model of a component without storage, as the libraries build it before they load weights.
 
     Args:
         folder: The repository.
@@ -140,35 +161,70 @@ def _expected_tensors(
     with upstream_lock, no_init_weights():  # which takes time even without storage
         with library_reading(place / component.config), _at_most(count + MAX_TIED, place / component.config):
             model = skeleton(component, place)
-            names, aliases = saved_names(model), tied_weights(model)
-        state = model.state_dict()
-        quantized = _quantized_layers(model, folder, component)
+        if is_quantized(folder, component):
+            quantizer_class, config_class, settings = _quantizer(folder, component)
+            with library_reading(place / component.config):
+                quantizer = quantizer_class(config_class.from_dict(settings), pre_quantized=True)
+                quantizer.preprocess_model(
+                    model, config=model.config, dtype=torch.bfloat16, device_map=None, keep_in_fp32_modules=[]
+                )
+    return model
 
-    def expected(key: str) -> Expected:
-        tensor = state[key]
-        return Expected(key, tuple(tensor.shape), tensor.is_floating_point(), key.removesuffix(".weight") in quantized)
 
-    return {name: expected(key) for key, name in names.items()}, {key: expected(key) for key in aliases}
+def _quantizer(folder: Path, component: Component) -> tuple[type, type, dict]:
+    """The classes of quantizer and settings by which a component's library loads NF4, and the settings.
 
-
-def _quantized_layers(model: torch.nn.Module, folder: Path, component: Component) -> set[str]:
-    """Names of the layers that the libraries take for NF4 ones, by the component's quantization settings."""
-    if not is_quantized(folder, component):
-        return set()
+    Raises:
+        InvalidRepository: They ask for something else than NF4.
+    """
     file = folder / component.name / component.config
     settings = read_json(folder, file)["quantization_config"]
     if not isinstance(settings, dict) or any(settings.get(key) not in values for key, values in NF4_SETTINGS.items()):
         raise InvalidRepository(f"{file} is quantized in another way than NF4: make an NF4 repository with `quantize`.")
     if component.library == "diffusers":
-        quantizer_class, config_class = BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig
-    else:
-        quantizer_class, config_class = Bnb4BitHfQuantizer, transformers.BitsAndBytesConfig
-    with library_reading(file):
-        quantizer = quantizer_class(config_class.from_dict(settings), pre_quantized=True)
-        quantizer.preprocess_model(
-            model, config=model.config, dtype=torch.bfloat16, device_map=None, keep_in_fp32_modules=[]
-        )
-    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        return BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig, settings
+    return Bnb4BitHfQuantizer, transformers.BitsAndBytesConfig, settings
+
+
+def _differences(
+    folder: Path, component: Component, model: torch.nn.Module, stored: dict[str, StoredTensor]
+) -> list[str]:
+    """Where stored tensors differ from those that a model without storage asks for."""
+    place = folder / component.name
+    with library_reading(place / component.config):
+        expected, tied = _expected_tensors(model)
+    used, problems = set(tied), []
+    for name in sorted(tied.keys() & stored):
+        problems += _plain_problems(name, tied[name], stored[name])
+    for name, tensor in expected.items():
+        name = name if name in stored else tensor.key  # both libraries take either name
+        if name not in stored:
+            problems.append(f"{place} has no tensor {name}.")
+            continue
+        if tensor.quantized:
+            parts = {other.removeprefix(name): stored[other] for other in _with_state(name, stored)}
+            problems += _nf4_problems(name, tensor, parts)
+            used |= {name + suffix for suffix in parts}
+        else:
+            problems += _plain_problems(name, tensor, stored[name])
+            used.add(name)
+    return [
+        *problems,
+        *(f"{stored[name].file}: tensor {name} belongs to no layer." for name in sorted(stored.keys() - used)),
+    ]
+
+
+def _expected_tensors(model: torch.nn.Module) -> tuple[dict[str, Expected], dict[str, Expected]]:
+    """What a model asks for, by the names under which it is saved, and tied weights, which may be left out."""
+    state = model.state_dict()
+    quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+    def expected(key: str) -> Expected:
+        tensor = state[key]
+        return Expected(key, tuple(tensor.shape), tensor.is_floating_point(), key in quantized)
+
+    names = saved_names(model)
+    return {names[key]: expected(key) for key in names}, {key: expected(key) for key in tied_weights(model)}
 
 
 @contextmanager

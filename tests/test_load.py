@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import shutil
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,15 +18,18 @@ import pytest
 import torch
 import transformers
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidRepository, InvalidSettings
 from ernie_image_nf4.layout import COMPONENT, PROMPT_ENHANCER, QUANTIZED
 from ernie_image_nf4.placement import find_dtype
+from ernie_image_nf4.structure import checked_loading
 
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 2}
 
@@ -109,7 +114,8 @@ def test_says_at_info_level_which_memory_mode_it_picked(repository, caplog):
     assert "resident" in caplog.text
 
 
-def test_upstream_is_as_it_was_after_loading(repository, copy):
+def test_upstream_is_as_it_was_after_loading(repository, copy, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
     before = dict(AUTO_QUANTIZER_MAPPING)
     load(repository, device="cpu", prompt_enhancer=False)
     edit_json(copy / "transformer" / "config.json", num_layers=3)
@@ -118,9 +124,38 @@ def test_upstream_is_as_it_was_after_loading(repository, copy):
     assert before == AUTO_QUANTIZER_MAPPING
     assert "__deepcopy__" not in vars(WeightConverter)
     assert torch.nn.init.kaiming_uniform_.__module__ == "torch.nn.init"
+    assert torch.nn.Linear(64, 2).weight.std() > 0.01
+    assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "0"
+    assert "preprocess_model" not in {**vars(Bnb4BitHfQuantizer), **vars(BnB4BitDiffusersQuantizer)}
     assert gc.isenabled()
     assert diffusers.utils.logging.is_progress_bar_enabled()
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_a_quantized_model_is_built_once(repository, monkeypatch):
+    """Its structure is checked in the model that upstream builds."""
+    built = []
+    init = torch.nn.Module.__init__
+
+    def counted(self, *args, **kwargs):
+        built.append(type(self).__name__)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", counted)
+    load(repository, device="cpu")
+    assert [built.count(part.class_name) for part in QUANTIZED] == [1, 1, 1]
+
+
+def test_what_another_thread_loads_meanwhile_is_not_checked(repository):
+    quantizer = BnB4BitDiffusersQuantizer(diffusers.BitsAndBytesConfig(load_in_4bit=True), pre_quantized=True)
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    other.config = types.SimpleNamespace()
+    arguments = {"device_map": None, "keep_in_fp32_modules": []}
+    with checked_loading(repository, COMPONENT["transformer"]), ThreadPoolExecutor(1) as pool:
+        pool.submit(quantizer.preprocess_model, other, **arguments).result()
+        assert isinstance(other[0], bitsandbytes.nn.Linear4bit)
+        with pytest.raises(Exception, match=r".+"):  # no ErnieImageTransformer2DModel
+            quantizer.preprocess_model(torch.nn.Sequential(other), **arguments)
 
 
 def test_two_threads_can_load_at_once(repository, pipe):
