@@ -61,7 +61,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"# {size}x{size}, {workload['steps']} steps, guidance {workload['guidance']}, {workload['tokens']} tokens of prompt enhancing",
         f"{result['machine']}. Medians of the pictures after the first; prediction error: largest relative error of the "
         "transformer's output over ten timesteps against the demo, in the demo's own row that of its batch reordered.",
-        _table([arm for arm in result["arms"] if arm["way"] != "peer"], COLUMNS),
+        arms_table(result),
     ]
     peers = [arm for arm in result["arms"] if arm["way"] == "peer" and "error" not in arm]
     if peers:
@@ -99,6 +99,11 @@ def markdown(result: dict[str, Any]) -> str:
         ]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n\n".join([*sections, "## Made with", versions, f"`{result['command']}`"]) + "\n"
+
+
+def arms_table(result: dict[str, Any]) -> str:
+    """All arms but other libraries' formats."""
+    return _table([arm for arm in result["arms"] if arm["way"] != "peer"], COLUMNS)
 
 
 def _table(arms: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> str:
