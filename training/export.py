@@ -26,7 +26,10 @@ CALIBRATION_PROMPTS = 64
 
 
 def write_model_index(original: Path) -> None:
-    """``model_index.json`` as the release has it."""
+    """``model_index.json`` as the release has it, and a card with the licence, which goes into what is made of it."""
+    (original / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n\n# The mini in original precision\n", encoding="utf-8"
+    )
     index: dict[str, object] = {"_class_name": PIPELINE_CLASS, "_diffusers_version": diffusers.__version__}
     index |= {component.name: [component.library, component.class_name] for component in COMPONENTS}
     (original / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
