@@ -2,18 +2,16 @@
 
 Building the full-size models takes Python more than a second, and so does reading 8 GB by one thread. Here several threads
 read large pieces into page-locked buffers and send them; each piece is a single system call, as threads would wait for
-Python's lock between small ones. Upstream meanwhile maps the same files into host memory, without reading them: where a
-tensor lies in the mapping says where it lies on the device.
+Python's lock between small ones. On Linux upstream meanwhile maps the same files into host memory, without reading them: where a
+tensor lies in the mapping says where it lies on the device. Tensors that aren't mapped are copied.
 """
 
 from __future__ import annotations
 
-import io
-import mmap
 import os
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ BUFFER_BYTES = 32 * 1024**2  # PyTorch rounds pinned allocations up to a power o
 ALIGNMENT = 256  # of tensors on the device
 PIECE_TENSORS = 1000  # parts of one read; systems take 1,024
 PIECE_BYTES = BUFFER_BYTES - PIECE_TENSORS * ALIGNMENT  # of a file that are read at once
+MAPS = Path("/proc/self/maps")  # what is mapped to where in this process; Linux alone has it
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,26 @@ class FileOnDevice:
     memory: torch.Tensor
     reads: list[Future[None]] = field(default_factory=list)
 
-    def view(self, tensor: torch.Tensor, offset: int) -> torch.Tensor | None:
-        """The tensor that has `offset` in the file, None if there is none of its size."""
+    def view(self, tensor: torch.Tensor, mappings: list[tuple[range, int]]) -> torch.Tensor | None:
+        """The tensor on the device, None if it doesn't lie in a mapping of the file, as it is there.
+
+        Args:
+            tensor: In host memory.
+            mappings: Addresses to which the file is mapped, and the offset in the file of the first.
+        """
+        address = tensor.data_ptr()
+        offset = next((address - each.start + first for each, first in mappings if address in each), None)
         size, start = self.places.get(offset, (None, 0))
-        if size != tensor.nbytes or not size:
+        if size != tensor.nbytes or not tensor.is_contiguous():
             return None
         return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
 
 
 class DeviceReader:
-    """Reads files to one device in threads of its own. A context: what is under way when it ends is given up."""
+    """Reads files to one device in threads of its own.
+
+    A context: what is under way when it ends is given up, and memory that no tensor lies in is given back.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,41 +91,55 @@ class DeviceReader:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        for read in self.files.values():  # an error's traceback may hold on to them
+            read.memory = torch.empty(0, dtype=torch.uint8)
+        self.files.clear()
         if self.device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # since PyTorch 2.12
             torch.accelerator.empty_host_cache()
 
     def start(self, tensors: Iterable[StoredTensor]) -> None:
-        """Start reading these tensors, of one file or several."""
+        """Start reading these tensors, of one file or several. Does nothing where mappings can't be looked up."""
+        if not MAPS.exists():
+            return
         by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
         for stored in tensors:
             by_file[stored.file].append(stored)
         for file, stored in by_file.items():
             places, pieces, size = plan_reads(stored)
-            memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # which threads don't inherit
+                memory = torch.empty(size, dtype=torch.uint8, device=self.device)
             # It may still be in use by work that was queued before it was freed.
             free = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
             self.files[file] = FileOnDevice(places, memory)
             self.files[file].reads = [self._pool.submit(self._read, file, memory, piece, free) for piece in pieces]
 
     def place(self, module: nn.Module, files: Iterable[Path], excluded: Iterable[nn.Module] = ()) -> None:
-        """Let the tensors of `module`, mapped from `files` by upstream, be those on the device; those that aren't there are copied.
+        """Let the tensors of `module`, mapped from `files` by upstream, be those on the device; others are copied there.
 
         Args:
             module: The module, on the CPU.
-            files: Its weight files, all started.
+            files: Its weight files.
             excluded: Modules whose tensors stay where they are.
+
+        Raises:
+            InvalidRepository: A file couldn't be read.
         """
         left = list(tensors_of(module, excluded))
-        for read in [self.files[file] for file in files]:
-            mapped = [getattr(owner, name) for owner, name in left]
-            base = mapping_start(mapped, read.places)
-            views = [None if base is None else read.view(tensor, tensor.data_ptr() - base) for tensor in mapped]
+        for file in files:
+            if file not in self.files:  # nothing of it is wanted
+                continue
+            read = self.files[file]
             for each in read.reads:
                 each.result()
-            for (owner, name), view in zip(left, views, strict=True):
-                if view is not None:
+            mappings, rest = mappings_of(file), []
+            for owner, name in left:
+                view = read.view(getattr(owner, name), mappings)
+                if view is None:
+                    rest.append((owner, name))
+                else:
                     setattr(owner, name, view)
-            left = [part for part, view in zip(left, views, strict=True) if view is None]
+            left = rest
+            del read, self.files[file]  # before others are copied: if none is mapped, this gives memory back
         for owner, name in left:
             setattr(owner, name, getattr(owner, name).to(self.device))
 
@@ -160,46 +183,34 @@ def plan_reads(tensors: Iterable[StoredTensor]) -> tuple[dict[int, tuple[int, in
     return places, pieces, end
 
 
-def mapping_start(tensors: Iterable[torch.Tensor], places: dict[int, tuple[int, int]]) -> int | None:
-    """The address to which a file was mapped: where most tensors lie as the file has one of their size. None if none does."""
-    offsets: dict[int, list[int]] = defaultdict(list)
-    for offset, (size, _) in places.items():
-        offsets[size].append(offset)
-    votes: Counter[int] = Counter()
-    for tensor in tensors:
-        address = tensor.data_ptr()
-        votes.update(
-            address - offset
-            for offset in offsets.get(tensor.nbytes, ())
-            if (address - offset) % mmap.ALLOCATIONGRANULARITY == 0
-        )
-    return votes.most_common(1)[0][0] if votes else None
+def mappings_of(file: Path) -> list[tuple[range, int]]:
+    """Addresses to which a file is mapped in this process, and the offset in the file of the first of each range."""
+    path, found = os.path.realpath(file), []
+    for line in MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        addresses, _, offset, _, _, *name = line.split(maxsplit=5)
+        if name == [path]:
+            start, end = (int(number, 16) for number in addresses.split("-"))
+            found.append((range(start, end), int(offset, 16)))
+    return found
 
 
 def read_into(file: Path, start: int, buffers: list[torch.Tensor]) -> None:
     """Fill buffers, one after the other, with what `file` has from `start` on.
 
     Raises:
-        InvalidRepository: The file is shorter.
+        InvalidRepository: The file is shorter, or can't be read.
     """
     views = [memoryview(buffer.numpy()) for buffer in buffers]
-    with file.open("rb", buffering=0) as stream:
-        for count in read_counts(stream, start, views):
-            if not count:
-                raise InvalidRepository(f"{file} became shorter while it was read: {DOWNLOAD_AGAIN}.")
-
-
-def read_counts(stream: io.FileIO, start: int, views: list[memoryview]) -> Iterator[int]:
-    """Reads until all views are filled, and yields the bytes of each read. Windows has no reads into several places."""
-    while views:
-        if hasattr(os, "preadv"):
-            count = os.preadv(stream.fileno(), views, start)
-        else:
-            stream.seek(start)
-            count = stream.readinto(views[0])
-        yield count
-        start += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while views:
+                count = os.preadv(stream.fileno(), views, start)
+                if not count:
+                    raise InvalidRepository(f"{file} became shorter while it was read: {DOWNLOAD_AGAIN}.")
+                start += count
+                while views and count >= len(views[0]):
+                    count -= len(views.pop(0))
+                if count:
+                    views[0] = views[0][count:]
+    except OSError as error:
+        raise InvalidRepository(f"{file} can't be read ({error.strerror}): check disk and permissions.") from error

@@ -8,8 +8,9 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import bitsandbytes
@@ -21,7 +22,7 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
-from . import placement
+from . import nf4, placement
 from .chat_template import check_chat_template
 from .device_files import DeviceReader
 from .errors import InvalidRepository
@@ -44,7 +45,7 @@ DTYPE_ARGUMENT = {
     "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
 }
 ASYNCHRONOUS_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' environment variable
-NF4_DTYPES = ("U8", "F32")  # of codes and scales in files
+ABSMAX = ".absmax"  # what every NF4 weight has beside it
 # Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
 # and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.
 SPURIOUS_WARNINGS = {"configuration_utils": "'force_upcast'", "pipelines.pipeline_utils": "Expected types for"}
@@ -129,7 +130,7 @@ def load(
         _reading(folder, heavy, where) as reader,
         _quiet_loading(),
         _diffusers_nf4_on(where.load_device),
-        _cheap_loading(),
+        _cheap_loading(where.load_device),
         _no_collections(),
     ):
         for component in components:
@@ -149,21 +150,29 @@ def load(
     return pipe
 
 
-def _reading(
-    folder: Path, components: Sequence[Component], where: Placement
-) -> AbstractContextManager[DeviceReader | None]:
-    """Starts reading the weights that we bring to the device ourselves."""
+@contextmanager
+def _reading(folder: Path, components: Sequence[Component], where: Placement) -> Iterator[DeviceReader | None]:
+    """Starts reading the weights that we bring to the device ourselves; None if upstream brings them."""
     if not where.moves:
-        return nullcontext()
-    reader = DeviceReader(where.device)
-    for component in components:
-        reader.start(stored for stored in device_tensors(folder, component, where.fast) if _stays(stored, where.dtype))
-    return reader
+        yield None
+        return
+    with DeviceReader(where.device) as reader:
+        for component in components:
+            tensors = device_tensors(folder, component, where.fast)
+            nf4_names = _nf4_names(tensors)
+            reader.start(
+                stored
+                for name, stored in tensors.items()
+                if name in nf4_names or DTYPES[stored.spec.dtype] == where.dtype  # upstream leaves these as they are
+            )
+        yield reader
 
 
-def _stays(stored: StoredTensor, dtype: torch.dtype) -> bool:
-    """Whether upstream leaves a stored tensor as it is: all that belongs to NF4, and what has the dtype asked for."""
-    return stored.spec.dtype in NF4_DTYPES or DTYPES[stored.spec.dtype] == dtype
+def _nf4_names(tensors: Container[str]) -> set[str]:
+    """Those of a file's tensors that belong to NF4: codes and quantization states."""
+    suffixes = ("", *nf4.stored_specs((1,), torch.bfloat16))
+    weights = [name.removesuffix(ABSMAX) for name in tensors if name.endswith(ABSMAX)]
+    return {name + suffix for name in weights for suffix in suffixes}
 
 
 def _place(
@@ -183,16 +192,16 @@ def _place(
             reader.place(model, weight_files(folder, component), unused)
 
 
-def device_tensors(folder: Path, component: Component, fast: bool) -> list[StoredTensor]:
-    """The weights of a component that come to the device."""
+def device_tensors(folder: Path, component: Component, fast: bool) -> dict[str, StoredTensor]:
+    """The weights of a component that come to the device, by name."""
     tensors = find_tensors(weight_files(folder, component))
     unused = set(component.unused) if fast else set()
-    return [stored for name, stored in tensors.items() if not unused & set(name.split("."))]
+    return {name: stored for name, stored in tensors.items() if not unused & set(name.split("."))}
 
 
 def device_bytes(folder: Path, component: Component, fast: bool) -> int:
     """Bytes of a component's weights that come to the device."""
-    return sum(stored.spec.bytes for stored in device_tensors(folder, component, fast))
+    return sum(stored.spec.bytes for stored in device_tensors(folder, component, fast).values())
 
 
 def load_component(folder: Path, component: Component, where: Placement, *, check: bool = True) -> torch.nn.Module:
@@ -212,7 +221,7 @@ def load_component(folder: Path, component: Component, where: Placement, *, chec
         if check:
             check_structure(folder, component)
     checked = checked_loading(folder, component) if check and quantized else nullcontext()
-    with library_reading(folder / component.name), checked:
+    with library_reading(folder / component.name), _same_default_dtype(), checked:
         model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
             folder / component.name,
             device_map={"": where.load_device},
@@ -309,27 +318,45 @@ def _diffusers_nf4_on(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _cheap_loading() -> Iterator[None]:
-    """Spare upstream's loading what takes Python much time and gives nothing here, while the context lasts.
+def _same_default_dtype() -> Iterator[None]:
+    """diffusers sets torch's default dtype while it builds a model, and leaves it so if that fails."""
+    dtype = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _cheap_loading(device: torch.device) -> Iterator[None]:
+    """Spare upstream's loading to `device` what takes Python much time and gives nothing here, while the context lasts.
 
     transformers copies the conversion of each weight with all that hangs on it, where one level does, and lets threads fetch each
-    tensor, which are mapped and wait for nothing. Layers get initial values, although all of them are in the files.
+    tensor, even where all are mapped on the CPU and there is nothing to wait for. Layers get initial values, which those of the
+    files then replace.
     """
+    thread = threading.get_ident()
     with upstream_lock:
         asynchronous = os.environ.get(ASYNCHRONOUS_OFF)
         reset_parameters = torch.nn.Linear.reset_parameters
-        os.environ[ASYNCHRONOUS_OFF] = "1"
-        torch.nn.Linear.reset_parameters = lambda self: None
+
+        def reset_elsewhere(self: torch.nn.Linear) -> None:
+            if threading.get_ident() != thread:
+                reset_parameters(self)
+
+        if device.type == "cpu":
+            os.environ[ASYNCHRONOUS_OFF] = "1"
+        torch.nn.Linear.reset_parameters = reset_elsewhere
         WeightConverter.__deepcopy__ = _copy_one_level
         try:
             yield
         finally:
             del WeightConverter.__deepcopy__
             torch.nn.Linear.reset_parameters = reset_parameters
-            if asynchronous is None:
-                del os.environ[ASYNCHRONOUS_OFF]
-            else:
+            if asynchronous is not None:
                 os.environ[ASYNCHRONOUS_OFF] = asynchronous
+            else:
+                os.environ.pop(ASYNCHRONOUS_OFF, None)
 
 
 def _copy_one_level(converter: WeightConverter, memo: dict) -> WeightConverter:

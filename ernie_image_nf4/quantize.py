@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -256,11 +258,15 @@ def _quantize_weights(
     error = squares = 0.0
     kept, quantized = sorted(plan.tensors.keys() - plan.quantized), sorted(plan.quantized)
 
+    failed = threading.Event()
+
     def write_kept(writer: TensorWriter) -> None:
         for name in kept:
-            writer.write(name, _checked(name, plan.tensors[name], bar))
+            writer.write(
+                name, itertools.takewhile(lambda _: not failed.is_set(), _checked(name, plan.tensors[name], bar))
+            )
 
-    with TensorWriter(file, plan.specs()) as writer, ThreadPoolExecutor(1) as beside:
+    with TensorWriter(file, plan.specs()) as writer, ThreadPoolExecutor(1) as beside, _telling(failed):
         keeping = beside.submit(write_kept, writer)
         weights = _read_ahead([plan.tensors[name] for name in quantized], pinned=device.type == "cuda")
         with _behind() as write:
@@ -275,11 +281,23 @@ def _quantize_weights(
                 tensor_error, tensor_squares = nf4.squared_error(on_device, packed, state)  # waits for the copies too
                 if not math.isfinite(tensor_squares):
                     raise _unusable(name, plan.tensors[name])
+                if keeping.done():
+                    keeping.result()  # an error there ends it here
                 error, squares = error + tensor_error, squares + tensor_squares
                 write(_write_all, writer, stored)
                 bar.update(weight.nbytes)
         keeping.result()
     return math.sqrt(error / squares) if squares else 0.0
+
+
+@contextmanager
+def _telling(failed: threading.Event) -> Iterator[None]:
+    """Sets an event if the context ends by an error."""
+    try:
+        yield
+    except BaseException:
+        failed.set()
+        raise
 
 
 def _write_all(writer: TensorWriter, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Whether the weight files of a component hold exactly the tensors that its configuration asks for, each in its form.
 
 The model is built without storage from the configuration, the headers of the files are read, and both are compared. That takes no
-weights and no metadata, so `load` does it before it allocates anything; a configuration of absurd size ends here.
+weights and no metadata, so it is done before the model gets any; a configuration of absurd size ends here.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def checked_loading(folder: Path, component: Component) -> Iterator[None]:
     stored, problems = _stored_tensors(folder, component)
     _refuse(problems)
     quantizer_class, _, _ = _quantizer(folder, component)
-    own = vars(quantizer_class).get("preprocess_model")
-    upstream, thread = quantizer_class.preprocess_model, threading.get_ident()
+    thread = threading.get_ident()
     with upstream_lock, ExitStack() as building:
+        own, upstream = vars(quantizer_class).get("preprocess_model"), quantizer_class.preprocess_model
         building.enter_context(_at_most(len(stored) + MAX_TIED, folder / component.name / component.config))
 
         def preprocess_model(self, model, *args, **kwargs):

@@ -28,6 +28,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidRepository, InvalidSettings
 from ernie_image_nf4.layout import COMPONENT, PROMPT_ENHANCER, QUANTIZED
+from ernie_image_nf4.loading import _cheap_loading
 from ernie_image_nf4.placement import find_dtype
 from ernie_image_nf4.structure import checked_loading
 
@@ -130,6 +131,23 @@ def test_upstream_is_as_it_was_after_loading(repository, copy, monkeypatch):
     assert gc.isenabled()
     assert diffusers.utils.logging.is_progress_bar_enabled()
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_torchs_default_dtype_stays_after_a_model_that_could_not_be_built(copy):
+    edit_json(copy / "transformer" / "config.json", num_layers=300)
+    with pytest.raises(InvalidRepository, match="more tensors than the weight files have"):
+        load(copy, device="cpu", dtype="bfloat16")
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_layers_that_another_thread_makes_meanwhile_get_their_values():
+    with _cheap_loading(torch.device("cpu")), ThreadPoolExecutor(1) as pool:
+        layer = pool.submit(torch.nn.Linear, 64, 64).result()
+        assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "1"
+    assert 0 < layer.weight.abs().max() <= 0.125
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+    with _cheap_loading(torch.device("cuda")):  # there upstream's threads copy
+        assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 def test_a_quantized_model_is_built_once(repository, monkeypatch):

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ernie_image_nf4 import load
+from ernie_image_nf4 import load, nf4
 from ernie_image_nf4.errors import (
     DeviceUnavailable,
     ErnieImageNF4Error,
@@ -37,6 +38,7 @@ from ernie_image_nf4.metadata import Recommended, file_record, read_metadata
 from ernie_image_nf4.nf4 import QUANT_STATE
 from ernie_image_nf4.quantize import quantize
 from ernie_image_nf4.synthetic import synthesize
+from ernie_image_nf4.tensors import StoredTensor, find_tensors, read_chunks
 from ernie_image_nf4.verify import verify
 
 quantized_components = pytest.mark.parametrize("component", QUANTIZED, ids=lambda component: component.name)
@@ -475,6 +477,46 @@ def test_values_that_can_not_be_weights(source: Path, tmp_path: Path, weights: s
         quantize(source, tmp_path / "output", device="cpu", progress=False)
     assert not (tmp_path / "output" / Path(weights).parent).exists()
     assert not (tmp_path / "output" / MODEL_INDEX).exists()
+
+
+def test_a_bad_tensor_that_is_kept_ends_it_at_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = find_tensors((source / "transformer").glob("*.safetensors"))["x_embedder.proj.weight"]
+    edit_tensors(stored.file, lambda tensors: tensors["x_embedder.proj.weight"].view(-1)[0].fill_(math.nan))
+    done = []
+    quantize_nf4 = nf4.quantize_nf4
+
+    def slowly(weight: torch.Tensor, **options: object) -> tuple:
+        done.append(time.sleep(0.2))
+        return quantize_nf4(weight, **options)
+
+    monkeypatch.setattr(nf4, "quantize_nf4", slowly)
+    with pytest.raises(InvalidRepository, match=r"x_embedder\.proj\.weight has NaN"):
+        quantize(source, tmp_path / "out", device="cpu", progress=False)
+    assert len(done) < 8  # of 18
+
+
+def test_an_error_does_not_wait_for_what_is_written_beside(
+    source: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def slowly(stored: StoredTensor) -> Iterator[torch.Tensor]:
+        for chunk in read_chunks(stored, 64):
+            read.append(time.sleep(0.005))
+            yield chunk
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(importlib.import_module("ernie_image_nf4.quantize"), "read_chunks", slowly)
+    monkeypatch.setattr(nf4, "quantize_nf4", fail)
+    with refused(DeviceUnavailable, "memory", tmp_path / "out"):
+        quantize(source, tmp_path / "out", device="cpu", progress=False)
+    tensors = find_tensors((repository / "transformer").glob("*.safetensors")).values()
+    kept = sum(stored.spec.bytes for stored in tensors if stored.spec.dtype == "BF16")
+    assert len(read) < kept // 64 // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8], ids=str)
