@@ -246,8 +246,6 @@ class Decoder:
         larger = new_state(self.model, request, capacity)
         if state.graph:
             capture(self.model, larger, request)
-        else:  # the first step allocates the cache's tensors
-            decode(self.model, larger, request)
         larger.reset(0)
         for old, new in zip(state.cache.layers, larger.cache.layers, strict=True):
             new.keys[:, :, : state.capacity].copy_(old.keys)
@@ -266,8 +264,10 @@ def new_state(model: PreTrainedModel, request: Request, capacity: int) -> State:
     batch, device = len(request.input_ids), embeddings.device
     end = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
     end[list(request.eos_token_ids)] = True
+    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    cache.early_initialization(batch, model.config.num_key_value_heads, model.config.head_dim, embeddings.dtype, device)
     return State(
-        cache=StaticCache(config=model.config, max_cache_len=capacity),
+        cache=cache,
         capacity=capacity,
         token=torch.zeros(batch, 1, dtype=torch.long, device=device),
         position=torch.zeros(1, 1, dtype=torch.long, device=device),
@@ -326,7 +326,6 @@ def capture(model: PreTrainedModel, state: State, request: Request) -> None:
     """Record `decode` as a CUDA graph of `state`. The global random state is left as it was."""
     device = state.token.device
     random_state = torch.cuda.get_rng_state(device)
-    decode(model, state, request)  # allocates the cache, where it belongs to this stream
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
