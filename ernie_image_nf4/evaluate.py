@@ -351,8 +351,9 @@ def draw_pictures(
     """
     batches = []
     for start in range(0, len(prompts), batch_size):
-        drawn = _call(pipe, prompts[start : start + batch_size], settings, latents[start : start + batch_size], "pt")
-        batches.append((drawn.float() * 255).round().to(torch.uint8).cpu())
+        # diffusers 0.38 returns arrays where tensors are asked for
+        drawn = _call(pipe, prompts[start : start + batch_size], settings, latents[start : start + batch_size], "np")
+        batches.append((torch.from_numpy(drawn).permute(0, 3, 1, 2) * 255).round().to(torch.uint8))
         if on_drawn is not None:
             on_drawn(len(drawn))
     return torch.cat(batches)
@@ -360,7 +361,7 @@ def draw_pictures(
 
 def _call(
     pipe: ErnieImagePipeline, prompts: Sequence[str], settings: Recommended, latents: torch.Tensor, output_type: str
-) -> torch.Tensor:
+) -> Any:
     pipe.set_progress_bar_config(disable=True)
     try:
         result = pipe(

@@ -9,6 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -156,7 +157,8 @@ def test_pictures_are_those_of_the_pipeline_in_any_batch(pipe):
     image = pipe(
         prompts[1], height=32, width=48, num_inference_steps=2, guidance_scale=2.0, latents=latents[1:], use_pe=False
     ).images[0]
-    assert drawn[1].permute(1, 2, 0).numpy().tobytes() == image.tobytes()
+    apart = np.abs(drawn[1].permute(1, 2, 0).numpy().astype(int) - np.asarray(image))
+    assert apart.max() <= 1  # diffusers 0.38 cuts values to bytes, later ones round
     together = draw_pictures(pipe, prompts, SETTINGS, latents, batch_size=2)
     assert (together.int() - drawn.int()).abs().max() <= 2
     assert not torch.equal(drawn[0], drawn[1])
