@@ -4,7 +4,7 @@
 
 ORIGINAL is the folder of the mini in original precision, as training/ makes it. The captions are held-out scenes, half of them
 in each language, with a fixed seed for each; calibration uses captions of other scenes. `--peers` adds other libraries'
-formats, `--classifier FILE` the accuracy of what is drawn. Beside the JSON goes a Markdown table.
+formats, `--classifier FILE` the accuracy of what is drawn. The table that it prints is the README's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
 
+from benchmarks.summary import formats_table
 from ernie_image_nf4.evaluate import Evaluation, Result, evaluate
 from ernie_image_nf4.evaluate import to_json as evaluation_json
 from ernie_image_nf4.peers import PEERS
@@ -98,9 +99,7 @@ def main() -> None:
     arguments.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     details = json.loads(evaluation_json(evaluation))
     arguments.output.with_suffix(".details.json").write_text(json.dumps(details) + "\n", encoding="utf-8")
-    text = table(results)
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    print(formats_table(content))
 
 
 def make(name: str, original: Path, work: Path, device: str | None) -> tuple[Path, float | None]:
@@ -156,31 +155,6 @@ def figures(result: Result) -> dict[str, object]:
         **{name: score.mean for name, score in result.scores.items()},
         "seconds_per_image": result.seconds_per_image,
     }
-
-
-def table(results: dict[str, dict]) -> str:
-    """Markdown: a row for each result, with what it gains over stock NF4."""
-    stock = results.get("stock", {}).get("psnr")
-    lines = [
-        "| | bits per weight | weight error | prediction error | PSNR (dB) | over stock (dB) | SSIM | objects right |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, result in results.items():
-        if "error" in result:
-            lines.append(f"| {name} | {result['error']} |")
-            continue
-        psnr = result.get("psnr")
-        cells = [
-            (result["bits_per_weight"].get("transformer"), ".3f"),
-            (result["weight_error"].get("transformer"), ".4f"),
-            (result["prediction_error"], ".4f"),
-            (psnr, ".2f"),
-            (psnr - stock if psnr and stock else None, "+.2f"),
-            (result.get("ssim"), ".4f"),
-            (result.get("object_accuracy"), ".1%"),
-        ]
-        lines.append(f"| {name} | " + " | ".join("" if x is None else format(x, form) for x, form in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import platform
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -36,9 +37,11 @@ from ernie_image_nf4.evaluate import (
 from ernie_image_nf4.layout import COMPONENT
 from ernie_image_nf4.loading import load
 from ernie_image_nf4.metadata import Recommended, installed_versions
+from ernie_image_nf4.metrics import psnr
 from ernie_image_nf4.nf4 import quantize_nf4, stored_specs
 from ernie_image_nf4.plan import DEFAULT_KEEP, matches, skeleton
 
+MAX_PSNR = 100.0  # for equal pictures
 SCALES = {"stock": False, "scale_search": True}
 # {last} is the last block, {before} the one before it.
 TRANSFORMER = {
@@ -134,8 +137,8 @@ def main() -> None:
             change = quantized[scales][component] if component in components else {}
             set_weights(getattr(pipe, component), originals[component], change, keep)
         error = prediction_error(predictions, predict(pipe, of(probe, pipe, prompts), arguments.batch), probe.timesteps)
-        psnr = mean_psnr(reference, draw())
-        return {"psnr_db": round(psnr, 3), "prediction_error": error.overall, "by_timestep": error.relative_errors}
+        mean = statistics.mean(min(value, MAX_PSNR) for value in psnr(reference, draw()))
+        return {"psnr_db": round(mean, 3), "prediction_error": error.overall, "by_timestep": error.relative_errors}
 
     def of(probe: Probe, pipe: ErnieImagePipeline, prompts: Sequence[str]) -> Probe:
         texts = [text.cpu() for text in pipe.encode_prompt(list(prompts[probed]), pipe._execution_device)]
@@ -209,12 +212,6 @@ def set_weights(
 ) -> None:
     for name, layer in linear_layers(model):
         layer.weight.copy_(originals[name] if name in keep else changed.get(name, originals[name]))
-
-
-def mean_psnr(reference: torch.Tensor, pictures: torch.Tensor) -> float:
-    """Mean over the pictures, in dB; of uint8 pictures with values to 255."""
-    error = (reference.double() - pictures.double()).square().flatten(1).mean(1).clamp_min(1e-4)
-    return (20 * torch.log10(255 / error.sqrt())).mean().item()
 
 
 def extra_bytes(patterns: Sequence[str], size: str, original: Path) -> int:

@@ -1,6 +1,6 @@
 """Weight files read straight to a GPU, while Python builds the models that they are for.
 
-Building the full-size models takes Python more than a second, and so does reading 8 GB by one thread. Here several threads
+Python takes as long to build the full-size models as the weights take to be read, so both happen at once. Several threads
 read large pieces into page-locked buffers and send them; each piece is a single system call, as threads would wait for
 Python's lock between small ones. On Linux upstream meanwhile maps the same files into host memory, without reading them: where a
 tensor lies in the mapping says where it lies on the device. Tensors that aren't mapped are copied.

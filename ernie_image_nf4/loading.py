@@ -170,9 +170,8 @@ def _reading(folder: Path, components: Sequence[Component], where: Placement) ->
 
 def _nf4_names(tensors: Container[str]) -> set[str]:
     """Those of a file's tensors that belong to NF4: codes and quantization states."""
-    suffixes = ("", *nf4.stored_specs((1,), torch.bfloat16))
     weights = [name.removesuffix(ABSMAX) for name in tensors if name.endswith(ABSMAX)]
-    return {name + suffix for name in weights for suffix in suffixes}
+    return {name + suffix for name in weights for suffix in nf4.SUFFIXES}
 
 
 def _place(

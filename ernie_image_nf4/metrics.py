@@ -63,15 +63,16 @@ def find_metrics(device: torch.device, count: int, download: bool) -> tuple[dict
     return metrics, statuses
 
 
-def _psnr(device: torch.device, download: bool) -> Metric:
-    def psnr(reference: torch.Tensor, pictures: torch.Tensor, prompts: Sequence[str]) -> list[float]:
-        errors = [
-            (one.double() - other.double()).square().mean().item()
-            for one, other in zip(reference, pictures, strict=True)
-        ]
-        return [10 * math.log10(255**2 / error) if error else math.inf for error in errors]
+def psnr(reference: torch.Tensor, pictures: torch.Tensor) -> list[float]:
+    """In dB for each pair of pictures, with values to 255; infinite for equal ones."""
+    errors = [
+        (one.double() - other.double()).square().mean().item() for one, other in zip(reference, pictures, strict=True)
+    ]
+    return [10 * math.log10(255**2 / error) if error else math.inf for error in errors]
 
-    return psnr
+
+def _psnr(device: torch.device, download: bool) -> Metric:
+    return lambda reference, pictures, prompts: psnr(reference, pictures)
 
 
 def _ssim(device: torch.device, download: bool) -> Metric:

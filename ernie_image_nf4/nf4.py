@@ -37,8 +37,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
 
 # Values handled at a time. bitsandbytes' CPU code makes several float32 and int32 copies of what it is given; pieces that stay
-# near a core's cache, one worker thread a core, are 1.3 to 2 times as fast on two idle cores. On busy ones PyTorch's own threads
-# would wait for each other at every operation, which made pieces of this size 10 times slower. On a GPU they bound the memory.
+# near a core's cache, one worker thread a core, are faster. On busy cores PyTorch's own threads would wait for each other at
+# every operation, which takes longest with small pieces. On a GPU they bound the memory.
 CPU_PIECE, GPU_PIECE = 1 << 19, 1 << 25
 
 # The scales that the search tries, in units of a block's largest magnitude. Least errors lie between 0.84 and 1.1, and around
@@ -283,6 +283,10 @@ def stored_specs(shape: tuple[int, ...], dtype: torch.dtype, block_size: int = B
         ".nested_quant_map": TensorSpec("F32", (256,)),
         f".{QUANT_STATE}": TensorSpec("U8", (len(json.dumps(settings)),)),
     }
+
+
+# What a weight's NF4 is stored as, by suffixes of its name.
+SUFFIXES = tuple(stored_specs((1,), torch.bfloat16))
 
 
 def _pieces(

@@ -1,8 +1,5 @@
 """Where and how a pipeline runs: device, dtype and memory mode. `choose_*` decide and are pure, `find_*` ask this machine first, and
 `apply` does it.
-
-Memory estimates follow measurements of the full-size NF4 pipeline (9.3 GB of weights) on an H100: with everything on the GPU, as
-the model card's demo has it, peak reserved memory was 10.1 GiB at 512x512 and 14.8 GiB at 1024x1024.
 """
 
 from __future__ import annotations
@@ -148,9 +145,9 @@ def choose_dtype(
 ) -> torch.dtype:
     """The dtype of the computation: bfloat16, as the weights were made for, wherever the hardware multiplies it.
 
-    Below compute capability 8.0 CUDA only emulates bfloat16. Those of 7.x have tensor cores for float16 (65 TFLOP/s on
-    a T4, against 8 in float32); older ones are slower in float16 than in float32. A CPU without bfloat16 instructions
-    took 2.3 s a step in bfloat16 where float32 took 0.42 s, and 93 s for a VAE decode instead of 0.4 s.
+    Below compute capability 8.0 CUDA only emulates bfloat16. Those of 7.x have tensor cores for float16; older
+    ones are slower in float16 than in float32. A CPU without bfloat16 instructions is many times slower in bfloat16 than in
+    float32, at convolutions above all.
 
     Args:
         requested: dtype or its name; None to choose.

@@ -30,8 +30,8 @@ from .metadata import Quantization
 from .tensors import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
 
 QUANTIZATION = Quantization()
-# Linear layers that keep their precision unless that is asked not to be: those of most fidelity a byte on the mini, as
-# benchmarks/nf4_sensitivity.py measures. 69 MB at full size, 1.7% of the transformer's NF4 bytes.
+# Linear layers that keep their precision unless that is asked not to be: of the combinations in
+# benchmarks/nf4_sensitivity.json the one that lowers the error of the mini's predictions most a byte.
 DEFAULT_KEEP = (
     "transformer.final_linear",
     "transformer.text_proj",
@@ -142,7 +142,7 @@ def saved_names(model: torch.nn.Module) -> dict[str, str]:
     keys = [key for key in model.state_dict() if key not in tied_weights(model)]
     if not isinstance(model, transformers.PreTrainedModel):
         return {key: key for key in keys}
-    # All in one call, which takes 20 ms for the full-size text encoder where one call a key takes 1 s. Each stand-in's length is
+    # All in one call, because each looks through all conversions anew. Each stand-in's length is
     # the number of its key.
     numbered = {key: torch.empty(number, device="meta") for number, key in enumerate(keys)}
     saved = revert_weight_conversion(model, numbered)

@@ -70,8 +70,9 @@ class Request:
 def enable_fast_decoding(model: PreTrainedModel) -> None:
     """Let ``model.generate`` serve by a captured step the calls that it can, and all others by upstream's code.
 
-    ``model.generate`` keeps its meaning: greedy decoding gives upstream's tokens, sampling draws from the same distribution (from
-    torch's global random state, though not the same draws). `disable_fast_decoding` undoes it.
+    ``model.generate`` keeps its meaning: greedy decoding gives upstream's tokens, unless rounding decides between two that are
+    about equally likely; sampling draws from the same distribution (from torch's global random state, though not the same
+    draws). `disable_fast_decoding` undoes it.
     """
     upstream, decoder = model.generate, Decoder(model)
 

@@ -223,7 +223,7 @@ def _make_components(
                 error = _quantize_weights(plan, work / component.weights, device, scale_search, calibrated, bar)
             else:
                 _copy_component(folder, component, work, bar)
-            # Digests take a second for 2 GB, which the next component doesn't wait for.
+            # The next component doesn't wait for this one's digests.
             finishing.append(finisher.submit(_finish, made, folder, component, plan, error))
         for finished in finishing:
             finished.result()

@@ -250,8 +250,7 @@ def _at_most(count: int, config: Path) -> Iterator[None]:
 
 def _with_state(name: str, stored: dict[str, StoredTensor]) -> list[str]:
     """The names of a weight and of its quantization state, as far as they are there."""
-    suffixes = ("", *nf4.stored_specs((1,), torch.bfloat16))
-    return [name + suffix for suffix in dict.fromkeys(suffixes) if name + suffix in stored]
+    return [name + suffix for suffix in nf4.SUFFIXES if name + suffix in stored]
 
 
 def _plain_problems(name: str, tensor: Expected, found: StoredTensor) -> list[str]:

@@ -36,6 +36,22 @@ def test_every_figure_has_its_words():
     assert set(FORMATS) <= summary.FORMATS.keys()
 
 
+def test_formats_that_ran_have_a_row_and_what_was_not_measured_a_dash():
+    figures = {"bits_per_weight": {"transformer": 4.157}, "weight_error": {}, "prediction_error": 0.1375, "psnr": 28.58}
+    run = {"results": {"stock": figures | {"st_lpips": 0.02}, "sdnq-uint4": {"error": "no CUDA"}}}
+    *_, row = table = summary.formats_table(run).splitlines()
+    assert len(table) == 3
+    assert "ST-LPIPS" in table[0]
+    assert row == "| stock NF4 | 4.16 | – | 0.1375 | 28.58 | – | 0.0200 | – |"
+
+
+def test_a_table_is_replaced_between_its_comments():
+    text = "a\n<!-- t -->\nold\n<!-- /t -->\nb"
+    assert summary.replaced(text, "t", "new\n") == "a\n<!-- t -->\nnew\n<!-- /t -->\nb"
+    with pytest.raises(ValueError, match="substring"):
+        summary.replaced(text, "other", "new")
+
+
 @pytest.mark.parametrize("file", sorted((CHECKOUT / "benchmarks").glob("*.json")), ids=lambda file: file.name)
 def test_every_run_says_how_it_was_made(file: Path):
     if file.name == "summary.json":
