@@ -15,12 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,13 @@ PROMPT = (
 GIB = 1024**3
 TIMESTEPS = tuple(range(1000, 0, -100))
 TEXT_LENGTHS = (3, 24)  # tokens of an empty prompt and of one, for predictions
+# Of all that is imported, what takes longest, without what bitsandbytes imports: that initializes CUDA, after which no process
+# can be forked.
+PRELOADED = (
+    "torch",
+    "transformers.models.mistral3.modeling_mistral3",
+    "transformers.models.ministral3.modeling_ministral3",
+)
 FLOPS_A_PRODUCT = 2  # a multiplication and an addition
 
 
@@ -189,13 +197,22 @@ def benchmark(
 
 def _in_a_process(function, *arguments) -> dict[str, Any]:
     """`function(*arguments)` in a fresh process, or the error that it ended with."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=_process_context()) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             return {"error": "the process was killed, probably for lack of memory"}
         except Exception as error:  # an arm that can't run says why, and the others go on
             return {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+
+
+def _process_context() -> BaseContext:
+    """Fresh processes; where the system can, forked from one that has made the slow imports, none of which touches a GPU."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -414,11 +431,15 @@ def _synchronize(device: str) -> None:
 
 def _read_all(folder: Path) -> None:
     """Read all weight files, so that every arm finds them in the page cache."""
-    block = bytearray(1 << 24)
-    for file in folder.rglob("*.safetensors"):
+
+    def read(file: Path) -> None:
+        block = bytearray(1 << 24)
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(block):
                 pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, folder.rglob("*.safetensors")))
 
 
 # Predictions

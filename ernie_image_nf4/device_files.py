@@ -25,7 +25,7 @@ from .tensors import StoredTensor
 from .weight_blocks import tensors_of
 
 READERS = 8
-BUFFER_BYTES = 32 * 1024**2  # PyTorch rounds pinned allocations up to a power of two
+BUFFER_BYTES = 16 * 1024**2  # PyTorch rounds pinned allocations up to a power of two
 ALIGNMENT = 256  # of tensors on the device
 PIECE_TENSORS = 1000  # parts of one read; systems take 1,024
 PIECE_BYTES = BUFFER_BYTES - PIECE_TENSORS * ALIGNMENT  # of a file that are read at once
@@ -104,14 +104,17 @@ class DeviceReader:
         by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
         for stored in tensors:
             by_file[stored.file].append(stored)
+        pieces: dict[Path, list[Piece]] = {}
         for file, stored in by_file.items():
-            places, pieces, size = plan_reads(stored)
+            places, pieces[file], size = plan_reads(stored)
             with torch.inference_mode(False):  # which threads don't inherit
-                memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-            # It may still be in use by work that was queued before it was freed.
-            free = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-            self.files[file] = FileOnDevice(places, memory)
-            self.files[file].reads = [self._pool.submit(self._read, file, memory, piece, free) for piece in pieces]
+                self.files[file] = FileOnDevice(places, torch.empty(size, dtype=torch.uint8, device=self.device))
+        # The memory may still be in use by work that was queued before it was freed.
+        free = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        # Threads begin when all of it is there: they allocate page-locked memory, for which other allocations would wait.
+        for file, its_pieces in pieces.items():
+            read = self.files[file]
+            read.reads = [self._pool.submit(self._read, file, read.memory, piece, free) for piece in its_pieces]
 
     def place(self, module: nn.Module, files: Iterable[Path], excluded: Iterable[nn.Module] = ()) -> None:
         """Let the tensors of `module`, mapped from `files` by upstream, be those on the device; others are copied there.

@@ -21,7 +21,7 @@ def has_triton(device: torch.device) -> bool:
     """Whether Triton works on a CUDA device: torch brings it on Linux, but it needs a C compiler and compute capability 7.0."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
         return False
-    probe = torch.zeros(1, device=device)
+    probe = torch.zeros(1, dtype=torch.float32, device=device)
     try:
         _triton().gelu_times(probe, probe)
     except (

@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
-from . import nf4, placement
+from . import kernels, nf4, placement
 from .chat_template import check_chat_template
 from .device_files import DeviceReader
 from .errors import InvalidRepository
-from .guard import library_reading
+from .guard import library_reading, read_json
 from .hub import check_repository, find_repository, is_quantized, weight_files
-from .layout import COMPONENTS, PROMPT_ENHANCER, Component
+from .layout import COMPONENT, COMPONENTS, MODEL_INDEX, PROMPT_ENHANCER, Component
 from .metadata import Recommended, read_metadata_if_ours
 from .placement import Placement
 from .plan import upstream_lock
@@ -127,16 +128,23 @@ def load(
     where = Placement(chosen_device, chosen_dtype, mode, fast)
     heavy = [part for part in components if part.quantized]
     with (
+        ThreadPoolExecutor(2) as pool,
         _reading(folder, heavy, where) as reader,
         _quiet_loading(),
         _diffusers_nf4_on(where.load_device),
         _cheap_loading(where.load_device),
         _no_collections(),
     ):
+        if fast:
+            pool.submit(kernels.has_triton, chosen_device)  # which the first picture would wait for
         for component in components:
             if not (verify or component.quantized):
                 check_structure(folder, component)
         parts = dict.fromkeys(PROMPT_ENHANCER) if len(components) < len(COMPONENTS) else {}  # None leaves them unread
+        template = None
+        if not parts:  # its template is rendered in a process of its own, for which there is no need to wait
+            parts["pe_tokenizer"] = load_tokenizer(folder, COMPONENT["pe_tokenizer"])
+            template = pool.submit(check_chat_template, parts["pe_tokenizer"])
         parts |= {part.name: load_component(folder, part, where, check=not verify) for part in heavy}
         with library_reading(folder):
             pipe = diffusers.ErnieImagePipeline.from_pretrained(
@@ -144,6 +152,8 @@ def load(
             )
         _place(pipe, folder, heavy, where, reader)
     _check_agreement(pipe, folder)
+    if template:
+        template.result()
     placement.apply(pipe, where)
     if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
         pipe.transformer.compile_repeated_blocks(fullgraph=not fast, dynamic=True if fast else None)
@@ -157,14 +167,16 @@ def _reading(folder: Path, components: Sequence[Component], where: Placement) ->
         yield None
         return
     with DeviceReader(where.device) as reader:
+        wanted: list[StoredTensor] = []
         for component in components:
             tensors = device_tensors(folder, component, where.fast)
             nf4_names = _nf4_names(tensors)
-            reader.start(
+            wanted += (
                 stored
                 for name, stored in tensors.items()
                 if name in nf4_names or DTYPES[stored.spec.dtype] == where.dtype  # upstream leaves these as they are
             )
+        reader.start(wanted)
         yield reader
 
 
@@ -236,11 +248,18 @@ def load_component(folder: Path, component: Component, where: Placement, *, chec
     return model
 
 
+def load_tokenizer(folder: Path, component: Component) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer by the class that ``model_index.json`` names, as diffusers would load it."""
+    _, class_name = read_json(folder, folder / MODEL_INDEX)[component.name]
+    with library_reading(folder / component.name):
+        return getattr(transformers, class_name).from_pretrained(folder / component.name, local_files_only=True)
+
+
 def _check_agreement(pipe: diffusers.ErnieImagePipeline, folder: Path) -> None:
     """Refuse components that are sound by themselves, but don't fit each other.
 
     Raises:
-        InvalidRepository: A size differs, a tokenizer has more tokens than its model, or the chat template is unusable.
+        InvalidRepository: A size differs, or a tokenizer has more tokens than its model.
     """
     sizes = {
         "values a token of the text": (
@@ -262,8 +281,6 @@ def _check_agreement(pipe: diffusers.ErnieImagePipeline, folder: Path) -> None:
             raise InvalidRepository(
                 f"{tokenizer.name_or_path} has {len(tokenizer)} tokens, its model knows {rows}: use components of one release."
             )
-    if pipe.pe is not None:
-        check_chat_template(pipe.pe_tokenizer)
 
 
 def _convert(model: torch.nn.Module, dtype: torch.dtype) -> None:

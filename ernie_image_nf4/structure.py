@@ -6,6 +6,8 @@ weights and no metadata, so it is done before the model gets any; a configuratio
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import threading
@@ -114,8 +116,7 @@ def checked_loading(folder: Path, component: Component) -> Iterator[None]:
                 return upstream(self, model, *args, **kwargs)
             building.close()  # its layers are replaced now, whose parameters count anew
             result = upstream(self, model, *args, **kwargs)
-            with torch.device("cpu"):  # transformers is building on the meta device
-                _refuse(_differences(folder, component, model, stored))
+            _refuse(_differences(folder, component, model, stored))
             return result
 
         quantizer_class.preprocess_model = preprocess_model
@@ -193,6 +194,7 @@ def _differences(
     place = folder / component.name
     with library_reading(place / component.config):
         expected, tied = _expected_tensors(model)
+    settings = _read_settings(stored)
     used, problems = set(tied), []
     for name in sorted(tied.keys() & stored):
         problems += _plain_problems(name, tied[name], stored[name])
@@ -203,7 +205,7 @@ def _differences(
             continue
         if tensor.quantized:
             parts = {other.removeprefix(name): stored[other] for other in _with_state(name, stored)}
-            problems += _nf4_problems(name, tensor, parts)
+            problems += _nf4_problems(name, tensor, parts, settings.get(f"{name}.{nf4.QUANT_STATE}"))
             used |= {name + suffix for suffix in parts}
         else:
             problems += _plain_problems(name, tensor, stored[name])
@@ -266,8 +268,8 @@ def _plain_problems(name: str, tensor: Expected, found: StoredTensor) -> list[st
     return problems
 
 
-def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor]) -> list[str]:
-    """What is wrong with an NF4 weight and its quantization state, given by suffix.
+def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor], settings: dict | None) -> list[str]:
+    """What is wrong with an NF4 weight and its quantization state, given by suffix, with the state's settings.
 
     bitsandbytes believes what it is given: on a CPU it reads past the end of a scale tensor that is too short.
     """
@@ -275,7 +277,6 @@ def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor]) -
     settings_name = f".{nf4.QUANT_STATE}"
     if settings_name not in parts:
         return [f"{file}: tensor {name} has no quantization state ({settings_name} is missing)."]
-    settings = _read_settings(parts[settings_name])
     if settings is None:
         return [f"{file}: the quantization state of tensor {name} is unreadable."]
     wanted = {"quant_type": ["nf4"], "blocksize": BLOCK_SIZES, "dtype": FLOATS}
@@ -305,15 +306,20 @@ def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor]) -
     return problems
 
 
-def _read_settings(stored: StoredTensor) -> dict | None:
-    """The settings of a quantization state, JSON text in a tensor. None if they are none."""
-    if stored.spec.dtype != "U8" or len(stored.spec.shape) != 1 or stored.spec.bytes > MAX_SETTINGS:
-        return None
-    try:
-        settings = json.loads(read_tensor(stored).numpy().tobytes())
-    except (ValueError, RecursionError):
-        return None
-    return settings if isinstance(settings, dict) else None
+def _read_settings(stored: dict[str, StoredTensor]) -> dict[str, dict | None]:
+    """The settings of all quantization states, JSON text in tensors, by their names. None where they are none."""
+    found: dict[str, dict | None] = {}
+    states = [(name, tensor) for name, tensor in stored.items() if name.endswith(f".{nf4.QUANT_STATE}")]
+    for file, group in itertools.groupby(states, lambda state: state[1].file):
+        with file.open("rb") as stream:  # once: a component has hundreds of them
+            for name, tensor in group:
+                found[name] = None
+                if tensor.spec.dtype == "U8" and len(tensor.spec.shape) == 1 and tensor.spec.bytes <= MAX_SETTINGS:
+                    stream.seek(tensor.offset)
+                    with contextlib.suppress(ValueError, RecursionError):
+                        settings = json.loads(stream.read(tensor.spec.bytes))
+                        found[name] = settings if isinstance(settings, dict) else None
+    return found
 
 
 def _value_problems(stored: dict[str, StoredTensor]) -> list[str]:

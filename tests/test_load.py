@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from ernie_image_nf4 import load
+from ernie_image_nf4 import kernels, load
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidRepository, InvalidSettings
 from ernie_image_nf4.layout import COMPONENT, PROMPT_ENHANCER, QUANTIZED
 from ernie_image_nf4.loading import _cheap_loading
@@ -346,3 +346,13 @@ def test_settings_and_structure_are_checked_before_weights_are_read(copy):
         load(copy, dtype="int8")
     with pytest.raises(InvalidRepository, match="truncated or corrupt"):
         load(copy, memory="auto")
+
+
+@pytest.mark.gpu
+def test_kernels_are_tried_out_while_weights_are_loaded(repository):
+    """The first picture needn't wait for Triton to start."""
+    kernels.has_triton.cache_clear()
+    load(repository, device="cuda", prompt_enhancer=False, fast=False)
+    assert not kernels.has_triton.cache_info().currsize
+    load(repository, device="cuda", prompt_enhancer=False)
+    assert kernels.has_triton.cache_info().currsize
