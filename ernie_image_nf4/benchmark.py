@@ -39,8 +39,8 @@ PROMPT = (
 GIB = 1024**3
 TIMESTEPS = tuple(range(1000, 0, -100))
 TEXT_LENGTHS = (3, 24)  # tokens of an empty prompt and of one, for predictions
-# Of all that is imported, what takes longest, without what bitsandbytes imports: that initializes CUDA, after which no process
-# can be forked.
+# Of all that is imported, what takes longest. bitsandbytes is not among it: it initializes CUDA, after which no process can be
+# forked. So do some packages that transformers imports where they are installed (torchao).
 PRELOADED = (
     "torch",
     "transformers.models.mistral3.modeling_mistral3",
@@ -133,7 +133,8 @@ def make_synthetic(folder: str | Path) -> tuple[Path, Path]:
     if not (original / "README.md").exists():  # which is written last
         shutil.rmtree(original, ignore_errors=True)
         synthesize(original)
-    quantize(original, nf4)
+    if not nf4.exists():  # which it does once it is finished
+        quantize(original, nf4)
     return nf4, original
 
 
@@ -171,33 +172,34 @@ def benchmark(
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
+    in_a_process = functools.partial(_in_a_process, _process_context(device))
     if workload.loads > 1:
-        _in_a_process(
+        in_a_process(
             _measure, arms[0], model, original, work, workload, device, 0
         )  # so that no arm is the first of all
     for arm in arms:
         print(f"{arm.name} ...", file=sys.stderr, flush=True)
-        figures = _in_a_process(_measure, arm, model, original, work, workload, device)
+        figures = in_a_process(_measure, arm, model, original, work, workload, device)
         result["arms"].append({"name": arm.name, "way": arm.way, "options": arm.options} | figures)
         print(f"  {_brief(figures)}", file=sys.stderr, flush=True)
     # Loading depends on what the machine has just done: a median of several.
     for arm, row in zip(arms, result["arms"], strict=True):
         if arm.name in LOADED_AGAIN and "error" not in row:
             again = [
-                _in_a_process(_measure, arm, model, original, work, workload, device, 0)
+                in_a_process(_measure, arm, model, original, work, workload, device, 0)
                 for _ in range(workload.loads - 1)
             ]
             row["all_load_s"] = [row["load_s"], *(figures["load_s"] for figures in again)]
             row["load_s"] = statistics.median(row["all_load_s"])
     _compare_predictions(result["arms"], work)
     if growth:
-        result["growth"] = _in_a_process(_growth, model, device)
-    return result | _in_a_process(_machine, device)
+        result["growth"] = in_a_process(_growth, model, device)
+    return result | in_a_process(_machine, device)
 
 
-def _in_a_process(function, *arguments) -> dict[str, Any]:
+def _in_a_process(context: BaseContext, function, *arguments) -> dict[str, Any]:
     """`function(*arguments)` in a fresh process, or the error that it ended with."""
-    with ProcessPoolExecutor(1, mp_context=_process_context()) as pool:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -206,13 +208,14 @@ def _in_a_process(function, *arguments) -> dict[str, Any]:
             return {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
 
 
-def _process_context() -> BaseContext:
-    """Fresh processes; where the system can, forked from one that has made the slow imports, none of which touches a GPU."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
+def _process_context(device: str) -> BaseContext:
+    """How to start fresh processes: forked, where they can use the device then, from one that has made the slow imports."""
+    if "forkserver" in get_all_start_methods():
+        context = get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        if "error" not in _in_a_process(context, _machine, device):
+            return context
+    return get_context("spawn")
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ernie_image_nf4.benchmark import ARMS, Arm, Workload, benchmark, choose_arms, step_operations, summary
+from ernie_image_nf4 import synthetic
+from ernie_image_nf4.benchmark import (
+    ARMS,
+    Arm,
+    Workload,
+    benchmark,
+    choose_arms,
+    make_synthetic,
+    step_operations,
+    summary,
+)
 from ernie_image_nf4.benchmark_report import markdown, write_benchmark
 from ernie_image_nf4.cli import app
 from ernie_image_nf4.errors import InvalidSettings
@@ -124,3 +135,12 @@ def test_growth_is_a_table(result):
         }
     }
     assert "| 512x512, 2 | 1.0 | 3.0 | 1.50 |" in markdown(grown)
+
+
+def test_synthetic_repositories_that_are_there_are_used_again(tmp_path, monkeypatch):
+    tiny = functools.partial(synthetic.synthesize, preset="tiny", progress=False)
+    monkeypatch.setattr(synthetic, "synthesize", tiny)
+    made = make_synthetic(tmp_path)
+    stamps = [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))]
+    assert make_synthetic(tmp_path) == made
+    assert [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))] == stamps
