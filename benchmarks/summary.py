@@ -48,6 +48,11 @@ TEXTS = {
     "h100.time_vs_resident.stream": "... `stream`",
     "h100.load_time_vs_demo": "loading, `resident`: time over that of the plain calls",
     "h100.prediction_error.resident_compiled": "largest relative difference of a prediction to that of the plain calls",
+    "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the enhancer, in "
+    "batches of 8: seconds a picture, `resident`",
+    "batch.h100_s.resident_single": "... one by one",
+    "batch.h100_s.offload": "... in batches of 8, `offload`",
+    "batch.h100_s.offload_single": "... one by one",
     "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page cache, s",
     "quantize.h100_conventional_s": "... the same by `from_pretrained` and `save_pretrained`, s",
     "quantize.peak_host_gib": "... peak host memory of `quantize` without page cache, GiB",
@@ -82,6 +87,10 @@ def summary() -> dict[str, float]:
     figures: dict[str, float] = {}
     if run := read("benchmark_h100.json"):
         figures |= benchmark.summary(run)
+    for memory in ("resident", "offload"):
+        if run := read(f"batch_h100_{memory}.json"):
+            figures[f"batch.h100_s.{memory}"] = run[memory]["batch"]["seconds_a_picture"]
+            figures[f"batch.h100_s.{memory}_single"] = run[memory]["single"]["seconds_a_picture"]
     if run := read("quantize_h100.json"):
         figures |= {
             "quantize.h100_s": run["quantize"]["seconds"],

@@ -29,7 +29,7 @@ from .device_files import DeviceReader
 from .errors import InvalidRepository
 from .guard import library_reading, read_json
 from .hub import check_repository, find_repository, is_quantized, weight_files
-from .layout import COMPONENT, COMPONENTS, MODEL_INDEX, PROMPT_ENHANCER, Component
+from .layout import COMPONENT, MODEL_INDEX, PROMPT_ENHANCER, Component
 from .metadata import Recommended, read_metadata_if_ours
 from .placement import Placement
 from .plan import upstream_lock
@@ -140,10 +140,10 @@ def load(
         for component in components:
             if not (verify or component.quantized):
                 check_structure(folder, component)
-        parts = dict.fromkeys(PROMPT_ENHANCER) if len(components) < len(COMPONENTS) else {}  # None leaves them unread
-        template = None
-        if not parts:  # its template is rendered in a process of its own, for which there is no need to wait
+        parts, template = dict.fromkeys(PROMPT_ENHANCER), None  # None leaves them unread
+        if COMPONENT["pe_tokenizer"] in components:
             parts["pe_tokenizer"] = load_tokenizer(folder, COMPONENT["pe_tokenizer"])
+            # Rendered in a process of its own, for which there is no need to wait.
             template = pool.submit(check_chat_template, parts["pe_tokenizer"])
         parts |= {part.name: load_component(folder, part, where, check=not verify) for part in heavy}
         with library_reading(folder):

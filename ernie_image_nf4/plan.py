@@ -31,8 +31,8 @@ from .tensors import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
 
 QUANTIZATION = Quantization()
 # Linear layers that keep their precision unless that is asked not to be. final_linear makes a quarter of the error of the mini's
-# predictions with 0.02% of the full-size transformer's bytes (benchmarks/nf4_sensitivity.json). The other two, which other
-# formats' recipes keep too, cost 1.7% and made no difference there.
+# predictions with 0.02% of the full-size transformer's bytes (benchmarks/nf4_sensitivity.json). The other two cost 1.7% and made
+# no difference there.
 DEFAULT_KEEP = (
     "transformer.final_linear",
     "transformer.text_proj",

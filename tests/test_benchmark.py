@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 from ernie_image_nf4 import synthetic
 from ernie_image_nf4.benchmark import (
     ARMS,
+    PRELOADED,
     Arm,
     Workload,
+    _in_a_process,
+    _process_context,
     benchmark,
     choose_arms,
     make_synthetic,
@@ -144,3 +148,19 @@ def test_synthetic_repositories_that_are_there_are_used_again(tmp_path, monkeypa
     stamps = [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))]
     assert make_synthetic(tmp_path) == made
     assert [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))] == stamps
+
+
+@pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")
+def test_processes_are_forked_after_the_slow_imports():
+    context = _process_context("cpu")
+    assert context.get_start_method() == "forkserver"
+    imported = _in_a_process(
+        context, eval, "sorted(__import__('sys').modules)"
+    )  # nothing of this module is imported there
+    assert set(PRELOADED) <= set(imported)
+    assert "bitsandbytes" not in imported
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_processes_start_anew_where_forked_ones_cannot_use_the_device():
+    assert _process_context("cuda").get_start_method() == "spawn"
