@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import logging
@@ -11,7 +12,7 @@ import os
 import threading
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import bitsandbytes
@@ -33,7 +34,7 @@ from .layout import COMPONENT, MODEL_INDEX, PROMPT_ENHANCER, Component
 from .metadata import Recommended, read_metadata_if_ours
 from .placement import Placement
 from .plan import upstream_lock
-from .structure import check_structure, checked_loading
+from .structure import bounded_loading, check_model, check_structure, checked_loading
 from .tensors import DTYPES, StoredTensor, find_tensors
 from .text_encoding import enable_host_embeddings, unused_modules
 from .verify import check_integrity
@@ -137,19 +138,13 @@ def load(
     ):
         if fast:
             pool.submit(kernels.has_triton, chosen_device)  # which the first picture would wait for
-        for component in components:
-            if not (verify or component.quantized):
-                check_structure(folder, component)
         parts, template = dict.fromkeys(PROMPT_ENHANCER), None  # None leaves them unread
         if COMPONENT["pe_tokenizer"] in components:
             parts["pe_tokenizer"] = load_tokenizer(folder, COMPONENT["pe_tokenizer"])
             # Rendered in a process of its own, for which there is no need to wait.
             template = pool.submit(check_chat_template, parts["pe_tokenizer"])
         parts |= {part.name: load_component(folder, part, where, check=not verify) for part in heavy}
-        with library_reading(folder):
-            pipe = diffusers.ErnieImagePipeline.from_pretrained(
-                folder, **parts, **_dtype("diffusers", where), local_files_only=True, use_safetensors=True
-            )
+        pipe = load_pipeline(folder, components, parts, where, check=not verify)
         _place(pipe, folder, heavy, where, reader)
     _check_agreement(pipe, folder)
     if template:
@@ -246,6 +241,31 @@ def load_component(folder: Path, component: Component, where: Placement, *, chec
     if conversions := getattr(model, "_weight_conversions", None):
         model._weight_conversions = [part for part in conversions if not _is_nf4_loading(part)]
     return model
+
+
+def load_pipeline(
+    folder: Path, components: Sequence[Component], parts: dict[str, object], where: Placement, *, check: bool = True
+) -> diffusers.ErnieImagePipeline:
+    """The pipeline around what has been loaded, with the rest of its components, each on the CPU.
+
+    Raises:
+        InvalidRepository: Files don't fit their configuration. Without `check` only what upstream notices.
+    """
+    light = [part for part in components if part.weights and not part.quantized] if check else []
+    try:
+        with library_reading(folder), ExitStack() as bounds:
+            for part in light:
+                bounds.enter_context(bounded_loading(folder, part))
+            pipe = diffusers.ErnieImagePipeline.from_pretrained(
+                folder, **parts, **_dtype("diffusers", where), local_files_only=True, use_safetensors=True
+            )
+    except InvalidRepository:
+        for part in light:  # which says more about it
+            check_structure(folder, part)
+        raise
+    for part in light:
+        check_model(folder, part, getattr(pipe, part.name))
+    return pipe
 
 
 def load_tokenizer(folder: Path, component: Component) -> transformers.PreTrainedTokenizerBase:
@@ -348,27 +368,33 @@ def _cheap_loading(device: torch.device) -> Iterator[None]:
     """Spare upstream's loading to `device` what takes Python much time and gives nothing here, while the context lasts.
 
     transformers copies the conversion of each weight with all that hangs on it, where one level does, and lets threads fetch each
-    tensor, even where all are mapped on the CPU and there is nothing to wait for. Layers get initial values, which those of the
-    files then replace.
+    tensor, even where all are mapped on the CPU and there is nothing to wait for. Layers are given storage and initial values, and
+    then lose both for what the files have.
     """
     thread = threading.get_ident()
+    linear = torch.nn.Linear
     with upstream_lock:
         asynchronous = os.environ.get(ASYNCHRONOUS_OFF)
-        reset_parameters = torch.nn.Linear.reset_parameters
+        init, reset_parameters = linear.__init__, linear.reset_parameters
+
+        @functools.wraps(init)
+        def init_elsewhere(self, in_features, out_features, bias=True, device=None, dtype=None):
+            here = device is None and threading.get_ident() == thread
+            init(self, in_features, out_features, bias, "meta" if here else device, dtype)
 
         def reset_elsewhere(self: torch.nn.Linear) -> None:
             if threading.get_ident() != thread:
                 reset_parameters(self)
 
+        linear.__init__, linear.reset_parameters = init_elsewhere, reset_elsewhere
+        WeightConverter.__deepcopy__ = _copy_one_level
         if device.type == "cpu":
             os.environ[ASYNCHRONOUS_OFF] = "1"
-        torch.nn.Linear.reset_parameters = reset_elsewhere
-        WeightConverter.__deepcopy__ = _copy_one_level
         try:
             yield
         finally:
             del WeightConverter.__deepcopy__
-            torch.nn.Linear.reset_parameters = reset_parameters
+            linear.__init__, linear.reset_parameters = init, reset_parameters
             if asynchronous is not None:
                 os.environ[ASYNCHRONOUS_OFF] = asynchronous
             else:

@@ -140,7 +140,8 @@ def skeleton(component: Component, folder: Path) -> torch.nn.Module:
 
 def saved_names(model: torch.nn.Module) -> dict[str, str]:
     """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out."""
-    keys = [key for key in model.state_dict() if key not in tied_weights(model)]
+    tied = tied_weights(model)
+    keys = [key for key in state_tensors(model) if key not in tied]
     if not isinstance(model, transformers.PreTrainedModel):
         return {key: key for key in keys}
     # All in one call, because each looks through all conversions anew. Each stand-in's length is
@@ -149,6 +150,17 @@ def saved_names(model: torch.nn.Module) -> dict[str, str]:
     saved = revert_weight_conversion(model, numbered)
     names = {keys[len(tensor)]: name for name, tensor in saved.items()}
     return {key: names[key] for key in keys}
+
+
+def state_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What ``model.state_dict()`` has, before it is quantized: the tensors themselves, which takes a tenth of the time."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def save_configs(model: torch.nn.Module, folder: Path) -> None:

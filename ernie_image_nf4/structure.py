@@ -31,7 +31,7 @@ from .errors import InvalidRepository
 from .guard import INDEX, library_reading, read_json
 from .hub import is_quantized, weight_files
 from .layout import Component
-from .plan import saved_names, skeleton, tied_weights, upstream_lock
+from .plan import saved_names, skeleton, state_tensors, tied_weights, upstream_lock
 from .tensors import DTYPES, StoredTensor, TensorSpec, read_chunks, read_header, read_tensor
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those bitsandbytes has
@@ -129,6 +129,25 @@ def checked_loading(folder: Path, component: Component) -> Iterator[None]:
                 quantizer_class.preprocess_model = own
 
 
+@contextmanager
+def bounded_loading(folder: Path, component: Component) -> Iterator[None]:
+    """Give up a model that upstream builds in this context and thread if it has more parameters than a component's files.
+
+    Raises:
+        InvalidRepository: It has, or the files can't be read.
+    """
+    stored, problems = _stored_tensors(folder, component)
+    _refuse(problems)
+    with _at_most(len(stored) + MAX_TIED, folder / component.name / component.config):
+        yield
+
+
+def check_model(folder: Path, component: Component, model: torch.nn.Module) -> None:
+    """As `check_structure`, by a model that has been loaded and isn't quantized."""
+    stored, problems = _stored_tensors(folder, component)
+    _refuse(problems + _differences(folder, component, model, stored))
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise InvalidRepository(f"{problems[0]} Download the repository again, both configuration and weights.")
@@ -218,7 +237,7 @@ def _differences(
 
 def _expected_tensors(model: torch.nn.Module) -> tuple[dict[str, Expected], dict[str, Expected]]:
     """What a model asks for, by the names under which it is saved, and tied weights, which may be left out."""
-    state = model.state_dict()
+    state = state_tensors(model)
     quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
     def expected(key: str) -> Expected:

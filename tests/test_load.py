@@ -143,6 +143,7 @@ def test_torchs_default_dtype_stays_after_a_model_that_could_not_be_built(copy):
 def test_layers_that_another_thread_makes_meanwhile_get_their_values():
     with _cheap_loading(torch.device("cpu")), ThreadPoolExecutor(1) as pool:
         layer = pool.submit(torch.nn.Linear, 64, 64).result()
+        assert torch.nn.Linear(64, 64).weight.is_meta
         assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "1"
     assert 0 < layer.weight.abs().max() <= 0.125
     assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
@@ -150,7 +151,7 @@ def test_layers_that_another_thread_makes_meanwhile_get_their_values():
         assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
-def test_a_quantized_model_is_built_once(repository, monkeypatch):
+def test_each_model_is_built_once(repository, monkeypatch):
     """Its structure is checked in the model that upstream builds."""
     built = []
     init = torch.nn.Module.__init__
@@ -161,7 +162,7 @@ def test_a_quantized_model_is_built_once(repository, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "__init__", counted)
     load(repository, device="cpu")
-    assert [built.count(part.class_name) for part in QUANTIZED] == [1, 1, 1]
+    assert [built.count(part.class_name) for part in (*QUANTIZED, COMPONENT["vae"])] == [1, 1, 1, 1]
 
 
 def test_what_another_thread_loads_meanwhile_is_not_checked(repository):

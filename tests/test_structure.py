@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import InvalidRepository
 from ernie_image_nf4.layout import COMPONENT, COMPONENTS, METADATA, Component
+from ernie_image_nf4.plan import skeleton, state_tensors
 from ernie_image_nf4.structure import structure_problems
 
 TRANSFORMER = COMPONENT["transformer"]
@@ -226,6 +227,15 @@ def test_a_model_of_absurd_size_is_refused_before_it_takes_memory(
 def test_a_configuration_that_describes_no_model(unrecorded: Path) -> None:
     edit_config(unrecorded, "vae", norm_num_groups=0)
     check(unrecorded, "vae/config.json can't be loaded")
+
+
+@pytest.mark.parametrize("component", [part for part in COMPONENTS if part.weights], ids=lambda part: part.name)
+def test_tensors_of_a_model_are_those_of_its_state_dict(original: Path, component: Component) -> None:
+    model = skeleton(component, original / component.name)
+    state = model.state_dict()
+    assert {key: tensor.shape for key, tensor in state_tensors(model).items()} == {
+        key: tensor.shape for key, tensor in state.items()
+    }
 
 
 # Components against each other
