@@ -13,6 +13,7 @@ import types
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, StaticCache
 from transformers.generation import (
     LogitsProcessorList,
@@ -35,6 +36,8 @@ ARGUMENTS = {
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 MINIMUM = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 CACHE_STEP = 512  # tokens by which the static cache grows; 54 MB for the full-size enhancer
+# Without cuDNN's, which in PyTorch 2.11 on an H100 gave other last bits now and then for the same decode step.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LOOK_BACK = 4  # decode steps under way before a finished one is looked at, so that the GPU never waits for Python
 
 
@@ -171,13 +174,27 @@ class State:
             counter.zero_()
         self.minimum.fill_(minimum)
 
+    def continue_from(self, smaller: State) -> None:
+        """Take over a text from a state that has no room for more of it."""
+        self.reset(0)
+        for old, new in zip(smaller.cache.layers, self.cache.layers, strict=True):
+            new.keys[:, :, : smaller.capacity].copy_(old.keys)
+            new.values[:, :, : smaller.capacity].copy_(old.values)
+            if torch.is_tensor(getattr(old, "cumulative_length", None)):
+                new.cumulative_length.copy_(old.cumulative_length)
+        for name in ("token", "position", "count", "minimum", "ended"):
+            getattr(self, name).copy_(getattr(smaller, name))
+
 
 class Decoder:
-    """Prefill and decode of one model; keeps the last state and its graph for the next call of the same kind."""
+    """Prefill and decode of one model; keeps states and their graphs for the next call of the same kind.
+
+    There is one state for each capacity: rounding may depend on it, and a text is not to depend on those before it.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.state: State | None = None
+        self.states: dict[int, State] = {}
         self.settings: tuple = ()
         self.lock = threading.Lock()
 
@@ -204,15 +221,16 @@ class Decoder:
 
     def _generate(self, request: Request, ids: torch.Tensor) -> torch.Tensor:
         length = ids.shape[1]
-        limit = length + request.max_new_tokens
         state = self._state(request, _rounded(length + CACHE_STEP // 2))
+        state.reset(request.min_new_tokens)
         tokens, pending = [], []
 
         prefill(self.model, state, ids, request)
         for step in range(request.max_new_tokens):
             if step:
                 if length + step > state.capacity:
-                    state = self._grown(state, request, min(limit, _rounded(2 * state.capacity)))
+                    smaller, state = state, self._state(request, 2 * state.capacity)
+                    state.continue_from(smaller)
                 if state.graph:
                     state.graph.replay()
                 else:
@@ -224,39 +242,24 @@ class Decoder:
         return torch.cat([ids, trimmed(torch.cat(tokens, 1), state.end)], 1)
 
     def forget(self) -> None:
-        """Drop the state: its graph reads weights that are about to move."""
-        self.state = None
+        """Drop all states: their graphs read weights that are about to move."""
+        self.states.clear()
 
     def _state(self, request: Request, capacity: int) -> State:
-        """A state ready for prefill: the last one, if it was of this kind and is large enough, or a new one."""
+        """The state of this kind and capacity, as it was left, or a new one."""
         weight = self.model.get_input_embeddings().weight
         # A graph reads weights where they were when it was captured, adapters included.
         addresses = tuple(getattr(owner, name).data_ptr() for owner, name in tensors_of(self.model))
         settings = (*request.settings, weight.device, addresses)
-        if self.state is None or self.settings != settings or self.state.capacity < capacity:
-            self.state = None  # before the new one takes its memory
+        if self.settings != settings:
+            self.forget()  # before new ones take their memory
+            self.settings = settings
+        if capacity not in self.states:
             state = new_state(self.model, request, capacity)
             if weight.is_cuda:
                 capture(self.model, state, request)
-            self.state, self.settings = state, settings
-        self.state.reset(request.min_new_tokens)
-        return self.state
-
-    def _grown(self, state: State, request: Request, capacity: int) -> State:
-        """`state` in the middle of a text, with room for more: the cache copied into a larger one, the step captured anew."""
-        larger = new_state(self.model, request, capacity)
-        if state.graph:
-            capture(self.model, larger, request)
-        larger.reset(0)
-        for old, new in zip(state.cache.layers, larger.cache.layers, strict=True):
-            new.keys[:, :, : state.capacity].copy_(old.keys)
-            new.values[:, :, : state.capacity].copy_(old.values)
-            if torch.is_tensor(getattr(old, "cumulative_length", None)):
-                new.cumulative_length.copy_(old.cumulative_length)
-        for name in ("token", "position", "count", "minimum", "ended"):
-            getattr(larger, name).copy_(getattr(state, name))
-        self.state = larger
-        return larger
+            self.states[capacity] = state
+        return self.states[capacity]
 
 
 def new_state(model: PreTrainedModel, request: Request, capacity: int) -> State:
@@ -298,14 +301,15 @@ def forward(model: PreTrainedModel, state: State, ids: torch.Tensor, positions: 
     """Logits behind the last token, (batch, vocabulary) float32. `positions`: (1, length) of `ids`."""
     # Given in full, so that upstream needs no Python-side look at how far the cache is filled.
     mask = torch.arange(state.capacity, device=ids.device) <= positions[..., None]
-    output = model.model(
-        input_ids=ids,
-        position_ids=positions.expand(len(ids), -1),
-        attention_mask=mask[None].expand(len(ids), -1, -1, -1),
-        past_key_values=state.cache,
-        use_cache=True,
-        cache_position=positions[0],
-    )
+    with sdpa_kernel(ATTENTION):
+        output = model.model(
+            input_ids=ids,
+            position_ids=positions.expand(len(ids), -1),
+            attention_mask=mask[None].expand(len(ids), -1, -1, -1),
+            past_key_values=state.cache,
+            use_cache=True,
+            cache_position=positions[0],
+        )
     return model.lm_head(output.last_hidden_state[:, -1]).float()
 
 
