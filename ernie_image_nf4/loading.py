@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import bitsandbytes
@@ -32,6 +32,7 @@ from .guard import library_reading, read_json
 from .hub import check_repository, find_repository, is_quantized, weight_files
 from .layout import COMPONENT, MODEL_INDEX, PROMPT_ENHANCER, Component
 from .metadata import Recommended, read_metadata_if_ours
+from .nf4_loading import direct_loading
 from .placement import Placement
 from .plan import upstream_lock
 from .structure import bounded_loading, check_model, check_structure, checked_loading
@@ -226,8 +227,11 @@ def load_component(folder: Path, component: Component, where: Placement, *, chec
         )
         if check:
             check_structure(folder, component)
-    checked = checked_loading(folder, component) if check and quantized else nullcontext()
-    with library_reading(folder / component.name), _same_default_dtype(), checked:
+    with library_reading(folder / component.name), _same_default_dtype(), ExitStack() as contexts:
+        if quantized and (check or where.fast):
+            weights = contexts.enter_context(checked_loading(folder, component))
+            if where.fast:
+                contexts.enter_context(direct_loading(component.library, weights))
         model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
             folder / component.name,
             device_map={"": where.load_device},

@@ -31,6 +31,7 @@ from .errors import InvalidRepository
 from .guard import INDEX, library_reading, read_json
 from .hub import is_quantized, weight_files
 from .layout import Component
+from .nf4_loading import NF4Weight
 from .plan import saved_names, skeleton, state_tensors, tied_weights, upstream_lock
 from .tensors import DTYPES, StoredTensor, TensorSpec, read_chunks, read_header, read_tensor
 
@@ -95,10 +96,13 @@ def structure_problems(folder: Path, component: Component, *, values: bool = Fal
 
 
 @contextmanager
-def checked_loading(folder: Path, component: Component) -> Iterator[None]:
+def checked_loading(folder: Path, component: Component) -> Iterator[list[NF4Weight]]:
     """Let ``from_pretrained`` of a quantized component, in this context and thread, take weights only if they fit its model.
 
     Finds what `check_structure` finds, in the model that upstream builds, before it has storage: a second one would take Python as long.
+
+    Yields:
+        The component's NF4 weights; empty until they have been checked.
 
     Raises:
         InvalidRepository: As `check_structure`.
@@ -106,7 +110,7 @@ def checked_loading(folder: Path, component: Component) -> Iterator[None]:
     stored, problems = _stored_tensors(folder, component)
     _refuse(problems)
     quantizer_class, _, _ = _quantizer(folder, component)
-    thread = threading.get_ident()
+    thread, weights = threading.get_ident(), []
     with upstream_lock, ExitStack() as building:
         own, upstream = vars(quantizer_class).get("preprocess_model"), quantizer_class.preprocess_model
         building.enter_context(_at_most(len(stored) + MAX_TIED, folder / component.name / component.config))
@@ -116,12 +120,12 @@ def checked_loading(folder: Path, component: Component) -> Iterator[None]:
                 return upstream(self, model, *args, **kwargs)
             building.close()  # its layers are replaced now, whose parameters count anew
             result = upstream(self, model, *args, **kwargs)
-            _refuse(_differences(folder, component, model, stored))
+            _refuse(_differences(folder, component, model, stored, weights))
             return result
 
         quantizer_class.preprocess_model = preprocess_model
         try:
-            yield
+            yield weights
         finally:
             if own is None:
                 del quantizer_class.preprocess_model
@@ -207,9 +211,13 @@ def _quantizer(folder: Path, component: Component) -> tuple[type, type, dict]:
 
 
 def _differences(
-    folder: Path, component: Component, model: torch.nn.Module, stored: dict[str, StoredTensor]
+    folder: Path,
+    component: Component,
+    model: torch.nn.Module,
+    stored: dict[str, StoredTensor],
+    weights: list[NF4Weight] | None = None,
 ) -> list[str]:
-    """Where stored tensors differ from those that a model without storage asks for."""
+    """Where stored tensors differ from those that a model without storage asks for. NF4 weights are added to `weights`."""
     place = folder / component.name
     with library_reading(place / component.config):
         expected, tied = _expected_tensors(model)
@@ -224,7 +232,10 @@ def _differences(
             continue
         if tensor.quantized:
             parts = {other.removeprefix(name): stored[other] for other in _with_state(name, stored)}
-            problems += _nf4_problems(name, tensor, parts, settings.get(f"{name}.{nf4.QUANT_STATE}"))
+            its_settings = settings.get(f"{name}.{nf4.QUANT_STATE}")
+            problems += _nf4_problems(name, tensor, parts, its_settings)
+            if weights is not None:
+                weights.append(NF4Weight(name, tensor.key, parts, its_settings))
             used |= {name + suffix for suffix in parts}
         else:
             problems += _plain_problems(name, tensor, stored[name])
