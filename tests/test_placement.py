@@ -116,8 +116,8 @@ def test_auto_says_why():
 
 
 def test_a_picture_decoded_in_tiles_takes_the_memory_of_one():
-    assert working_bytes(1024**2, fast=False) == 6 * GIB
-    assert working_bytes(1024**2, fast=True) == working_bytes(512**2, fast=True) == 1.5 * GIB
+    assert working_bytes(1024**2, fast=False) == 5.5 * GIB
+    assert working_bytes(1024**2, fast=True) == working_bytes(512**2, fast=True) == 1.375 * GIB
     assert working_bytes(64**2, fast=True) == 1 * GIB
 
 
