@@ -383,8 +383,13 @@ def _cheap_loading(device: torch.device) -> Iterator[None]:
 
         @functools.wraps(init)
         def init_elsewhere(self, in_features, out_features, bias=True, device=None, dtype=None):
-            here = device is None and threading.get_ident() == thread
-            init(self, in_features, out_features, bias, "meta" if here else device, dtype)
+            if device is None and threading.get_ident() == thread:
+                with (
+                    torch._C.DisableTorchFunction()
+                ):  # the context that transformers builds in: it asks for this device as well
+                    init(self, in_features, out_features, bias, "meta", dtype)
+            else:
+                init(self, in_features, out_features, bias, device, dtype)
 
         def reset_elsewhere(self: torch.nn.Linear) -> None:
             if threading.get_ident() != thread:

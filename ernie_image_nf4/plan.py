@@ -8,7 +8,7 @@ config, followed by ``save_pretrained``, would give.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -138,18 +138,22 @@ def skeleton(component: Component, folder: Path) -> torch.nn.Module:
     return model
 
 
-def saved_names(model: torch.nn.Module) -> dict[str, str]:
-    """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out."""
+def saved_names(model: torch.nn.Module, stored: Container[str] = ()) -> dict[str, str]:
+    """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out.
+
+    A key that is among `stored` names is taken as it is, as both libraries do: transformers is slow at finding another one.
+    """
     tied = tied_weights(model)
-    keys = [key for key in state_tensors(model) if key not in tied]
-    if not isinstance(model, transformers.PreTrainedModel):
-        return {key: key for key in keys}
+    names = {key: key for key in state_tensors(model) if key not in tied}
+    keys = [key for key in names if key not in stored]
+    if not keys or not isinstance(model, transformers.PreTrainedModel):
+        return names
     # All in one call, because each looks through all conversions anew. Each stand-in's length is
     # the number of its key.
     numbered = {key: torch.empty(number, device="meta") for number, key in enumerate(keys)}
     saved = revert_weight_conversion(model, numbered)
-    names = {keys[len(tensor)]: name for name, tensor in saved.items()}
-    return {key: names[key] for key in keys}
+    names |= {keys[len(tensor)]: name for name, tensor in saved.items()}
+    return names if len(set(names.values())) == len(names) else saved_names(model)
 
 
 def state_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,13 +220,12 @@ def _differences(
     """Where stored tensors differ from those that a model without storage asks for. NF4 weights are added to `weights`."""
     place = folder / component.name
     with library_reading(place / component.config):
-        expected, tied = _expected_tensors(model)
+        expected, tied = _expected_tensors(model, stored)
     settings = _read_settings(stored)
     used, problems = set(tied), []
     for name in sorted(tied.keys() & stored):
         problems += _plain_problems(name, tied[name], stored[name])
     for name, tensor in expected.items():
-        name = name if name in stored else tensor.key  # both libraries take either name
         if name not in stored:
             problems.append(f"{place} has no tensor {name}.")
             continue
@@ -246,8 +245,10 @@ def _differences(
     ]
 
 
-def _expected_tensors(model: torch.nn.Module) -> tuple[dict[str, Expected], dict[str, Expected]]:
-    """What a model asks for, by the names under which it is saved, and tied weights, which may be left out."""
+def _expected_tensors(
+    model: torch.nn.Module, stored: Container[str]
+) -> tuple[dict[str, Expected], dict[str, Expected]]:
+    """What a model asks for, by the names that are stored or else those under which it is saved, and tied weights, which may be left out."""
     state = state_tensors(model)
     quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
@@ -255,7 +256,7 @@ def _expected_tensors(model: torch.nn.Module) -> tuple[dict[str, Expected], dict
         tensor = state[key]
         return Expected(key, tuple(tensor.shape), tensor.is_floating_point(), key in quantized)
 
-    names = saved_names(model)
+    names = saved_names(model, stored)
     return {names[key]: expected(key) for key in names}, {key: expected(key) for key in tied_weights(model)}
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ernie_image_nf4 import load, verify
+from ernie_image_nf4 import load, plan, verify
 from ernie_image_nf4.errors import InvalidRepository
 from ernie_image_nf4.layout import COMPONENT, COMPONENTS, METADATA, Component
-from ernie_image_nf4.plan import skeleton, state_tensors
+from ernie_image_nf4.plan import saved_names, skeleton, state_tensors
 from ernie_image_nf4.structure import structure_problems
 
 TRANSFORMER = COMPONENT["transformer"]
@@ -239,6 +239,26 @@ def test_tensors_of_a_model_are_those_of_its_state_dict(original: Path, componen
 
 
 # Components against each other
+
+
+def test_names_are_asked_of_transformers_only_where_a_file_has_others(original: Path, monkeypatch) -> None:
+    component = COMPONENT["text_encoder"]
+    model = skeleton(component, original / component.name)
+    every = saved_names(model)
+    renamed = {key for key, name in every.items() if key != name}
+    assert renamed
+    assert renamed < every.keys()
+    own = dict.fromkeys(every.keys() - renamed)
+    asked = []
+    revert = plan.revert_weight_conversion
+    monkeypatch.setattr(
+        plan, "revert_weight_conversion", lambda model, state: asked.append(set(state)) or revert(model, state)
+    )
+    assert saved_names(model, own) == every
+    assert saved_names(model, every.keys()) == {key: key for key in every}
+    assert asked == [renamed]
+    stolen = dict.fromkeys([*own, every[min(renamed)]])  # also the name of one that would be given to another
+    assert len(set(saved_names(model, stolen).values())) == len(every)
 
 
 def test_components_of_different_models(unrecorded: Path) -> None:
