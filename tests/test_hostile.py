@@ -378,7 +378,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(
         ("{{ 'a' * 2 * 10 ** 9 }}", r"can't be rendered \(MemoryError"),
         (
             "{% set n = namespace(x='a') %}{% for i in range(31) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-            "can't be rendered",
+            "(can't be rendered|isn't done after)",  # a busy machine is too slow for it to swell
         ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"can't be rendered \(RecursionError"),
         ("{{ 'a' * 100000 }}", "makes 100,000 characters of a short prompt"),
