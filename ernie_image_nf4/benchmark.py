@@ -80,6 +80,7 @@ ARMS = (
     Arm("original, CPU offload", "original", pictures=2),
 )
 REFERENCE = ARMS[0].name
+EXACT = "float32"  # predictions of the demo's weights, computed in it
 LOADED_AGAIN = (REFERENCE, "resident")
 
 
@@ -160,8 +161,8 @@ def benchmark(
         growth: Whether to measure how a step's time grows with size and batch.
 
     Returns:
-        Machine, versions, command, workload, a list of ``arms`` with their figures or the error that kept one from running, and the
-        table of ``growth``.
+        Machine, versions, command, workload, a list of ``arms`` with their figures or the error that kept one from running, what
+        kept the predictions in ``float32`` from being made, and the table of ``growth``.
 
     Raises:
         DeviceUnavailable: There is no such device.
@@ -191,6 +192,8 @@ def benchmark(
             ]
             row["all_load_s"] = [row["load_s"], *(figures["load_s"] for figures in again)]
             row["load_s"] = statistics.median(row["all_load_s"])
+    _prediction_file(work, EXACT).unlink(missing_ok=True)  # of an earlier run
+    result["float32"] = in_a_process(_exact_predictions, model, work, workload.size, device)
     _compare_predictions(result["arms"], work)
     if growth:
         result["growth"] = in_a_process(_growth, model, device)
@@ -273,9 +276,9 @@ def _measure(
     for seed in range(min(arm.pictures or workload.pictures, workload.pictures)):
         drawn.append(_picture(pipe, workload.size, workload.steps, workload.guidance, tokens, seed, device))
     figures |= {"pictures": drawn} | _medians(drawn, tokens) | _peaks(device)
-    predictions = _predictions(pipe, workload.size, device)
-    predictions["reordered"] = _predictions(pipe, workload.size, device, reordered=True)["prediction"]
-    _save(predictions, _prediction_file(work, arm.name))
+    predicted = predictions(pipe, workload.size, device)
+    predicted["reordered"] = predictions(pipe, workload.size, device, reordered=True)["prediction"]
+    _save(predicted, _prediction_file(work, arm.name))
     if workload.large:
         _forget_peaks(device)
         steps = max(2, workload.steps // 5)
@@ -448,7 +451,7 @@ def _read_all(folder: Path) -> None:
 # Predictions
 
 
-def _predictions(
+def predictions(
     pipe: ErnieImagePipeline, size: int, device: str, *, reordered: bool = False
 ) -> dict[str, torch.Tensor]:
     """The transformer's prediction for fixed latents and embeddings of a pair of prompts, (timesteps, 2, C, h, w) float32.
@@ -492,24 +495,39 @@ def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
+def _exact_predictions(model: str | Path, work: Path, size: int, device: str) -> dict[str, float]:
+    """Save what the plain pipeline predicts in float32: what rounding to bfloat16 takes from each arm is seen against it."""
+    from .loading import load
+
+    pipe = load(model, device=device, dtype="float32", fast=False, prompt_enhancer=False)
+    began = time.perf_counter()
+    _save(predictions(pipe, size, device), _prediction_file(work, EXACT))
+    return {"seconds": time.perf_counter() - began}
+
+
 def _compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
-    """Add to each arm the largest relative error over the timesteps, against the demo; to the demo that of its own reordered batch."""
+    """Add to each arm its `largest_error` against the demo (to the demo that of its own reordered batch), and against float32."""
     from safetensors.torch import load_file
 
-    file = _prediction_file(work, REFERENCE)
-    if not file.exists() or all(arm["name"] != REFERENCE or "error" in arm for arm in arms):
+    files = {name: _prediction_file(work, name) for name in (REFERENCE, EXACT)}
+    if not files[REFERENCE].exists() or all(arm["name"] != REFERENCE or "error" in arm for arm in arms):
         return
-    reference = load_file(file)
+    reference = load_file(files[REFERENCE])
+    exact = load_file(files[EXACT])["prediction"] if files[EXACT].exists() else None
     for arm in arms:
         if "error" in arm or arm["way"] not in ("demo", "ours"):  # the others have other weights
             continue
-        other = (
-            reference["reordered"]
-            if arm["name"] == REFERENCE
-            else load_file(_prediction_file(work, arm["name"]))["prediction"]
-        )
-        difference = (other - reference["prediction"]).flatten(1).norm(dim=1)
-        arm["prediction_error"] = (difference / reference["prediction"].flatten(1).norm(dim=1)).max().item()
+        own = load_file(_prediction_file(work, arm["name"]))
+        other = own["reordered" if arm["name"] == REFERENCE else "prediction"]
+        arm["prediction_error"] = largest_error(other, reference["prediction"])
+        if exact is not None:
+            arm["prediction_error_to_float32"] = largest_error(own["prediction"], exact)
+
+
+def largest_error(one: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest relative error over the timesteps, of `predictions`."""
+    difference = (one - reference).flatten(1).norm(dim=1)
+    return (difference / reference.flatten(1).norm(dim=1)).max().item()
 
 
 # How a step grows

@@ -20,6 +20,7 @@ COLUMNS = {
     "drawing (GiB)": ("peak_reserved_gib", 2),
     "peak allocated (GiB)": ("peak_allocated_gib", 2),
     "prediction error": ("prediction_error", 4),
+    "to float32": ("prediction_error_to_float32", 4),
 }
 LARGE_COLUMNS = {"step (ms)": ("step_ms", 1), "peak reserved (GiB)": ("peak_reserved_gib", 2)}
 
@@ -60,7 +61,8 @@ def markdown(result: dict[str, Any]) -> str:
     sections = [
         f"# {size}x{size}, {workload['steps']} steps, guidance {workload['guidance']}, {workload['tokens']} tokens of prompt enhancing",
         f"{result['machine']}. Medians of the pictures after the first; prediction error: largest relative error of the "
-        "transformer's output over ten timesteps against the demo, in the demo's own row that of its batch reordered.",
+        "transformer's output over ten timesteps against the demo, in the demo's own row that of its batch reordered; to float32: "
+        "against the same weights computed in float32.",
         arms_table(result),
     ]
     peers = [arm for arm in result["arms"] if arm["way"] == "peer" and "error" not in arm]
@@ -69,7 +71,8 @@ def markdown(result: dict[str, Any]) -> str:
             "Other libraries' formats, **without the prompt enhancer**; quantized on the GPU while loading:",
             _table(peers, COLUMNS),
         ]
-    notes = [f"- {arm['name']}: could not run, {arm['error']}" for arm in result["arms"] if "error" in arm]
+    ran = [*result["arms"], {"name": "predictions in float32"} | result.get("float32", {})]
+    notes = [f"- {arm['name']}: could not run, {arm['error']}" for arm in ran if "error" in arm]
     if notes:
         sections.append("\n".join(notes))
     measured = [{"name": arm["name"]} | arm["large"] for arm in result["arms"] if "large" in arm]
@@ -107,10 +110,11 @@ def arms_table(result: dict[str, Any]) -> str:
 
 
 def _table(arms: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> str:
+    measured = [arm for arm in arms if "error" not in arm]
+    columns = {title: column for title, column in columns.items() if any(column[0] in arm for arm in measured)}
     rows = [
         [arm["name"], *(f"{arm[key]:.{digits}f}" if key in arm else "–" for key, digits in columns.values())]
-        for arm in arms
-        if "error" not in arm
+        for arm in measured
     ]
     return markdown_table(["", *columns], rows)
 

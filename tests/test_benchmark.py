@@ -76,6 +76,20 @@ def test_predictions_are_compared_with_the_demo(result):
     assert 1e-4 < arm(result, "resident")["prediction_error"] < 0.1  # bfloat16
 
 
+def test_predictions_are_compared_with_float32(result):
+    assert result["float32"]["seconds"] > 0
+    assert arm(result, "demo")["prediction_error_to_float32"] < 1e-5  # itself float32 here
+    assert 1e-4 < arm(result, "resident")["prediction_error_to_float32"] < 0.1
+
+
+def test_without_float32_the_report_says_why(result):
+    arms = [{key: value for key, value in row.items() if "float32" not in key} for row in result["arms"]]
+    text = markdown(result | {"arms": arms, "float32": {"error": "OutOfMemoryError: 40 GiB"}})
+    assert "- predictions in float32: could not run, OutOfMemoryError: 40 GiB" in text
+    assert "| to float32 |" not in text
+    assert "| to float32 |" in markdown(result)
+
+
 def test_the_report_has_all_arms(result, tmp_path: Path):
     files = {file.name: file for file in write_benchmark(result, tmp_path / "report")}
     assert set(files) == {"benchmark.json", "benchmark.md", "benchmark.png"}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import ErnieImageTransformer2DModel
 
-from ernie_image_nf4 import kernels
+from ernie_image_nf4 import kernels, load
+from ernie_image_nf4.benchmark import largest_error, predictions
 from ernie_image_nf4.denoising import disable_fast_denoising, enable_fast_denoising
+from ernie_image_nf4.layout import MODEL_INDEX
+
+CHECKOUT = Path(__file__).parents[1]
 
 CASES = [
     pytest.param("cpu", torch.float32, 2e-6, id="cpu"),
@@ -53,6 +59,15 @@ def test_the_prediction_is_upstreams_up_to_rounding(device, dtype, tolerance, le
     assert torch.equal(transformer(**arguments, return_dict=False)[0], got.sample)
     error = (got.sample.float() - expected).norm() / expected.norm()
     assert error < tolerance
+
+
+def test_the_minis_predictions_in_bfloat16_are_upstreams_up_to_rounding():
+    if not (CHECKOUT / MODEL_INDEX).exists():
+        pytest.skip("this checkout holds no weights")
+    pipe = load(CHECKOUT, device="cpu", dtype="bfloat16", prompt_enhancer=False)
+    expected = predictions(pipe, 64, "cpu")["prediction"]
+    enable_fast_denoising(pipe.transformer)
+    assert largest_error(predictions(pipe, 64, "cpu")["prediction"], expected) < 1e-2
 
 
 @torch.no_grad()

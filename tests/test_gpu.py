@@ -16,6 +16,7 @@ from transformers import AutoModel as TransformersAutoModel
 from transformers import AutoModelForCausalLM
 
 from ernie_image_nf4 import load
+from ernie_image_nf4.benchmark import largest_error, predictions
 from ernie_image_nf4.errors import DeviceUnavailable
 from ernie_image_nf4.generate import Settings, draw
 from ernie_image_nf4.layout import MODEL_INDEX
@@ -186,6 +187,19 @@ def test_fast_pictures_are_those_of_the_demo_up_to_rounding(resident, compile):
     fast = load(CHECKOUT, memory="resident", compile=compile, prompt_enhancer=False)
     ratios = [psnr(pixels(fast, seed), pixels(resident, seed)) for seed in range(4)]
     assert min(ratios) >= 35, ratios
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": "resident"}, {"memory": "resident", "compile": True}, {"memory": "offload"}, {"memory": "stream"}],
+    ids=str,
+)
+def test_fast_predictions_are_those_of_the_demo_up_to_rounding(resident, options):
+    if resident.transformer.config.num_layers < 12:
+        pytest.skip("random weights make noise of rounding")
+    expected = predictions(resident, 256, "cuda")["prediction"]
+    fast = load(CHECKOUT, prompt_enhancer=False, **options)
+    assert largest_error(predictions(fast, 256, "cuda")["prediction"], expected) < 1e-2
 
 
 def test_fast_modes_agree(model):

@@ -1,0 +1,97 @@
+"""How far rounding alone moves the transformer's predictions in bfloat16: the demo's, and those of fast denoising.
+
+    python benchmarks/rounding.py --output benchmarks/rounding_cpu.json
+
+Predictions for the fixed latents, embeddings and ten timesteps of `benchmark`, against the same weights in float32: of the mini, and of
+random networks with the full-size model's depth and a part of its width, whose weights are larger by as much as their sums are
+shorter. Each figure is the largest relative error over the timesteps. Runs on a CPU, where fast denoising differs from upstream's by its
+order of operations alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+
+import torch
+from diffusers import ErnieImageTransformer2DModel
+
+from ernie_image_nf4 import benchmark, load
+from ernie_image_nf4.denoising import enable_fast_denoising
+from ernie_image_nf4.metadata import installed_versions
+
+CHECKOUT = Path(__file__).parents[1]
+FULL = CHECKOUT / "ernie_image_nf4" / "configs" / "full" / "transformer" / "config.json"
+STANDARD_DEVIATION = 0.02  # of `synthesize`
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("rounding_cpu.json"))
+    parser.add_argument("--widths", type=int, nargs="*", default=[512, 1024])
+    parser.add_argument("--size", type=int, default=192, help="pixels of a side")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": platform.processor() or platform.machine(),
+        "versions": installed_versions() | {"python": platform.python_version()},
+        "settings": {"size": arguments.size, "timesteps": list(benchmark.TIMESTEPS)},
+    }
+    exact, rounded = (
+        load(CHECKOUT, device="cpu", dtype=dtype, prompt_enhancer=False).transformer
+        for dtype in ("float32", "bfloat16")
+    )
+    result["mini"] = errors(exact, rounded, arguments.size)
+    for width in arguments.widths:
+        exact, rounded = random_network(width), random_network(width).to(torch.bfloat16)
+        result[f"random, {width} wide"] = errors(exact, rounded, arguments.size)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def random_network(width: int) -> ErnieImageTransformer2DModel:
+    """The full-size transformer's depth and shapes at another width, in float32 with weights that bfloat16 has."""
+    config = json.loads(FULL.read_text(encoding="utf-8"))
+    ratio = config["hidden_size"] / width
+    for key in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
+        config[key] = int(config[key] / ratio)
+    model = ErnieImageTransformer2DModel.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.data.fill_(1 if name.endswith("weight") else 0)
+        else:
+            inner = parameter.shape[-1] in (config["hidden_size"], config["ffn_hidden_size"])
+            parameter.data.normal_(std=STANDARD_DEVIATION * (ratio**0.5 if inner else 1), generator=generator)
+    return model.to(torch.bfloat16).float()
+
+
+def errors(exact: torch.nn.Module, rounded: torch.nn.Module, size: int) -> dict[str, float]:
+    """Of upstream's forward and the fast one in bfloat16, to float32 and to each other."""
+    reference, demo = predictions(exact, size), predictions(rounded, size)
+    enable_fast_denoising(rounded)
+    fast = predictions(rounded, size)
+    return {
+        "demo_to_float32": largest_error(demo, reference),
+        "fast_to_float32": largest_error(fast, reference),
+        "fast_to_demo": largest_error(fast, demo),
+    }
+
+
+def predictions(transformer: torch.nn.Module, size: int) -> torch.Tensor:
+    return benchmark.predictions(SimpleNamespace(transformer=transformer), size, "cpu")["prediction"]
+
+
+def largest_error(one: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(f"{benchmark.largest_error(one, reference):.4g}")
+
+
+if __name__ == "__main__":
+    main()
