@@ -1,6 +1,6 @@
 """How far rounding alone moves the transformer's predictions in bfloat16: the demo's, and those of fast denoising.
 
-    python benchmarks/rounding.py --output benchmarks/rounding_cpu.json
+    python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json
 
 Predictions for the fixed latents, embeddings and ten timesteps of `benchmark`, against the same weights in float32: of the mini, and of
 random networks with the full-size model's depth and a part of its width, whose weights are larger by as much as their sums are
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("rounding_cpu.json"))
     parser.add_argument("--widths", type=int, nargs="*", default=[512, 1024])
-    parser.add_argument("--size", type=int, default=192, help="pixels of a side")
+    parser.add_argument("--size", type=int, default=128, help="pixels of a side")
     arguments = parser.parse_args()
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),

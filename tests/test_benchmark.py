@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import rounding
 from ernie_image_nf4 import synthetic
 from ernie_image_nf4.benchmark import (
     ARMS,
@@ -80,6 +81,15 @@ def test_predictions_are_compared_with_float32(result):
     assert result["float32"]["seconds"] > 0
     assert arm(result, "demo")["prediction_error_to_float32"] < 1e-5  # itself float32 here
     assert 1e-4 < arm(result, "resident")["prediction_error_to_float32"] < 0.1
+
+
+def test_rounding_is_measured_of_both_forward_passes():
+    exact = rounding.random_network(128)
+    assert len(exact.layers) == 36
+    errors = rounding.errors(exact, rounding.random_network(128).to(torch.bfloat16), size=32)
+    assert 1e-4 < errors["demo_to_float32"] < 0.1
+    assert errors["fast_to_float32"] == pytest.approx(errors["demo_to_float32"], rel=0.3)
+    assert 0 < errors["fast_to_demo"] < 2 * errors["demo_to_float32"]
 
 
 def test_without_float32_the_report_says_why(result):
