@@ -68,18 +68,13 @@ def direct_loading(library: str, weights: Sequence[NF4Weight]) -> Iterator[None]
     def load(model: torch.nn.Module, state_dict: dict[str, Any], *args, **kwargs):
         if threading.get_ident() != thread:
             return upstream(model, state_dict, *args, **kwargs)
-        chosen = [
-            weight for weight in weights if weight.name in state_dict
-        ]  # diffusers calls for one file after the other,
-        names = {
-            weight.name + suffix for weight in weights for suffix in weight.parts
-        }  # among which a weight may be split
+        # diffusers calls for one file after the other, among which the tensors of a weight may be split.
+        chosen = [weight for weight in weights if weight.name in state_dict]
+        names = {weight.name + suffix for weight in weights for suffix in weight.parts}
         others = {name: tensor for name, tensor in state_dict.items() if name not in names}
         result = upstream(model, others, *args, **kwargs)
         put_into(model, chosen, of_transformers=library == "transformers")
-        if (
-            library == "transformers"
-        ):  # it returns what it hasn't found, as an attribute or, in its first versions, first
+        if library == "transformers":  # returns what it hasn't found as an attribute, at first as its first value
             getattr(result[0], "missing_keys", result[0]).difference_update(weight.key for weight in chosen)
         elif (unexpected := kwargs.get("unexpected_keys")) is not None:  # of which diffusers takes out what it has used
             unexpected[:] = [name for name in unexpected if name not in names]
