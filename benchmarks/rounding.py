@@ -26,10 +26,10 @@ from diffusers import ErnieImageTransformer2DModel
 from ernie_image_nf4 import benchmark, load
 from ernie_image_nf4.denoising import enable_fast_denoising
 from ernie_image_nf4.metadata import installed_versions
+from ernie_image_nf4.synthetic import STANDARD_DEVIATION
 
 CHECKOUT = Path(__file__).parents[1]
 FULL = CHECKOUT / "ernie_image_nf4" / "configs" / "full" / "transformer" / "config.json"
-STANDARD_DEVIATION = 0.02  # of `synthesize`
 
 
 def main() -> None:

@@ -161,8 +161,8 @@ def benchmark(
         growth: Whether to measure how a step's time grows with size and batch.
 
     Returns:
-        Machine, versions, command, workload, a list of ``arms`` with their figures or the error that kept one from running, what
-        kept the predictions in ``float32`` from being made, and the table of ``growth``.
+        Machine, versions, command, workload, a list of ``arms`` with their figures or the error that kept one from running, the seconds
+        that the predictions in ``float32`` took or the error that kept them from being made, and the table of ``growth``.
 
     Raises:
         DeviceUnavailable: There is no such device.

@@ -215,7 +215,7 @@ def load_component(folder: Path, component: Component, where: Placement, *, chec
     """One of the heavy components through its library's own ``from_pretrained``, on the device it is loaded to.
 
     Raises:
-        InvalidRepository: Its files don't fit its configuration. Without `check` only what upstream notices.
+        InvalidRepository: Its files don't fit its configuration. Without `check`, unless loading is fast, only what upstream notices.
     """
     quantized = is_quantized(folder, component)
     if not quantized:
@@ -384,9 +384,8 @@ def _cheap_loading(device: torch.device) -> Iterator[None]:
         @functools.wraps(init)
         def init_elsewhere(self, in_features, out_features, bias=True, device=None, dtype=None):
             if device is None and threading.get_ident() == thread:
-                with (
-                    torch._C.DisableTorchFunction()
-                ):  # the context that transformers builds in: it asks for this device as well
+                # Without the context that transformers builds in, which asks for this device as well.
+                with torch._C.DisableTorchFunction():
                     init(self, in_features, out_features, bias, "meta", dtype)
             else:
                 init(self, in_features, out_features, bias, device, dtype)

@@ -1,8 +1,7 @@
 """NF4 weights put straight into the models that diffusers and transformers build.
 
 Both libraries' ``from_pretrained`` build the model, load all other tensors and finish it, as ever. But each NF4 weight is six
-tensors, and for the 2,000 or so of a full-size component their Python takes longer than reading the files does. Here the files
-are mapped once, and the weights are views of the mapping, made by bitsandbytes' own ``Params4bit.from_prequantized``.
+tensors, and what their Python does with each is much of the time that loading takes. Here the files are mapped once, and the weights are views of the mapping, made by bitsandbytes' own ``Params4bit.from_prequantized``.
 """
 
 from __future__ import annotations

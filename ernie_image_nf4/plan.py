@@ -157,7 +157,7 @@ def saved_names(model: torch.nn.Module, stored: Container[str] = ()) -> dict[str
 
 
 def state_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What ``model.state_dict()`` has, before it is quantized: the tensors themselves, which takes a tenth of the time."""
+    """What ``model.state_dict()`` has, before it is quantized: the tensors themselves, which is faster."""
     return {
         f"{prefix}.{name}" if prefix else name: tensor
         for prefix, module in model.named_modules(remove_duplicate=False)

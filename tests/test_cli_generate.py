@@ -234,7 +234,7 @@ def test_an_interrupt_leaves_no_half_picture(generate, tmp_path):
     done = threading.Event()
 
     def interrupt() -> None:
-        while not done.wait(5):  # again, should a library have taken the first for an error of its own
+        while not done.wait(5):  # again: torch can take the first for an error of its own
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from ernie_image_nf4 import load, verify
+from ernie_image_nf4 import chat_template, load, verify
 from ernie_image_nf4.chat_template import MESSAGES, check_chat_template
 from ernie_image_nf4.errors import InvalidRepository
 from ernie_image_nf4.guard import MAX_JSON, MAX_TEMPLATE, MAX_VOCABULARY
@@ -378,7 +378,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(
         ("{{ 'a' * 2 * 10 ** 9 }}", r"can't be rendered \(MemoryError"),
         (
             "{% set n = namespace(x='a') %}{% for i in range(31) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-            "(can't be rendered|isn't done after)",  # a busy machine is too slow for it to swell
+            "can't be rendered",
         ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"can't be rendered \(RecursionError"),
         ("{{ 'a' * 100000 }}", "makes 100,000 characters of a short prompt"),
@@ -392,7 +392,9 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(
     ],
     ids=lambda text: text[:40],
 )
-def test_a_template_that_takes_for_ever_swells_or_fails(copy, template, message):
+def test_a_template_that_takes_for_ever_swells_or_fails(copy, template, message, monkeypatch):
+    if template != LOOP:  # a busy machine needs its time to let one swell
+        monkeypatch.setattr(chat_template, "SECONDS", 15)
     started = time.monotonic()
     with pytest.raises(InvalidRepository, match=f"The chat template of .*{message}"):
         check_chat_template(tokenizer_with(copy, template))
