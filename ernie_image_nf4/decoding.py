@@ -15,12 +15,15 @@ from diffusers import AutoencoderKLFlux2
 TILE = 512
 
 
-def enable_tiling(vae: AutoencoderKLFlux2, fits: Callable[[int], bool]) -> None:
+def enable_tiling(
+    vae: AutoencoderKLFlux2, fits: Callable[[int], bool], make_room: Callable[[], None] | None = None
+) -> None:
     """Let ``vae.decode`` work in tiles, and in slices of one picture, when a call is too large.
 
     Args:
         vae: The VAE, whose settings are changed.
         fits: Whether so many pixels can be decoded at once.
+        make_room: Called before, to free memory that isn't needed any more.
     """
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // scale
@@ -30,6 +33,8 @@ def enable_tiling(vae: AutoencoderKLFlux2, fits: Callable[[int], bool]) -> None:
     def decode(z: torch.Tensor, *args, **kwargs):
         pixels = z.shape[-2] * z.shape[-1] * scale**2
         chosen = vae.use_slicing, vae.use_tiling
+        if make_room is not None:
+            make_room()
         if z.is_cuda:
             torch.cuda.empty_cache()  # what denoising leaves free lies in pieces too small for this
         try:

@@ -1,7 +1,8 @@
 """Triton kernels for the element-wise work between the transformer's matrix products, and the same in plain torch.
 
 An upstream block spends more time on these small float32 operations than on its products: each is a pass over memory of its own.
-The kernels do each group in one pass, and round where upstream rounds. Shapes: B batch, S tokens, H width, N heads, D head size.
+The kernels do each group in one pass, and add and round as upstream's do, so that the results are the same bits.
+Shapes: B batch, S tokens, H width, N heads, D head size.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ def has_triton(device: torch.device) -> bool:
     return True
 
 
-def use_triton(x: torch.Tensor) -> bool:
-    """Kernels for CUDA tensors; under torch.compile the plain form, which inductor fuses itself."""
-    return x.is_cuda and not torch.compiler.is_compiling() and has_triton(x.device)
+def define_operators() -> None:
+    """Make the kernels known to torch.compile, where there are any."""
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        _triton()
+
+
+def fused(x: torch.Tensor):
+    """What holds the kernels for a tensor: Triton's functions, the same as operators while torch.compile traces, or None for plain torch."""
+    if torch.compiler.is_compiling():
+        return torch.ops.ernie_image_nf4 if x.is_cuda else None
+    return _triton() if x.is_cuda and has_triton(x.device) else None
 
 
 def modulated_norm(
@@ -58,8 +67,8 @@ def modulated_norm(
     Returns:
         As `x`.
     """
-    if use_triton(x):
-        return _triton().modulated_norm(x, None, None, weight, scale, shift, eps, rows)[1]
+    if kernel := fused(x):
+        return kernel.modulated_norm(x, weight, scale, shift, eps, rows)
     variance = x.float().pow(2).mean(-1, keepdim=True)
     normed = (x * torch.rsqrt(variance + eps)).to(x.dtype) * weight
     return (normed.float() * (1 + _by_token(scale, rows)) + _by_token(shift, rows)).to(x.dtype)
@@ -67,8 +76,8 @@ def modulated_norm(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of the last dimension, as transformers rounds it: to the dtype of `x` before the weight (H,) is multiplied."""
-    if use_triton(x):
-        return _triton().rms_norm(x, weight, eps)
+    if kernel := fused(x):
+        return kernel.rms_norm(x, weight, eps)
     variance = x.float().pow(2).mean(-1, keepdim=True)
     return weight * (x.float() * torch.rsqrt(variance + eps)).to(x.dtype)
 
@@ -84,8 +93,8 @@ def gated_add_norm(
     rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_add`, then `modulated_norm` of the sum. Returns both, each as `x`."""
-    if use_triton(x):
-        return _triton().modulated_norm(x, branch, gate, weight, scale, shift, eps, rows)
+    if kernel := fused(x):
+        return kernel.gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows)
     total = gated_add(x, branch, gate, rows)
     return total, modulated_norm(total, weight, scale, shift, eps, rows)
 
@@ -94,8 +103,8 @@ def gated_add(
     x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x + gate * branch``: (B, S, H), with `gate` (B, H); or packed as in `modulated_norm`."""
-    if use_triton(x):
-        return _triton().gated_add(x, branch, gate, rows)
+    if kernel := fused(x):
+        return kernel.gated_add(x, branch, gate, rows)
     return x + (_by_token(gate, rows) * branch.float()).to(x.dtype)
 
 
@@ -120,8 +129,8 @@ def norm_rotary(
     Returns:
         (B, S, N, D), dtype of `x`.
     """
-    if use_triton(x):
-        return _triton().norm_rotary(x, weight, cos, sin, eps)
+    if kernel := fused(x):
+        return kernel.norm_rotary(x, weight, cos, sin, eps)
     x = F.rms_norm(x, weight.shape, weight, eps)
     first, second = x.chunk(2, -1)
     rotated = torch.cat((-second, first), -1)
@@ -130,8 +139,8 @@ def norm_rotary(
 
 def gelu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``gelu(gate) * up``, elementwise, with the exact (erf) GELU."""
-    if use_triton(gate):
-        return _triton().gelu_times(gate, up)
+    if kernel := fused(gate):
+        return kernel.gelu_times(gate, up)
     return up * F.gelu(gate)
 
 

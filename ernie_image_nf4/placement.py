@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from diffusers import ErnieImagePipeline
 
 from .decoding import TILE, enable_tiling
-from .denoising import enable_fast_denoising
+from .denoising import enable_fast_denoising, forget_graph
 from .errors import DeviceUnavailable, InvalidSettings
 from .layout import COMPONENT
 from .offloading import StreamedBlocks, enable_offload
@@ -73,14 +74,16 @@ def apply(pipe: ErnieImagePipeline, where: Placement) -> None:
         where: The decision.
     """
     if where.fast:  # before the hooks of offloading, which wrap the forward method that they find
-        enable_fast_denoising(pipe.transformer)
+        enable_fast_denoising(pipe.transformer, graph=where.memory != "stream")  # whose blocks move in every step
         if pipe.pe is not None:
             enable_fast_decoding(pipe.pe)
     limit = None
+    forget_its_graph = functools.partial(forget_graph, pipe.transformer)
     if where.memory == "stream" or (where.memory == "offload" and where.fast):
         unused = COMPONENT["text_encoder"].unused if where.fast else ()
         excluded = unused_modules(pipe.text_encoder, unused)
         limit = enable_offload(pipe, where.device, excluded=excluded, stream_blocks=where.memory == "stream")
+        pipe.transformer._hf_hook.on_leaving = forget_its_graph
     elif where.memory == "offload":
         pipe.enable_model_cpu_offload(device=where.device)
     else:
@@ -91,7 +94,7 @@ def apply(pipe: ErnieImagePipeline, where: Placement) -> None:
             room = free_memory(where.device) if limit is None else limit
             return pixels * DECODE_BYTES_PER_PIXEL <= room
 
-        enable_tiling(pipe.vae, fits)
+        enable_tiling(pipe.vae, fits, forget_its_graph)
 
 
 def memory_mode(pipe: ErnieImagePipeline) -> str:

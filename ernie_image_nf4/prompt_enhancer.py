@@ -26,6 +26,7 @@ from transformers.generation import (
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RMSNorm
 
 from . import kernels
+from .graphs import capture
 from .weight_blocks import tensors_of
 
 ARGUMENTS = {
@@ -257,7 +258,7 @@ class Decoder:
         if capacity not in self.states:
             state = new_state(self.model, request, capacity)
             if weight.is_cuda:
-                capture(self.model, state, request)
+                capture_decode(self.model, state, request)
             self.states[capacity] = state
         return self.states[capacity]
 
@@ -327,18 +328,11 @@ def choose(state: State, logits: torch.Tensor, request: Request) -> None:
     state.count.add_(1)
 
 
-def capture(model: PreTrainedModel, state: State, request: Request) -> None:
+def capture_decode(model: PreTrainedModel, state: State, request: Request) -> None:
     """Record `decode` as a CUDA graph of `state`. The global random state is left as it was."""
     device = state.token.device
     random_state = torch.cuda.get_rng_state(device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        decode(model, state, request)  # allocates whatever the kernels keep for a stream
-    torch.cuda.current_stream(device).wait_stream(stream)
-    state.graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(state.graph, stream=stream, capture_error_mode="thread_local"):
-        decode(model, state, request)
+    state.graph, _ = capture(lambda: decode(model, state, request), device, warm_up=True)
     torch.cuda.set_rng_state(random_state, device)
 
 

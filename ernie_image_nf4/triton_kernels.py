@@ -1,4 +1,8 @@
-"""The Triton side of ``kernels.py``; imported only where Triton is."""
+"""The Triton side of ``kernels.py``; imported only where Triton is.
+
+Sums are taken in the order in which PyTorch's own kernels take them, and products are not fused with sums where PyTorch rounds in
+between: so the results are upstream's bit for bit, and what thousands of rounded operations make of them stays upstream's too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import triton
 import triton.language as tl
 
 ELEMENTS = 1024  # a program of the purely element-wise kernel
+TOKENS = 4  # a program of the norms, a warp each
+AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are rounded apart
 
 
 def _on_its_device(launch):
@@ -22,50 +28,99 @@ def _on_its_device(launch):
     return guarded
 
 
-@triton.jit(do_not_specialize=["tokens"])  # which differ from prompt to prompt
+@triton.jit
+def _fours(values, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """(ROWS, 4 * COUNT) -> (ROWS, COUNT), sums of four neighbours, from left to right."""
+    even, odd = tl.split(tl.reshape(values, (ROWS, COUNT, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first + second + third + fourth
+
+
+@triton.jit
+def _halves(values, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """(ROWS, COUNT), a power of two of at most 32 -> (ROWS, 1): the upper half is added to the lower one, until one is left."""
+    for step in tl.static_range(1, 6):
+        if COUNT >> step > 0:
+            left, right = tl.split(tl.permute(tl.reshape(values, (ROWS, 2, COUNT >> step)), (0, 2, 1)))
+            values = left + right
+    return values
+
+
+@triton.jit
+def _added(x, branch_pointer, gate_pointer, place, gate_place, inside):
+    """``x + gate * branch``."""
+    branch = tl.load(branch_pointer + place, inside, 0.0).to(tl.float32)
+    gate = tl.load(gate_pointer + gate_place, inside, 0.0).to(tl.float32)
+    return (x.to(tl.float32) + (gate * branch).to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["count", "tokens"])  # which differ from prompt to prompt
 def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
-    rows_pointer, tokens, width, eps, modulation_stride, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows_pointer, count, tokens, eps, modulation_stride, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_MODULATION: tl.constexpr, HAS_ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: an optional gated addition, then an optional norm, then an optional modulation."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    if HAS_ROWS:
-        modulation = tl.load(rows_pointer + row) * modulation_stride + column
-    else:
-        modulation = (row // tokens) * modulation_stride + column
-    x = tl.load(x_pointer + row * width + column, inside, 0.0)
-    dtype = x.dtype
-    if HAS_BRANCH:
-        branch = tl.load(branch_pointer + row * width + column, inside, 0.0).to(tl.float32)
-        gate = tl.load(gate_pointer + modulation, inside, 0.0).to(tl.float32)
-        x = (x.to(tl.float32) + (gate * branch).to(dtype).to(tl.float32)).to(dtype)
-        tl.store(total_pointer + row * width + column, x, inside)
+    """A few tokens a program: an optional gated addition, then an optional norm, then an optional modulation.
+
+    A row is read twice, the second time from the cache: for its mean square and for the result. The mean is taken as ``torch.mean``
+    takes it: a warp has a row, each lane adds up four sums, of 4 values in every 128; then these are added, then the upper half of the
+    lanes to the lower one.
+    """
+    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    here = token < count
+    row = tl.load(rows_pointer + token, here, 0) if HAS_ROWS else token // tokens
+    squares = tl.zeros((TOKENS, 128), tl.float32)
+    for start in tl.range(0, WIDTH, 128, loop_unroll_factor=4):
+        column = start + tl.arange(0, 128)[None, :]
+        inside = here & (column < WIDTH)
+        place = token * WIDTH + column
+        x = tl.load(x_pointer + place, inside, 0.0)
+        if HAS_BRANCH:
+            x = _added(x, branch_pointer, gate_pointer, place, row * modulation_stride + column, inside)
+            tl.store(total_pointer + place, x, inside)
+        squares += x.to(tl.float32) * x.to(tl.float32)
     if HAS_NORM:
-        value = x.to(tl.float32)
-        value = value * tl.rsqrt(tl.sum(value * value) / width + eps)
-        weight = tl.load(weight_pointer + column, inside, 0.0).to(tl.float32)
-        value = (value.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        if HAS_MODULATION:
-            scale = tl.load(scale_pointer + modulation, inside, 0.0).to(tl.float32)
-            shift = tl.load(shift_pointer + modulation, inside, 0.0).to(tl.float32)
-            value = value * (1 + scale) + shift
-        tl.store(out_pointer + row * width + column, value.to(dtype), inside)
+        mean = _halves(_fours(squares, TOKENS, 32), TOKENS, 32) * (1.0 / WIDTH)
+        inverse = tl.rsqrt(mean + eps)
+        for start in tl.range(0, WIDTH, 128, loop_unroll_factor=4):
+            column = start + tl.arange(0, 128)[None, :]
+            inside = here & (column < WIDTH)
+            place = token * WIDTH + column
+            x = tl.load(x_pointer + place, inside, 0.0)
+            if HAS_BRANCH:
+                x = _added(x, branch_pointer, gate_pointer, place, row * modulation_stride + column, inside)
+            weight = tl.load(weight_pointer + column, column < WIDTH, 0.0).to(tl.float32)
+            value = (x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32) * weight
+            if HAS_MODULATION:
+                scale = tl.load(scale_pointer + row * modulation_stride + column, inside, 0.0).to(tl.float32)
+                shift = tl.load(shift_pointer + row * modulation_stride + column, inside, 0.0).to(tl.float32)
+                value = value.to(x.dtype).to(tl.float32) * (1 + scale) + shift
+            tl.store(out_pointer + place, value.to(x.dtype), inside)
 
 
 @_on_its_device
-def modulated_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``kernels.gated_add_norm``; without `branch` the first result is `x` itself."""
+def modulated_norm(x, weight, scale, shift, eps, rows=None) -> torch.Tensor:
+    """See ``kernels.modulated_norm``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
-    total = torch.empty_like(x) if branch is not None else x
     out = torch.empty_like(x)
-    _modulated_norm[(batch * tokens,)](
-        x, x if branch is None else branch.contiguous(), scale if gate is None else gate, weight, scale, shift, total, out,
-        x if rows is None else rows, tokens, width, eps, scale.stride(0), branch is not None, True, True, rows is not None,
-        triton.next_power_of_2(width), num_warps=8,
+    _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
+        x, x, x, weight, scale, shift, x, out, x if rows is None else rows, batch * tokens, tokens, eps, scale.stride(0), width,
+        False, True, True, rows is not None, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
+    )  # fmt: skip
+    return out
+
+
+@_on_its_device
+def gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``kernels.gated_add_norm``."""
+    x = x.contiguous()
+    batch, tokens, width = x.shape
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
+        x, branch.contiguous(), gate, weight, scale, shift, total, out, x if rows is None else rows, batch * tokens, tokens, eps,
+        scale.stride(0), width, True, True, True, rows is not None, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return total, out
 
@@ -75,10 +130,10 @@ def rms_norm(x, weight, eps) -> torch.Tensor:
     """See ``kernels.rms_norm``."""
     x = x.contiguous()
     width = x.shape[-1]
+    count = x.numel() // width
     out = torch.empty_like(x)
-    _modulated_norm[(x.numel() // width,)](
-        x, x, x, weight, x, x, x, out,
-        x, 1, width, eps, 0, False, True, False, False, triton.next_power_of_2(width), num_warps=8,
+    _modulated_norm[(triton.cdiv(count, TOKENS),)](
+        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, False, True, False, False, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return out
 
@@ -89,10 +144,9 @@ def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
     x = x.contiguous()
     batch, tokens, width = x.shape
     total = torch.empty_like(x)
-    _modulated_norm[(batch * tokens,)](
-        x, branch.contiguous(), gate, x, x, x, total, x,
-        x if rows is None else rows, tokens, width, 0.0, gate.stride(0), True, False, False, rows is not None,
-        triton.next_power_of_2(width), num_warps=8,
+    _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
+        x, branch.contiguous(), gate, x, x, x, total, x, x if rows is None else rows, batch * tokens, tokens, 0.0,
+        gate.stride(0), width, True, False, False, rows is not None, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return total
 
@@ -102,7 +156,10 @@ def _norm_rotary(
     x_pointer, weight_pointer, cos_pointer, sin_pointer, out_pointer, heads, eps, row_stride,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program a token, all of its heads: the two halves of each head are held apart."""
+    """One program a token, all of its heads: the two halves of each head are held apart.
+
+    The squares are added as ``F.rms_norm`` adds them: four neighbours in a lane, then the upper half of the lanes to the lower one.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     half = tl.arange(0, HALF)[None, :]
@@ -112,7 +169,8 @@ def _norm_rotary(
     b = tl.load(x_pointer + row * row_stride + offset + HALF, inside, 0.0)
     dtype = a.dtype
     a, b = a.to(tl.float32), b.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+    squares = _fours(a * a, HEADS, HALF // 4) + _fours(b * b, HEADS, HALF // 4)
+    scale = tl.rsqrt(_halves(squares, HEADS, HALF // 4) / (2 * HALF) + eps)
     a = (a * scale * tl.load(weight_pointer + half).to(tl.float32)).to(dtype).to(tl.float32)
     b = (b * scale * tl.load(weight_pointer + half + HALF).to(tl.float32)).to(dtype).to(tl.float32)
     angle = row * (2 * HALF) + half
@@ -137,21 +195,27 @@ def norm_rotary(x, weight, cos, sin, eps) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _norm_rotary[(batch * tokens,)](
         x, weight, cos.contiguous(), sin.contiguous(), out, heads, eps, x.stride(1),
-        triton.next_power_of_2(heads), size // 2, num_warps=4,
+        triton.next_power_of_2(heads), size // 2, num_warps=4, **AS_WRITTEN,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["count"])
-def _gelu_times(gate_pointer, up_pointer, out_pointer, count, BLOCK: tl.constexpr):
+def _gelu_times(
+    gate_pointer, up_pointer, tail_pointer, out_pointer, count, HAS_TAIL: tl.constexpr, BLOCK: tl.constexpr
+):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     gate = tl.load(gate_pointer + index, inside, 0.0)
     dtype = gate.dtype
     value = gate.to(tl.float32)
-    value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
+    value = (value * 0.5 * (1 + tl.erf(value * 0.7071067811865476))).to(dtype)
+    if HAS_TAIL:
+        bits = gate.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        in_tail = bits >= 0xC000
+        value = tl.where(in_tail, tl.load(tail_pointer + (bits - 0xC000), in_tail & inside, 0.0), value)
     up = tl.load(up_pointer + index, inside, 0.0).to(tl.float32)
-    tl.store(out_pointer + index, (value.to(dtype).to(tl.float32) * up).to(dtype), inside)
+    tl.store(out_pointer + index, (value.to(tl.float32) * up).to(dtype), inside)
 
 
 @_on_its_device
@@ -159,5 +223,55 @@ def gelu_times(gate, up) -> torch.Tensor:
     """See ``kernels.gelu_times``."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _gelu_times[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, out, gate.numel(), ELEMENTS, num_warps=4)
+    has_tail = gate.dtype.itemsize == 2
+    _gelu_times[(triton.cdiv(gate.numel(), ELEMENTS),)](
+        gate, up, gelu_tail(gate.dtype, gate.device) if has_tail else gate, out, gate.numel(), has_tail, ELEMENTS,
+        num_warps=4, **AS_WRITTEN,
+    )  # fmt: skip
     return out
+
+
+@functools.cache
+def gelu_tail(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(16384,) PyTorch's GELU of all values of a dtype of 16 bits from -2 down, which are those of the bits 0xC000 to 0xFFFF.
+
+    There ``1 + erf`` cancels, and shows that Triton's erf differs in last bits from that of the CUDA version PyTorch was built with.
+    """
+    bits = torch.arange(0xC000 - 0x10000, 0, dtype=torch.int16, device=device)
+    return torch.nn.functional.gelu(bits.view(dtype))
+
+
+# Operators for torch.compile, which calls them and doesn't look inside: what it fuses itself it rounds in other places.
+
+OPERATORS = torch.library.Library("ernie_image_nf4", "DEF")
+
+
+def _define(kernel, schema: str, shapes) -> None:
+    OPERATORS.define(f"{kernel.__name__}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    OPERATORS.impl(kernel.__name__, kernel, "CUDA")
+    torch.library.register_fake(f"ernie_image_nf4::{kernel.__name__}", shapes, lib=OPERATORS)
+
+
+def _like_first(x, *args) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _two_like_first(x, *args) -> tuple[torch.Tensor, torch.Tensor]:
+    return _like_first(x), _like_first(x)
+
+
+_define(
+    modulated_norm,
+    "(Tensor x, Tensor weight, Tensor scale, Tensor shift, float eps, Tensor? rows=None) -> Tensor",
+    _like_first,
+)
+_define(
+    gated_add_norm,
+    "(Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor scale, Tensor shift, float eps, Tensor? rows=None) "
+    "-> (Tensor, Tensor)",
+    _two_like_first,
+)
+_define(rms_norm, "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
+_define(gated_add, "(Tensor x, Tensor branch, Tensor gate, Tensor? rows=None) -> Tensor", _like_first)
+_define(norm_rotary, "(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor", _like_first)
+_define(gelu_times, "(Tensor gate, Tensor up) -> Tensor", _like_first)

@@ -33,7 +33,7 @@ from ernie_image_nf4.errors import InvalidSettings
 TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
 # The names of real arms, with options that a CPU has.
 CPU_ARMS = [
-    Arm("demo", "ours", {"fast": False}),
+    Arm("demo", "ours", {"fast": False, "dtype": "float32"}),
     Arm("resident", "ours", {"memory": "resident", "dtype": "bfloat16"}),
     Arm("original, CPU offload", "original"),
 ]

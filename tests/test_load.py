@@ -86,6 +86,17 @@ def test_all_else_has_the_dtype_that_suits_the_cpu(pipe):
         assert {m.compute_dtype for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)} <= {expected}
 
 
+def test_no_cpu_repacks_the_weights_with_other_scales(repository, monkeypatch):
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    pipe = load(repository, device="cpu")
+    layers = [
+        m for part in QUANTIZED for m in getattr(pipe, part.name).modules() if isinstance(m, bitsandbytes.nn.Linear4bit)
+    ]
+    assert layers
+    draw(pipe)
+    assert all(layer.weight.quant_state.nested for layer in layers)
+
+
 def test_takes_the_dtype_asked_for(repository):
     pipe = load(repository, device="cpu", dtype="bfloat16", prompt_enhancer=False)
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
@@ -133,8 +144,11 @@ def test_upstream_is_as_it_was_after_loading(repository, copy, monkeypatch):
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
-def test_torchs_default_dtype_stays_after_a_model_that_could_not_be_built(copy):
-    edit_json(copy / "transformer" / "config.json", num_layers=300)
+@pytest.mark.parametrize(
+    ("component", "change"), [("transformer", {"num_layers": 300}), ("vae", {"layers_per_block": 300})]
+)
+def test_torchs_default_dtype_stays_after_a_model_that_could_not_be_built(copy, component, change):
+    edit_json(copy / component / "config.json", **change)
     with pytest.raises(InvalidRepository, match="more tensors than the weight files have"):
         load(copy, device="cpu", dtype="bfloat16")
     assert torch.get_default_dtype() == torch.float32
