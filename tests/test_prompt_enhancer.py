@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Ministral3Config, Ministral3ForCausalLM
+from transformers.models.ministral3 import modeling_ministral3
 
 from ernie_image_nf4 import load, prompt_enhancer
 from ernie_image_nf4.offloading import enable_offload
-from ernie_image_nf4.prompt_enhancer import disable_fast_decoding, enable_fast_decoding, find_request
+from ernie_image_nf4.prompt_enhancer import disable_fast_decoding, enable_fast_decoding, find_request, lean_layers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EOS, PAD = 2, 0
+APPLY_ROTARY_POS_EMB = modeling_ministral3.apply_rotary_pos_emb
 
 
 def build(device: str, vocabulary: int = 64, seed: int = 0) -> Ministral3ForCausalLM:
@@ -231,6 +234,35 @@ def test_fused_norms_are_upstreams(model, dtype):
     x.requires_grad_()
     norm(x).sum().backward()  # trained, it is upstream's
     assert x.grad is not None
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is started on the device while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 40])
+@torch.no_grad()
+def test_lean_layers_give_upstreams_values_with_fewer_operations(model, dtype, length):
+    model = model.to(dtype)
+    inputs = prompt(model, 2, length)
+    positions = torch.arange(30, 30 + length, device=model.device)[None]  # beyond those that the scale leaves alone
+    with Operations() as upstream:
+        expected = model.model(input_ids=inputs["input_ids"], position_ids=positions).last_hidden_state
+    with Operations() as lean, lean_layers(dtype):
+        got = model.model(input_ids=inputs["input_ids"], position_ids=positions).last_hidden_state
+    assert torch.equal(got, expected)
+    assert (upstream.names.count("log"), lean.names.count("log")) == (2, 1)  # two layers
+    assert [names.count("neg") for names in (upstream.names, lean.names)] == [4, 1]
+    assert modeling_ministral3.apply_rotary_pos_emb is APPLY_ROTARY_POS_EMB
 
 
 @pytest.mark.gpu
