@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -148,6 +148,7 @@ def benchmark(
     workload: Workload = Workload(),
     device: str = "cuda",
     growth: bool = True,
+    on_progress: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Run all arms and collect what they measured.
 
@@ -159,6 +160,7 @@ def benchmark(
         workload: What each does.
         device: Where.
         growth: Whether to measure how a step's time grows with size and batch.
+        on_progress: Called with the result so far after each arm and each later part: a run takes a quarter of an hour.
 
     Returns:
         Machine, versions, command, workload, a list of ``arms`` with their figures or the error that kept one from running, the seconds
@@ -172,8 +174,11 @@ def benchmark(
     find_device(device)
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
     in_a_process = functools.partial(_in_a_process, _process_context(device))
+    result: dict[str, Any] = in_a_process(_machine, device)
+    result |= {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
+    for file in work.glob("*.safetensors"):  # predictions of an earlier run
+        file.unlink()
     if workload.loads > 1:
         in_a_process(
             _measure, arms[0], model, original, work, workload, device, 0
@@ -183,6 +188,8 @@ def benchmark(
         figures = in_a_process(_measure, arm, model, original, work, workload, device)
         result["arms"].append({"name": arm.name, "way": arm.way, "options": arm.options} | figures)
         print(f"  {_brief(figures)}", file=sys.stderr, flush=True)
+        _compare_predictions(result["arms"], work)
+        on_progress(result)
     # Loading depends on what the machine has just done: a median of several.
     for arm, row in zip(arms, result["arms"], strict=True):
         if arm.name in LOADED_AGAIN and "error" not in row:
@@ -192,12 +199,14 @@ def benchmark(
             ]
             row["all_load_s"] = [row["load_s"], *(figures["load_s"] for figures in again)]
             row["load_s"] = statistics.median(row["all_load_s"])
-    _prediction_file(work, EXACT).unlink(missing_ok=True)  # of an earlier run
+            on_progress(result)
     result["float32"] = in_a_process(_exact_predictions, model, work, workload.size, device)
     _compare_predictions(result["arms"], work)
+    on_progress(result)
     if growth:
         result["growth"] = in_a_process(_growth, model, device)
-    return result | in_a_process(_machine, device)
+        on_progress(result)
+    return result
 
 
 def _in_a_process(context: BaseContext, function, *arguments) -> dict[str, Any]:

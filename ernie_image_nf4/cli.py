@@ -398,8 +398,14 @@ def benchmark(
     else:
         model = find_repository(model)
     workload = Workload(size, steps, guidance, tokens, pictures, large or None)
-    result = benchmark(model, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth)
-    files = write_benchmark(result, out_dir)
+    files: list[Path] = []
+
+    def keep(result: dict[str, Any]) -> None:  # an interrupted run leaves what it had
+        files[:] = write_benchmark(result, out_dir)
+
+    benchmark(
+        model, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth, on_progress=keep
+    )
     typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from multiprocessing import get_all_start_methods
@@ -40,9 +41,17 @@ CPU_ARMS = [
 
 
 @pytest.fixture(scope="module")
-def result(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def steps() -> list[dict]:
+    """Copies of the result while it grew."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(repository: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[dict]) -> dict:
     work = tmp_path_factory.mktemp("benchmark")
-    return benchmark(repository, None, work, arms=CPU_ARMS, workload=TINY, device="cpu", growth=False)
+    keep = lambda result: steps.append(copy.deepcopy(result))  # noqa: E731
+    options = {"arms": CPU_ARMS, "workload": TINY, "device": "cpu", "growth": False}
+    return benchmark(repository, None, work, **options, on_progress=keep)
 
 
 def arm(result: dict, name: str) -> dict:
@@ -98,6 +107,16 @@ def test_without_float32_the_report_says_why(result):
     assert "- predictions in float32: could not run, OutOfMemoryError: 40 GiB" in text
     assert "| to float32 |" not in text
     assert "| to float32 |" in markdown(result)
+
+
+def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_path: Path):
+    assert [len(step["arms"]) for step in steps] == [1, 2, 3, 3, 3, 3]  # arms, two loaded again, float32
+    assert steps[-1] == result
+    assert steps[1]["arms"][1]["prediction_error"] == arm(result, "resident")["prediction_error"]
+    for number, step in enumerate(steps):
+        files = {file.name: file for file in write_benchmark(step, tmp_path / str(number))}
+        assert json.loads(files["benchmark.json"].read_text())["machine"] == result["machine"]
+        assert "| demo |" in files["benchmark.md"].read_text()
 
 
 def test_the_report_has_all_arms(result, tmp_path: Path):
