@@ -45,6 +45,7 @@ from .generate import (
 )
 from .metadata import file_record
 from .placement import GIB, WORKING_BYTES, find_device, free_memory, memory_mode
+from .prompt_enhancer import Request, find_request
 from .prompt_file import Row, check_rows
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ GROUP = 16  # pictures for which offloading moves a component once; as many are 
 # Activations of the transformer for one picture with guidance: 1.4 GiB a megapixel in benchmarks/batch_h100_resident.json, for batches
 # of 8 at 512x512. A batch that turns out too large is halved.
 DENOISE_BYTES_PER_PIXEL = 2 * GIB / 1024**2
+MAX_WRITERS = 4
+WRITER_BYTES = GIB // 2  # the full-size enhancer's caches for texts of up to 2,048 tokens, and its graphs
 # Processes wait for each other before the first picture and after the last one, which can be hours apart.
 PATIENCE = timedelta(days=7)
 
@@ -389,7 +392,7 @@ def draw_group(pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], 
     settings = [each for batch in batches for each in batch]
     with _left_alone(pipe):
         started = time.perf_counter()
-        revised = [enhance(pipe, each) for each in settings]
+        revised = enhance_all(pipe, settings)
         prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
         embeddings = encode(pipe, [*prompts, *(each.negative_prompt for each in settings if each.guidance_scale > 1)])
         shared = (time.perf_counter() - started) / len(settings)
@@ -412,6 +415,52 @@ def enhance(pipe: ErnieImagePipeline, settings: Settings) -> str | None:
     device = pipe._execution_device
     with seeded(settings.seed, device):
         return pipe._enhance_prompt_with_pe(settings.prompt, device, width=settings.width, height=settings.height)
+
+
+def enhance_all(pipe: ErnieImagePipeline, settings: Sequence[Settings]) -> list[str | None]:
+    """`enhance` for each, to the same texts; on CUDA several are written at a time.
+
+    The pipeline's own method is called twice for each prompt: once to learn what it asks of the enhancer, and once to be given the answer.
+    """
+    wanted = [each for each in settings if each.use_pe and pipe.pe is not None and pipe.pe_tokenizer is not None]
+    decoder = getattr(getattr(pipe.pe, "generate", None), "decoder", None)
+    count = find_writers(pipe) if decoder is not None else 1
+    if min(count, len(wanted)) < 2:
+        return [enhance(pipe, each) for each in settings]
+    asked: list[Request | None] = []
+
+    def note(*args, **kwargs):
+        asked.append(find_request(pipe.pe, args, kwargs))
+        return kwargs["input_ids"]
+
+    def enhanced_by(generate: Callable[..., torch.Tensor]) -> list[str]:
+        upstream, pipe.pe.generate = pipe.pe.generate, generate
+        try:
+            return [enhance(pipe, each) for each in wanted]
+        finally:
+            pipe.pe.generate = upstream
+
+    enhanced_by(note)
+    if None in asked:  # the fast path doesn't know all that is asked for
+        return [enhance(pipe, each) for each in settings]
+    answers = iter(decoder.generate_together(asked, [each.seed for each in wanted], count))
+    texts = dict(zip(map(id, wanted), enhanced_by(lambda *args, **kwargs: next(answers)), strict=True))
+    return [texts.get(id(each)) for each in settings]
+
+
+def choose_writers(free_bytes: int | None) -> int:
+    """Texts to write at a time, by free memory beside the enhancer's weights; one in the machine's own, where no step leaves cores idle."""
+    if free_bytes is None:
+        return 1
+    return min(MAX_WRITERS, max(1, int((free_bytes - WORKING_BYTES) / WRITER_BYTES)))
+
+
+def find_writers(pipe: ErnieImagePipeline) -> int:
+    """`choose_writers` by the device's free memory, while offloaded components are all on the CPU."""
+    free = free_memory(pipe._execution_device) if pipe._execution_device.type == "cuda" else None
+    if free is not None and memory_mode(pipe) != "resident":
+        free -= pipe.pe.get_memory_footprint()
+    return choose_writers(free)
 
 
 def encode(pipe: ErnieImagePipeline, texts: Iterable[str]) -> dict[str, torch.Tensor]:

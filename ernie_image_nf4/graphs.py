@@ -22,8 +22,11 @@ CAPTURING = threading.Lock()  # what another thread starts on the stream would b
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that everything is captured on. cuBLAS keeps 32 MiB for each stream that it has worked on, so there is but one."""
+def capture_stream(device: torch.device, number: int = 0) -> torch.cuda.Stream:
+    """A stream that graphs are captured on: the same for all that don't run at once.
+
+    cuBLAS keeps 32 MiB for each stream that it has worked on, in which no two graphs may work at once.
+    """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         small = torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
@@ -32,7 +35,12 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture(
-    work: Callable[[], Any], device: torch.device, *, warm_up: bool = False
+    work: Callable[[], Any],
+    device: torch.device,
+    *,
+    warm_up: bool = False,
+    stream: torch.cuda.Stream | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Record what `work` starts on `device`, the current one. Other threads may go on using the GPU.
 
@@ -40,18 +48,22 @@ def capture(
         work: Reads and writes tensors that stay where they are.
         device: Where.
         warm_up: Whether to run it once before, so that what is allocated or compiled the first time isn't recorded.
+        stream: To capture on; by default the device's first.
+        generator: That `work` draws from, if not from the global random state.
 
     Returns:
         The graph, and what `work` returned: tensors that each replay writes anew.
     """
     with CAPTURING:
-        stream = capture_stream(device)
+        stream = stream or capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         if warm_up:
             with torch.cuda.stream(stream):
                 work()
             torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             output = work()
     return graph, output

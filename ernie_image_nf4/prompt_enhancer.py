@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RMSNorm
 
 from . import kernels
-from .graphs import capture
+from .graphs import capture, capture_stream
 from .weight_blocks import tensors_of
 
 ARGUMENTS = {
@@ -88,7 +88,7 @@ def enable_fast_decoding(model: PreTrainedModel) -> None:
         request = find_request(model, args, kwargs)
         return decoder.generate(request) if request else upstream(*args, **kwargs)
 
-    model.generate = generate
+    model.generate, generate.decoder = generate, decoder
     for norm in norms(model):
         norm.forward = types.MethodType(fused_norm, norm)
 
@@ -160,6 +160,8 @@ class State:
         minimum: () int64, new tokens before which no end token may come.
         ended: (batch, 1) bool, whether the text has its end token.
         end: (vocabulary,) bool, True at end tokens.
+        generator: To sample from; None for the global random state.
+        graph: The step, where it is captured.
     """
 
     cache: StaticCache
@@ -170,6 +172,7 @@ class State:
     minimum: torch.Tensor
     ended: torch.Tensor
     end: torch.Tensor
+    generator: torch.Generator | None = None
     graph: torch.cuda.CUDAGraph | None = field(default=None)
 
     def reset(self, minimum: int) -> None:
@@ -190,32 +193,100 @@ class State:
             getattr(self, name).copy_(getattr(smaller, name))
 
 
-class Decoder:
-    """Prefill and decode of one model; keeps states and their graphs for the next call of the same kind.
+@dataclass
+class Writer:
+    """What one text at a time is written with.
 
     There is one state for each capacity: rounding may depend on it, and a text is not to depend on those before it.
+
+    Attributes:
+        generator: To sample from; None for the global random state.
+        stream: To work on; None for the current one.
+        states: By capacity; those of an earlier call of the same kind are used again.
+        settings: What the states' graphs were captured for.
     """
+
+    generator: torch.Generator | None = None
+    stream: torch.cuda.Stream | None = None
+    states: dict[int, State] = field(default_factory=dict)
+    settings: tuple = ()
+
+
+class Decoder:
+    """Prefill and decode of one model; keeps states and their graphs for the next call of the same kind."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.states: dict[int, State] = {}
-        self.settings: tuple = ()
+        self.writer = Writer()
         self.lock = threading.Lock()
 
-    @torch.inference_mode(False)  # the state outlives the call, and others may not be in inference mode
-    @torch.no_grad()
     def generate(self, request: Request) -> torch.Tensor:
         """Input and new tokens, (batch, length + new) int64 on the input's device, as upstream's ``generate`` returns them."""
+        with self._model_in_place() as device:
+            text = self._write(self.writer, request, request.input_ids.to(device))
+            return _finished(text).to(request.input_ids.device)
+
+    def generate_together(self, requests: Sequence[Request], seeds: Sequence[int], count: int) -> list[torch.Tensor]:
+        """As `generate` for each request, the random state seeded with its seed; `count` texts are written at a time.
+
+        A step of one text leaves most of the GPU idle. Here several texts take turns, each with a state, a stream and a random
+        state of its own: their steps run at once, and are the same as alone, so that no text depends on the others.
+        """
+        with self._model_in_place() as device:
+            writers = [self._new_writer(device, number) for number in range(min(count, len(requests)))]
+            texts: list[torch.Tensor | None] = [None] * len(requests)
+            waiting, busy = iter(range(len(requests))), {}
+            while len(busy) < len(writers):
+                busy[len(busy)] = next(waiting), None
+            while busy:
+                for number, (index, text) in list(busy.items()):
+                    writer, request = writers[number], requests[index]
+                    with torch.cuda.stream(writer.stream):
+                        if text is None:
+                            text = self._write(writer, request, request.input_ids.to(device), seeds[index])
+                            busy[number] = index, text
+                        try:
+                            next(text)
+                        except StopIteration as end:
+                            texts[index] = end.value
+                            busy.pop(number)
+                            if (following := next(waiting, None)) is not None:
+                                busy[number] = following, None
+            for writer in writers:
+                if writer.stream is not None:
+                    torch.cuda.current_stream(device).wait_stream(writer.stream)
+            texts = [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # before the writers' memory goes
+            return texts
+
+    def forget(self) -> None:
+        """Drop all states: their graphs read weights that are about to move."""
+        self.writer.states.clear()
+
+    def _new_writer(self, device: torch.device, number: int) -> Writer:
+        cuda = device.type == "cuda"
+        stream = capture_stream(device, 1 + number) if cuda else None
+        if cuda:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        return Writer(torch.Generator(device), stream)
+
+    @contextmanager
+    def _model_in_place(self) -> Iterator[torch.device]:
+        """The device of the model, which an offloaded one is brought to, as upstream's forward would do."""
         hook = getattr(self.model, "_hf_hook", None)
-        with self.lock:
-            if hook is not None:  # offloaded: brings the model to its device, which upstream's forward would do
+        # The state outlives the call, and others may not be in inference mode.
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            if hook is not None:
                 hook.pre_forward(self.model)
             if hasattr(hook, "on_leaving"):
                 hook.on_leaving = self.forget
-            ids = request.input_ids.to(self.model.get_input_embeddings().weight.device)
+            weight = self.model.get_input_embeddings().weight
             try:
-                with torch.cuda.device_of(ids):  # graphs are captured on the current device, whichever the model's is
-                    return self._generate(request, ids).to(request.input_ids.device)
+                with torch.cuda.device_of(
+                    weight
+                ):  # graphs are captured on the current device, whichever the model's is
+                    yield weight.device
             except BaseException:
                 self.forget()
                 raise
@@ -223,17 +294,22 @@ class Decoder:
                 if hook is not None and not hasattr(hook, "on_leaving"):
                     self.forget()
 
-    def _generate(self, request: Request, ids: torch.Tensor) -> torch.Tensor:
+    def _write(
+        self, writer: Writer, request: Request, ids: torch.Tensor, seed: int | None = None
+    ) -> Generator[None, None, torch.Tensor]:
+        """Start one step after the other, and yield in between; returns input and new tokens, (batch, length + new)."""
         length = ids.shape[1]
-        state = self._state(request, _rounded(length + CACHE_STEP // 2))
+        state = self._state(writer, request, _rounded(length + CACHE_STEP // 2))
         state.reset(request.min_new_tokens)
+        if seed is not None:
+            writer.generator.manual_seed(seed)
         tokens, pending = [], []
 
         prefill(self.model, state, ids, request)
         for step in range(request.max_new_tokens):
             if step:
                 if length + step > state.capacity:
-                    smaller, state = state, self._state(request, 2 * state.capacity)
+                    smaller, state = state, self._state(writer, request, 2 * state.capacity)
                     state.continue_from(smaller)
                 if state.graph:
                     state.graph.replay()
@@ -243,30 +319,37 @@ class Decoder:
             pending.append(_copied(state.ended))
             if len(pending) > LOOK_BACK and _all_true(pending.pop(0)):
                 break
+            yield
         return torch.cat([ids, trimmed(torch.cat(tokens, 1), state.end)], 1)
 
-    def forget(self) -> None:
-        """Drop all states: their graphs read weights that are about to move."""
-        self.states.clear()
-
-    def _state(self, request: Request, capacity: int) -> State:
+    def _state(self, writer: Writer, request: Request, capacity: int) -> State:
         """The state of this kind and capacity, as it was left, or a new one."""
         weight = self.model.get_input_embeddings().weight
         # A graph reads weights where they were when it was captured, adapters included.
         addresses = tuple(getattr(owner, name).data_ptr() for owner, name in tensors_of(self.model))
         settings = (*request.settings, weight.device, addresses)
-        if self.settings != settings:
-            self.forget()  # before new ones take their memory
-            self.settings = settings
-        if capacity not in self.states:
-            state = new_state(self.model, request, capacity)
+        if writer.settings != settings:
+            writer.states.clear()  # before new ones take their memory
+            writer.settings = settings
+        if capacity not in writer.states:
+            state = new_state(self.model, request, capacity, writer.generator)
             if weight.is_cuda:
-                capture_decode(self.model, state, request)
-            self.states[capacity] = state
-        return self.states[capacity]
+                capture_decode(self.model, state, request, writer.stream)
+            writer.states[capacity] = state
+        return writer.states[capacity]
 
 
-def new_state(model: PreTrainedModel, request: Request, capacity: int) -> State:
+def _finished(text: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    while True:
+        try:
+            next(text)
+        except StopIteration as end:
+            return end.value
+
+
+def new_state(
+    model: PreTrainedModel, request: Request, capacity: int, generator: torch.Generator | None = None
+) -> State:
     """An empty state on the model's device."""
     embeddings = model.get_input_embeddings().weight
     batch, device = len(request.input_ids), embeddings.device
@@ -283,6 +366,7 @@ def new_state(model: PreTrainedModel, request: Request, capacity: int) -> State:
         minimum=torch.zeros((), dtype=torch.long, device=device),
         ended=torch.zeros(batch, 1, dtype=torch.bool, device=device),
         end=end,
+        generator=generator,
     )
 
 
@@ -374,7 +458,9 @@ def choose(state: State, logits: torch.Tensor, request: Request) -> None:
     if request.do_sample:
         probabilities = request.warpers(None, logits).softmax(-1)
         # Exponential clocks: the index of the least e / p, with e ~ Exp(1), is drawn with probability p.
-        token = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1, keepdim=True)
+        token = (probabilities / torch.empty_like(probabilities).exponential_(generator=state.generator)).argmax(
+            -1, keepdim=True
+        )
     else:
         token = logits.argmax(-1, keepdim=True)
     state.token.copy_(torch.where(state.ended, request.pad_token_id, token))
@@ -382,12 +468,19 @@ def choose(state: State, logits: torch.Tensor, request: Request) -> None:
     state.count.add_(1)
 
 
-def capture_decode(model: PreTrainedModel, state: State, request: Request) -> None:
-    """Record `decode` as a CUDA graph of `state`. The global random state is left as it was."""
-    device = state.token.device
-    random_state = torch.cuda.get_rng_state(device)
-    state.graph, _ = capture(lambda: decode(model, state, request), device, warm_up=True)
-    torch.cuda.set_rng_state(random_state, device)
+def capture_decode(
+    model: PreTrainedModel, state: State, request: Request, stream: torch.cuda.Stream | None = None
+) -> None:
+    """Record `decode` as a CUDA graph of `state`. The random state is left as it was."""
+    device, generator = state.token.device, state.generator
+    kept = torch.cuda.get_rng_state(device) if generator is None else generator.get_state()
+    state.graph, _ = capture(
+        lambda: decode(model, state, request), device, warm_up=True, stream=stream, generator=generator
+    )
+    if generator is None:
+        torch.cuda.set_rng_state(kept, device)
+    else:
+        generator.set_state(kept)
 
 
 def trimmed(tokens: torch.Tensor, end: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from conftest import CHECKOUT
 from PIL import Image
 
-from ernie_image_nf4 import generate_batch, load
+from ernie_image_nf4 import batch, generate_batch, load
 from ernie_image_nf4.batch import (
     MANIFEST,
     MAX_BATCH,
@@ -29,7 +30,10 @@ from ernie_image_nf4.batch import (
     Record,
     append,
     choose_batch_size,
+    choose_writers,
     dealt,
+    enhance,
+    enhance_all,
     groups,
     merge_manifests,
     plan_pictures,
@@ -43,6 +47,7 @@ from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.generate import Settings, draw, save_png
 from ernie_image_nf4.offloading import enable_offload
 from ernie_image_nf4.placement import GIB
+from ernie_image_nf4.prompt_enhancer import Decoder, enable_fast_decoding
 from ernie_image_nf4.prompt_file import Row
 from ernie_image_nf4.weight_blocks import HostWeights
 
@@ -325,6 +330,35 @@ def test_slugs(prompt, expected):
 
 def test_a_prompt_without_words_leaves_the_number():
     assert [picture.file for picture in plan_pictures([Row("🐱")], DEFAULTS)] == ["0001.png"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("memory", ["resident", pytest.param("offload", marks=pytest.mark.gpu)])
+def test_texts_written_together_are_those_of_single_mode(repository, monkeypatch, device, memory):
+    if device == "cpu" and memory != "resident":
+        pytest.skip("a CPU has no offloading")
+    pipe = load(repository, device=device, memory=memory)
+    if device == "cpu":
+        enable_fast_decoding(pipe.pe)
+    rows = [Row("a cat", seed=3), Row("一只猫", seed=4), Row("a dog", seed=3), Row("a very long prompt " * 9, seed=9)]
+    settings = [
+        picture.settings for picture in plan_pictures(rows, Settings("", "", 64, 64, 1, 1.0, seed=0, use_pe=True))
+    ]
+    settings.insert(2, replace(settings[0], use_pe=False))
+    expected = [enhance(pipe, each) for each in settings]
+    calls, together = [], Decoder.generate_together
+    monkeypatch.setattr(Decoder, "generate_together", lambda *args: calls.append(args) or together(*args))
+    monkeypatch.setattr(batch, "find_writers", lambda pipe: 3)
+    assert enhance_all(pipe, settings) == expected
+    assert expected[2] is None
+    assert len(set(expected)) == len(expected)
+    assert [len(requests) for _, requests, _, _ in calls] == [4]
+
+
+@pytest.mark.parametrize(("free_gib", "count"), [(0.5, 1), (1.9, 1), (2.2, 2), (80, 4)])
+def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
+    assert choose_writers(free_gib * GIB) == count
+    assert choose_writers(None) == 1
 
 
 @pytest.mark.parametrize(

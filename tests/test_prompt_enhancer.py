@@ -139,6 +139,10 @@ def test_the_same_request_gives_the_same_text_at_full_depth():
         torch.manual_seed(5)
         texts.append(model.generate(**request, pad_token_id=PAD, eos_token_id=None).tolist())
     assert texts[1:] == texts[:1] * 3
+    requests = [find_request(model, (), request | {"pad_token_id": PAD, "eos_token_id": None})] * 6
+    together = model.generate.decoder.generate_together(requests, [5, 6, 5, 7, 5, 5], 4)
+    assert [together[number].tolist() for number in (0, 2, 4, 5)] == texts
+    assert len({str(text.tolist()) for text in together}) == 3
 
 
 def test_sampled_tokens_follow_upstreams_distribution(model, monkeypatch):
@@ -236,6 +240,30 @@ def test_fused_norms_are_upstreams(model, dtype):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("capacity", [512, 16])
+def test_texts_written_together_are_those_written_alone(model, monkeypatch, count, capacity):
+    monkeypatch.setattr(prompt_enhancer, "CACHE_STEP", capacity)
+    decoder = prompt_enhancer.Decoder(model)
+    options = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "pad_token_id": PAD, "eos_token_id": EOS}
+    requests = [
+        find_request(
+            model, (), prompt(model, 1, 3 + 2 * number, seed=number) | options | {"max_new_tokens": 40 - number}
+        )
+        for number in range(5)
+    ]
+    alone = []
+    for seed, request in enumerate(requests):
+        torch.manual_seed(seed)
+        alone.append(decoder.generate(request))
+    state = torch.get_rng_state()
+    for _ in range(2):
+        together = decoder.generate_together(requests, range(5), count)
+        assert [text.tolist() for text in together] == [text.tolist() for text in alone]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({len(text[0]) for text in alone}) > 1  # some end earlier, and another text takes their place
+
+
 class Operations(TorchDispatchMode):
     """Counts what is started on the device while it lasts."""
 
@@ -271,11 +299,11 @@ def test_the_step_is_captured_once_for_calls_of_one_kind():
     decoder = prompt_enhancer.Decoder(model)
     request = find_request(model, (), prompt(model, 1, 6) | {"max_new_tokens": 8, "do_sample": False})
     decoder.generate(request)
-    (state,) = decoder.states.values()
+    (state,) = decoder.writer.states.values()
     graph = state.graph
     assert graph is not None
     decoder.generate(request)
-    assert list(decoder.states.values()) == [state]
+    assert list(decoder.writer.states.values()) == [state]
     assert state.graph is graph
 
 
@@ -288,11 +316,11 @@ def test_offloaded_the_state_stays_until_the_enhancer_leaves(repository):
     decoder = pipe.pe.generate.__closure__
     (decoder,) = (cell.cell_contents for cell in decoder if isinstance(cell.cell_contents, prompt_enhancer.Decoder))
     assert torch.equal(pipe.pe.generate(**request), expected)
-    (state,) = decoder.states.values()
+    (state,) = decoder.writer.states.values()
     assert torch.equal(pipe.pe.generate(**request), expected)
-    assert next(iter(decoder.states.values())) is state
+    assert next(iter(decoder.writer.states.values())) is state
     pipe.encode_prompt("a cat", torch.device("cpu"))
-    assert not decoder.states
+    assert not decoder.writer.states
     assert torch.equal(pipe.pe.generate(**request), expected)
 
 
