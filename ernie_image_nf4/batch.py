@@ -30,6 +30,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from .denoising import several_pictures
 from .errors import ErnieImageNF4Error, InvalidSettings
 from .generate import (
     Drawing,
@@ -488,16 +489,17 @@ def denoise(
     first = batch[0]
     started = time.perf_counter()
     try:
-        result = pipe(
-            prompt_embeds=list(texts),
-            negative_prompt_embeds=list(negatives) if first.guidance_scale > 1 else None,
-            height=first.height,
-            width=first.width,
-            num_inference_steps=first.num_inference_steps,
-            guidance_scale=first.guidance_scale,
-            latents=torch.cat([initial_latents(pipe, settings) for settings in batch]),
-            output_type="latent",
-        )
+        with several_pictures(pipe.transformer, len(batch)):
+            result = pipe(
+                prompt_embeds=list(texts),
+                negative_prompt_embeds=list(negatives) if first.guidance_scale > 1 else None,
+                height=first.height,
+                width=first.width,
+                num_inference_steps=first.num_inference_steps,
+                guidance_scale=first.guidance_scale,
+                latents=torch.cat([initial_latents(pipe, settings) for settings in batch]),
+                output_type="latent",
+            )
         latents = getattr(result, "images", result).cpu()  # diffusers 0.38 returns the latents themselves
         seconds = (time.perf_counter() - started) / len(batch)
         return [Denoised(one, len(batch), seconds) for one in latents.split(1)]

@@ -9,6 +9,8 @@ every token, sine and cosine of the rotary embedding are taken once instead of i
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -79,6 +81,19 @@ def forward(
     return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+@contextmanager
+def several_pictures(transformer: ErnieImageTransformer2DModel, count: int) -> Iterator[None]:
+    """Tell the fast forward pass that its rows are of `count` pictures at the same timestep: first one row of each, then another ...
+
+    What rounds by the number of rows is then computed picture by picture, so that each is what it is alone.
+    """
+    transformer._pictures = count
+    try:
+        yield
+    finally:
+        del transformer._pictures
+
+
 def predict(
     self: ErnieImageTransformer2DModel,
     latents: torch.Tensor,
@@ -87,44 +102,76 @@ def predict(
     lengths: torch.Tensor,
 ) -> torch.Tensor:
     """The prediction (B, C, height, width), from what `forward` is given."""
-    batch, _, height, width = latents.shape
-    size = self.patch_size
-    rows, columns = height // size, width // size
-    pixels = rows * columns
-    packing, rotary = positions(self, lengths, text.shape[1], rows, columns, latents.dtype)
-    if self.text_proj is not None and text.numel():
-        text = self.text_proj(text)
-    whole = torch.cat([self.x_embedder(latents), text], 1)
-    x = packed(whole, packing)
-
-    conditioning = self.time_embedding(self.time_proj(timestep).to(x.dtype))
+    size, pictures = self.patch_size, vars(self).get("_pictures", 1)
+    rows, columns = latents.shape[2] // size, latents.shape[3] // size
+    packing, rotary = positions(self, lengths, text.shape[1], rows, columns, latents.dtype, pictures)
+    conditioning = self.time_embedding(self.time_proj(timestep[::pictures]).to(latents.dtype))
     modulation = self.adaLN_modulation(conditioning).chunk(6, -1)
+
+    embedded = [embed(self, latents[n::pictures], text[n::pictures, : packing.texts[n]]) for n in range(pictures)]
+    x = torch.cat(
+        [embedded[row % pictures][row // pictures, None, :length] for row, length in enumerate(packing.lengths)], 1
+    )
     for block in self.layers:
         x = block(x, rotary, modulation, packing)
-    x = unpacked(x, packing, whole)
-    x = self.final_norm(x.transpose(0, 1), conditioning).type_as(x)
-    patches = self.final_linear(x)[:pixels].transpose(0, 1)
-    patches = patches.reshape(batch, rows, columns, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-    return patches.reshape(batch, self.out_channels, height, width)
+    parts = x.split(packing.lengths, 1)
+    sample = latents.new_empty(len(latents), self.out_channels, *latents.shape[2:])
+    for n, whole in enumerate(embedded):
+        sample[n::pictures] = unembed(self, parts[n::pictures], torch.zeros_like(whole), conditioning, rows, columns)
+    return sample
+
+
+def embed(self: ErnieImageTransformer2DModel, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Tokens of latents (B, C, height, width) and text (B, T, width): (B, S, H)."""
+    if self.text_proj is not None and text.numel():
+        text = self.text_proj(text)
+    return torch.cat([self.x_embedder(latents), text], 1)
+
+
+def unembed(
+    self: ErnieImageTransformer2DModel,
+    parts: Sequence[torch.Tensor],
+    whole: torch.Tensor,
+    conditioning: torch.Tensor,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """The prediction (B, C, height, width) of B rows without padding, (1, length, H) each.
+
+    `whole`, (B, S, H) zeros, gets the rows: computed with the padding, they are rounded as upstream's are.
+    """
+    for row, part in zip(whole, parts, strict=True):
+        row[: part.shape[1]] = part[0]
+    x = self.final_norm(whole.transpose(0, 1), conditioning).type_as(whole)
+    patches = self.final_linear(x)[: rows * columns].transpose(0, 1)
+    size = self.patch_size
+    patches = patches.reshape(len(whole), rows, columns, size, size, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(len(whole), self.out_channels, rows * size, columns * size)
 
 
 def positions(
-    self: ErnieImageTransformer2DModel, text_lens: torch.Tensor, text: int, rows: int, columns: int, dtype: torch.dtype
+    self: ErnieImageTransformer2DModel,
+    text_lens: torch.Tensor,
+    text: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    pictures: int,
 ) -> tuple[Packing, tuple[torch.Tensor, torch.Tensor]]:
     """How rows are packed, and cosine and sine of their tokens' rotary angles, (1, N, D) each.
 
     All steps of a picture have the same, given in the same tensor of lengths: they are kept until another one comes.
     """
     version = None if text_lens.is_inference() else text_lens._version
-    key = (version, text, rows, columns, dtype)
+    key = (version, text, rows, columns, dtype, pictures)
     kept = vars(self).get("_positions")
     if kept is not None and kept[0] is text_lens and kept[1] == key:
         return kept[2]
+    packing = pack(text_lens, text, rows * columns, dtype, pictures)
     angles = self.pos_embed(token_positions(rows, columns, text, text_lens)).squeeze(2)
-    packing = pack(text_lens, rows * columns, angles.shape[1], dtype)
-    rotary = packed(angles.cos().to(dtype), packing), packed(angles.sin().to(dtype), packing)
-    self._positions = (text_lens, key, (packing, rotary))
-    return packing, rotary
+    angles = torch.cat([row[None, :length] for row, length in zip(angles, packing.lengths, strict=True)], 1)
+    self._positions = (text_lens, key, (packing, (angles.cos().to(dtype), angles.sin().to(dtype))))
+    return self._positions[2]
 
 
 def token_positions(rows: int, columns: int, text: int, text_lens: torch.Tensor) -> torch.Tensor:
@@ -147,42 +194,29 @@ class Packing(NamedTuple):
 
     Attributes:
         lengths: Tokens of each row.
-        kept: (N,) int64, where the tokens were when all rows had the same length, rows counted on.
-        rows: (N,) int64, the row of each token.
+        texts: Of each picture, to how many tokens its texts are padded when it is alone.
+        rows: (N,) int64, of which of its picture's rows each token is.
         masks: (1, 1, 1, length) zeros for each row. They mask nothing, but scaled dot-product attention takes other kernels without
             a mask, which round differently from those that upstream's masks lead to.
     """
 
     lengths: tuple[int, ...]
-    kept: torch.Tensor
+    texts: tuple[int, ...]
     rows: torch.Tensor
     masks: tuple[torch.Tensor, ...]
 
 
-def pack(text_lens: torch.Tensor, pixels: int, tokens: int, dtype: torch.dtype) -> Packing:
-    """How to pack rows of `tokens` tokens, of which `pixels` and the text's length are no padding.
+def pack(text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pictures: int) -> Packing:
+    """How to pack rows of `pixels` tokens and a text each, which is padded to `text` tokens.
 
     Waits for the GPU, which the pipeline has just done itself to read the timestep.
     """
-    device = text_lens.device
-    lengths = tuple(pixels + length for length in text_lens.tolist())
-    kept = torch.cat(
-        [torch.arange(row * tokens, row * tokens + length, device=device) for row, length in enumerate(lengths)]
-    )
+    counts, device = text_lens.tolist(), text_lens.device
+    lengths = tuple(pixels + count for count in counts)
+    texts = tuple(max(counts[n::pictures]) for n in range(pictures)) if pictures > 1 else (text,)
+    rows = torch.arange(len(counts), device=device) // pictures
     masks = tuple(torch.zeros(1, 1, 1, length, dtype=dtype, device=device) for length in lengths)
-    return Packing(lengths, kept, kept // tokens, masks)
-
-
-def packed(x: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """(B, S, ...) -> (1, N, ...). The result is no view, which compiled blocks would tell apart from other blocks' inputs."""
-    return x.flatten(0, 1).unsqueeze(0)[:, packing.kept]
-
-
-def unpacked(x: torch.Tensor, packing: Packing, whole: torch.Tensor) -> torch.Tensor:
-    """(1, N, H) -> (B, S, H), as `whole`, with zeros for padding. What follows rounds as upstream does by computing as many rows."""
-    out = torch.zeros_like(whole)
-    out.flatten(0, 1)[packing.kept] = x[0]
-    return out
+    return Packing(lengths, texts, rows.repeat_interleave(torch.tensor(lengths, device=device)), masks)
 
 
 def block_forward(

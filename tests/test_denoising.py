@@ -11,7 +11,13 @@ from diffusers.hooks import apply_layerwise_casting
 
 from ernie_image_nf4 import kernels, load
 from ernie_image_nf4.benchmark import largest_error, predictions
-from ernie_image_nf4.denoising import disable_fast_denoising, enable_fast_denoising, forget_graph, predict
+from ernie_image_nf4.denoising import (
+    disable_fast_denoising,
+    enable_fast_denoising,
+    forget_graph,
+    predict,
+    several_pictures,
+)
 from ernie_image_nf4.graphs import is_undisturbed
 from ernie_image_nf4.layout import MODEL_INDEX
 
@@ -24,12 +30,13 @@ CASES = [
 ]
 
 
-def build(patch_size: int = 1) -> ErnieImageTransformer2DModel:
+def build(**options) -> ErnieImageTransformer2DModel:
     torch.manual_seed(0)
-    transformer = ErnieImageTransformer2DModel(
-        hidden_size=96, num_attention_heads=3, num_layers=3, ffn_hidden_size=160, in_channels=8, out_channels=8, text_in_dim=24,
-        rope_axes_dim=(8, 12, 12), patch_size=patch_size,
-    )  # fmt: skip
+    small = {
+        "hidden_size": 96, "num_attention_heads": 3, "num_layers": 3, "ffn_hidden_size": 160, "in_channels": 8, "out_channels": 8,
+        "text_in_dim": 24, "rope_axes_dim": (8, 12, 12),
+    }  # fmt: skip
+    transformer = ErnieImageTransformer2DModel(**small | options)
     for parameter in transformer.parameters():  # upstream starts its modulation and its end at zero
         torch.nn.init.normal_(parameter, std=0.2)
     return transformer.eval()
@@ -61,6 +68,51 @@ def test_the_prediction_is_upstreams_up_to_rounding(device, dtype, tolerance, le
     assert torch.equal(transformer(**arguments, return_dict=False)[0], got.sample)
     error = (got.sample.float() - expected).norm() / expected.norm()
     assert error < tolerance
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize(("lengths", "count"), [((1, 1, 1, 9, 4, 6), 3), ((3, 3, 5, 8), 2), ((3, 7), 2)])
+@torch.no_grad()
+def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance, lengths, count):
+    transformer = build().to(device, dtype)
+    arguments = inputs(device, dtype, lengths)
+    expected = transformer(**arguments).sample.float()
+    enable_fast_denoising(transformer)
+    with several_pictures(transformer, count):
+        got = transformer(**arguments).sample
+    assert (got.float() - expected).norm() / expected.norm() < tolerance
+    again = transformer(**arguments).sample  # as rows that have nothing in common
+    assert (again.float() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [True, False])
+@torch.no_grad()
+def test_each_of_several_pictures_is_what_it_is_alone_to_the_last_bit(guidance):
+    transformer = build(
+        hidden_size=4096, num_attention_heads=32, num_layers=2, ffn_hidden_size=12288, in_channels=128, out_channels=128,
+        text_in_dim=3072, rope_axes_dim=(32, 48, 48),
+    ).to("cuda", torch.bfloat16)  # fmt: skip
+    for parameter in transformer.parameters():
+        parameter.data.mul_(0.1)
+    enable_fast_denoising(transformer)
+    count, rows = 4, 2 if guidance else 1
+    lengths = [3] * count * (rows - 1) + [20, 90, 33, 150]
+    latents = torch.randn(count, 128, 32, 32, device="cuda", dtype=torch.bfloat16).repeat(rows, 1, 1, 1)
+    text = torch.randn(rows * count, max(lengths), 3072, device="cuda", dtype=torch.bfloat16)
+    for row, length in zip(text, lengths, strict=True):
+        row[length:] = 0
+    lengths = torch.tensor(lengths, device="cuda")
+
+    def predict_rows(part: slice) -> torch.Tensor:
+        longest = int(lengths[part].max())
+        timestep = torch.full((len(lengths[part]),), 700.0, device="cuda", dtype=torch.bfloat16)
+        return transformer(latents[part], timestep, text[part, :longest], lengths[part].clone(), return_dict=False)[0]
+
+    with several_pictures(transformer, count):
+        together = predict_rows(slice(None))
+    for number in range(count):
+        assert torch.equal(together[number::count], predict_rows(slice(number, None, count)))
 
 
 def test_the_minis_predictions_in_bfloat16_are_upstreams_up_to_rounding():
