@@ -45,6 +45,7 @@ from .generate import (
     seeded,
 )
 from .metadata import file_record
+from .offloading import OffloadHook
 from .placement import GIB, WORKING_BYTES, find_device, free_memory, memory_mode
 from .prompt_enhancer import Request, find_request
 from .prompt_file import Row, check_rows
@@ -444,7 +445,15 @@ def enhance_all(pipe: ErnieImagePipeline, settings: Sequence[Settings]) -> list[
     enhanced_by(note)
     if None in asked:  # the fast path doesn't know all that is asked for
         return [enhance(pipe, each) for each in settings]
-    answers = iter(decoder.generate_together(asked, [each.seed for each in wanted], count))
+    answers = None
+    try:
+        answers = iter(decoder.generate_together(asked, [each.seed for each in wanted], count))
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    if answers is None:  # the memory ran out; out here, where no traceback holds tensors any more
+        clear_device_cache(garbage_collection=True)
+        return [enhance(pipe, each) for each in settings]
     texts = dict(zip(map(id, wanted), enhanced_by(lambda *args, **kwargs: next(answers)), strict=True))
     return [texts.get(id(each)) for each in settings]
 
@@ -459,8 +468,10 @@ def choose_writers(free_bytes: int | None) -> int:
 def find_writers(pipe: ErnieImagePipeline) -> int:
     """`choose_writers` by the device's free memory, while offloaded components are all on the CPU."""
     free = free_memory(pipe._execution_device) if pipe._execution_device.type == "cuda" else None
-    if free is not None and memory_mode(pipe) != "resident":
-        free -= pipe.pe.get_memory_footprint()
+    hook = getattr(pipe.pe, "_hf_hook", None)
+    if free is not None and hook is not None:
+        ours = isinstance(hook, OffloadHook)  # the next component may come meanwhile
+        free -= hook.turns.limit if ours else pipe.pe.get_memory_footprint()
     return choose_writers(free)
 
 

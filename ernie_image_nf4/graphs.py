@@ -6,10 +6,11 @@ busy CPU the GPU waits. A graph starts them all at once.
 
 from __future__ import annotations
 
-import functools
+import gc
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,68 +19,78 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-CAPTURING = threading.Lock()  # what another thread starts on the stream would be captured too
-
-
-@functools.cache
-def capture_stream(device: torch.device, number: int = 0) -> torch.cuda.Stream:
-    """A stream that graphs are captured on: the same for all that don't run at once.
-
-    cuBLAS keeps 32 MiB for each stream that it has worked on, in which no two graphs may work at once.
-    """
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        small = torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
-        small @ small  # allocates them outside of any graph's memory, which goes with the graph
-    return stream
+CAPTURING = threading.Lock()  # parts of torch's random state know only of one capture at a time
 
 
 def capture(
     work: Callable[[], Any],
-    device: torch.device,
+    stream: torch.cuda.Stream,
     *,
     warm_up: bool = False,
-    stream: torch.cuda.Stream | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Record what `work` starts on `device`, the current one. Other threads may go on using the GPU.
+    """Record what `work` starts on the stream's device, which has to be the current one.
 
     Args:
         work: Reads and writes tensors that stay where they are.
-        device: Where.
+        stream: To capture on. Each keeper of graphs has its own, and keeps it: cuBLAS has 32 MiB for each stream that it has worked on,
+            in which no two graphs may work at once, and which newer versions of torch free when one of the stream's graphs goes.
         warm_up: Whether to run it once before, so that what is allocated or compiled the first time isn't recorded.
-        stream: To capture on; by default the device's first.
         generator: That `work` draws from, if not from the global random state.
 
     Returns:
         The graph, and what `work` returned: tensors that each replay writes anew.
+
+    Raises:
+        RuntimeError: Too little memory, or `work` does what can't be captured, such as waiting for the GPU.
     """
-    with CAPTURING:
-        stream = stream or capture_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        if warm_up:
-            with torch.cuda.stream(stream):
+    device = stream.device
+    current = torch.cuda.current_stream(device)
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    collecting = gc.isenabled()
+    with CAPTURING, torch.cuda.stream(current):  # which a capture that fails doesn't come back to
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            small = torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
+            small @ small  # allocates cuBLAS's memory outside of the graph's, which goes with the graph
+            if warm_up:
                 work()
-            torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        if generator is not None:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            output = work()
+        current.wait_stream(stream)
+        gc.disable()  # what is collected may wait for copies of its own, which ends a capture
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                output = work()
+        except BaseException:
+            _end_capture(stream)
+            raise
+        finally:
+            if collecting:
+                gc.enable()
     return graph, output
+
+
+def _end_capture(stream: torch.cuda.Stream) -> None:
+    """Let torch's random state and allocator know that the capture is over: one that failed may not have come to that."""
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        torch.zeros(1, device=stream.device)
 
 
 class StepGraph:
     """One denoising step of one picture as a CUDA graph: captured in the second step, after everything has been compiled in the first.
 
     A picture is known by its tensors of text and lengths, which the pipeline gives to each step anew. Calls that aren't a picture's
-    later steps go through Python as ever, and so does everything where hooks or adapters may want to do something in between.
+    later steps go through Python as ever, and so does everything where hooks or adapters may want to do something in between. What a
+    callback does to the transformer's code between two steps is not seen, other than by adding an adapter.
     """
 
     def __init__(self, step: Callable[..., torch.Tensor]) -> None:
         self.step = step
         self.picture: tuple | None = None
         self.tried = False
+        self.failed = False
+        self.stream: torch.cuda.Stream | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[torch.Tensor, torch.Tensor] | None = None
         self.output: torch.Tensor | None = None
@@ -99,8 +110,10 @@ class StepGraph:
             self.picture, self.tried = picture, False
         elif not self.tried:
             self.tried = True
-            if may_be_captured(transformer, latents):
+            if not self.failed and may_be_captured(transformer, latents):
                 self._capture(transformer, latents, timestep, text, lengths)
+        elif getattr(transformer, "peft_config", None):
+            self.forget()
         if self.graph is None:
             return self.step(transformer, latents, timestep, text, lengths)
         for kept, given in zip(self.inputs, (latents, timestep), strict=True):
@@ -110,18 +123,22 @@ class StepGraph:
 
     def forget(self) -> None:
         """Drop the graph and the memory that it works in; the rest of the picture goes through Python."""
+        if self.graph is not None:  # replays run on the current stream, its memory is the other one's
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         self.graph = self.inputs = self.output = None
 
     def _capture(
         self, transformer: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, *text: torch.Tensor
     ) -> None:
         device = latents.device
-        torch.cuda.empty_cache()  # what the first step worked in: the graph has memory of its own
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
         inputs = latents.clone(), timestep.clone()
         try:
             with torch.cuda.device(device):
-                graph, output = capture(lambda: self.step(transformer, *inputs, *text), device)
+                graph, output = capture(lambda: self.step(transformer, *inputs, *text), self.stream)
         except RuntimeError as error:  # too little memory, or something that only works outside of a capture
+            self.failed = True
             logger.info("Steps aren't captured as a CUDA graph: %s", next(iter(str(error).splitlines()), ""))
             return
         self.graph, self.inputs, self.output = graph, inputs, output

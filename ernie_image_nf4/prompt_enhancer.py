@@ -29,7 +29,7 @@ from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RMSNorm
 
 from . import kernels
-from .graphs import capture, capture_stream
+from .graphs import capture
 from .weight_blocks import tensors_of
 
 ARGUMENTS = {
@@ -201,7 +201,7 @@ class Writer:
 
     Attributes:
         generator: To sample from; None for the global random state.
-        stream: To work on; None for the current one.
+        stream: To capture on, and to work on if texts are written together; None where there is no CUDA.
         states: By capacity; those of an earlier call of the same kind are used again.
         settings: What the states' graphs were captured for.
     """
@@ -218,11 +218,13 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.writer = Writer()
+        self.streams: list[torch.cuda.Stream] = []
         self.lock = threading.Lock()
 
     def generate(self, request: Request) -> torch.Tensor:
         """Input and new tokens, (batch, length + new) int64 on the input's device, as upstream's ``generate`` returns them."""
         with self._model_in_place() as device:
+            self.writer.stream = self._stream(device, 0)
             text = self._write(self.writer, request, request.input_ids.to(device))
             return _finished(text).to(request.input_ids.device)
 
@@ -234,42 +236,58 @@ class Decoder:
         """
         with self._model_in_place() as device:
             writers = [self._new_writer(device, number) for number in range(min(count, len(requests)))]
-            texts: list[torch.Tensor | None] = [None] * len(requests)
-            waiting, busy = iter(range(len(requests))), {}
-            while len(busy) < len(writers):
-                busy[len(busy)] = next(waiting), None
-            while busy:
-                for number, (index, text) in list(busy.items()):
-                    writer, request = writers[number], requests[index]
-                    with torch.cuda.stream(writer.stream):
-                        if text is None:
-                            text = self._write(writer, request, request.input_ids.to(device), seeds[index])
-                            busy[number] = index, text
-                        try:
-                            next(text)
-                        except StopIteration as end:
-                            texts[index] = end.value
-                            busy.pop(number)
-                            if (following := next(waiting, None)) is not None:
-                                busy[number] = following, None
-            for writer in writers:
-                if writer.stream is not None:
-                    torch.cuda.current_stream(device).wait_stream(writer.stream)
-            texts = [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # before the writers' memory goes
-            return texts
+            try:
+                texts = self._take_turns(writers, requests, seeds, device)
+                return [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # before memory goes that steps under way work in
+
+    def _take_turns(
+        self, writers: Sequence[Writer], requests: Sequence[Request], seeds: Sequence[int], device: torch.device
+    ) -> list[torch.Tensor]:
+        """Let each writer start a step in turn, until all texts are written."""
+        texts: list[torch.Tensor | None] = [None] * len(requests)
+        waiting = iter(range(len(requests)))
+        busy = {number: (next(waiting), None) for number in range(len(writers))}
+        while busy:
+            for number, (index, text) in list(busy.items()):
+                writer, request = writers[number], requests[index]
+                with torch.cuda.stream(writer.stream):
+                    if text is None:
+                        text = self._write(writer, request, request.input_ids.to(device), seeds[index])
+                        busy[number] = index, text
+                    try:
+                        next(text)
+                    except StopIteration as end:
+                        texts[index] = end.value
+                        busy.pop(number)
+                        if (following := next(waiting, None)) is not None:
+                            busy[number] = following, None
+        for writer in writers:
+            if writer.stream is not None:
+                torch.cuda.current_stream(device).wait_stream(writer.stream)
+        return texts
 
     def forget(self) -> None:
         """Drop all states: their graphs read weights that are about to move."""
         self.writer.states.clear()
 
     def _new_writer(self, device: torch.device, number: int) -> Writer:
-        cuda = device.type == "cuda"
-        stream = capture_stream(device, 1 + number) if cuda else None
-        if cuda:
+        stream = self._stream(device, 1 + number)
+        if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
         return Writer(torch.Generator(device), stream)
+
+    def _stream(self, device: torch.device, number: int) -> torch.cuda.Stream | None:
+        """The same for each number while the model stays on a device."""
+        if device.type != "cuda":
+            return None
+        if self.streams and self.streams[0].device != device:
+            self.streams.clear()
+        while len(self.streams) <= number:
+            self.streams.append(torch.cuda.Stream(device))
+        return self.streams[number]
 
     @contextmanager
     def _model_in_place(self) -> Iterator[torch.device]:
@@ -401,6 +419,7 @@ def forward(model: PreTrainedModel, state: State, ids: torch.Tensor, positions: 
     return model.lm_head(output.last_hidden_state[:, -1]).float()
 
 
+ROTARY = "apply_rotary_pos_emb"
 MODELING = threading.RLock()  # whose functions are exchanged
 ATTENTION_SCALE = next(
     name for name in ("get_llama_4_attn_scale", "_get_llama_4_attn_scale") if hasattr(modeling_ministral3, name)
@@ -412,41 +431,42 @@ def lean_layers(dtype: torch.dtype) -> Iterator[None]:
     """Let the layers do with 6 small operations what upstream does with 17, to the same values, while the context lasts.
 
     What depends on the positions alone is computed in the first layer for all of them, and queries and keys are rotated together. A
-    step at batch one is a thousand operations of a few microseconds each, whatever they compute.
+    step at batch one is a thousand operations of a few microseconds each, whatever they compute. Other threads get upstream's.
     """
-    scale = _remembered(getattr(modeling_ministral3, ATTENTION_SCALE), lambda result: result.to(dtype))
-    # Halves exchanged, and the sine of the first negated, are halves exchanged and the first negated.
-    signed = _remembered(
-        lambda sine: torch.cat([-half if n == 0 else half for n, half in enumerate(sine.chunk(2, -1))], -1)
-    )
-
-    def rotated(query, key, cosine, sine, unsqueeze_dim=1):
-        both = torch.cat([query, key], unsqueeze_dim)
-        exchanged = both.roll(both.shape[-1] // 2, -1)
-        both = both * cosine.unsqueeze(unsqueeze_dim) + exchanged * signed(sine).unsqueeze(unsqueeze_dim)
-        return both.split([query.shape[unsqueeze_dim], key.shape[unsqueeze_dim]], unsqueeze_dim)
-
-    exchanged = {ATTENTION_SCALE: scale, "apply_rotary_pos_emb": rotated}
+    owner = threading.get_ident()
     with MODELING:
-        upstream = {name: getattr(modeling_ministral3, name) for name in exchanged}
-        for name, function in exchanged.items():
-            setattr(modeling_ministral3, name, function)
+        scale, rotate = (getattr(modeling_ministral3, name) for name in (ATTENTION_SCALE, ROTARY))
+        scale_once = _remembered(lambda *args: scale(*args).to(dtype))
+        # Halves exchanged, and the sine of the first negated, are halves exchanged and the first negated.
+        signed = _remembered(lambda sine: torch.cat([-sine.chunk(2, -1)[0], sine.chunk(2, -1)[1]], -1))
+
+        def lean_scale(*args):
+            return (scale_once if threading.get_ident() == owner else scale)(*args)
+
+        def lean_rotate(query, key, cosine, sine, unsqueeze_dim=1):
+            if threading.get_ident() != owner:
+                return rotate(query, key, cosine, sine, unsqueeze_dim=unsqueeze_dim)
+            both = torch.cat([query, key], unsqueeze_dim)
+            exchanged = both.roll(both.shape[-1] // 2, -1)
+            both = both * cosine.unsqueeze(unsqueeze_dim) + exchanged * signed(sine).unsqueeze(unsqueeze_dim)
+            return both.split([query.shape[unsqueeze_dim], key.shape[unsqueeze_dim]], unsqueeze_dim)
+
+        setattr(modeling_ministral3, ATTENTION_SCALE, lean_scale)
+        setattr(modeling_ministral3, ROTARY, lean_rotate)
         try:
             yield
         finally:
-            for name, function in upstream.items():
-                setattr(modeling_ministral3, name, function)
+            setattr(modeling_ministral3, ATTENTION_SCALE, scale)
+            setattr(modeling_ministral3, ROTARY, rotate)
 
 
-def _remembered(
-    function: Callable[..., torch.Tensor], convert: Callable[[torch.Tensor], torch.Tensor] = lambda result: result
-) -> Callable[..., torch.Tensor]:
+def _remembered(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`function`, which is called again only with another first argument."""
     last: list = [None, None]
 
     def remembering(tensor, *args):
         if last[0] is not tensor:
-            last[:] = tensor, convert(function(tensor, *args))
+            last[:] = tensor, function(tensor, *args)
         return last[1]
 
     return remembering
@@ -468,15 +488,11 @@ def choose(state: State, logits: torch.Tensor, request: Request) -> None:
     state.count.add_(1)
 
 
-def capture_decode(
-    model: PreTrainedModel, state: State, request: Request, stream: torch.cuda.Stream | None = None
-) -> None:
+def capture_decode(model: PreTrainedModel, state: State, request: Request, stream: torch.cuda.Stream) -> None:
     """Record `decode` as a CUDA graph of `state`. The random state is left as it was."""
     device, generator = state.token.device, state.generator
     kept = torch.cuda.get_rng_state(device) if generator is None else generator.get_state()
-    state.graph, _ = capture(
-        lambda: decode(model, state, request), device, warm_up=True, stream=stream, generator=generator
-    )
+    state.graph, _ = capture(lambda: decode(model, state, request), stream, warm_up=True, generator=generator)
     if generator is None:
         torch.cuda.set_rng_state(kept, device)
     else:

@@ -355,6 +355,19 @@ def test_texts_written_together_are_those_of_single_mode(repository, monkeypatch
     assert [len(requests) for _, requests, _, _ in calls] == [4]
 
 
+def test_texts_are_written_one_by_one_where_several_take_too_much_memory(repository, monkeypatch):
+    pipe = load(repository, device="cpu")
+    enable_fast_decoding(pipe.pe)
+    settings = [Settings("a cat", "", 64, 64, 1, 1.0, seed=seed, use_pe=True) for seed in range(2)]
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(batch, "find_writers", lambda pipe: 2)
+    monkeypatch.setattr(Decoder, "generate_together", out_of_memory)
+    assert enhance_all(pipe, settings) == [enhance(pipe, each) for each in settings]
+
+
 @pytest.mark.parametrize(("free_gib", "count"), [(0.5, 1), (1.9, 1), (2.2, 2), (80, 4)])
 def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
     assert choose_writers(free_gib * GIB) == count

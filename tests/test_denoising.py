@@ -328,6 +328,17 @@ def test_a_step_that_cannot_be_captured_goes_through_python():
     expected = steps(transformer, call, 1)[0]
     norm = transformer.layers[0].adaLN_sa_ln.weight
     transformer._step_graph.step = lambda *arguments: (norm.sum().item(), predict(*arguments))[1]  # waits for the GPU
+    stream = torch.cuda.current_stream()
     for got in (transformer(**call).sample, transformer(**call).sample):
         assert torch.equal(got, expected)
     assert transformer._step_graph.graph is None
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.manual_seed(3)
+    drawn = torch.rand(5, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(torch.rand(5, device="cuda"), drawn)
+    transformer._step_graph.failed = False
+    transformer._step_graph.step = predict
+    for got in steps(transformer, inputs("cuda", torch.bfloat16, (1, 9)), 3)[:1]:
+        assert torch.equal(got, expected)
+    assert transformer._step_graph.graph is not None

@@ -5,6 +5,8 @@ Uncaptured, the decode step is the same code on a CPU; what only capture can bre
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -291,6 +293,25 @@ def test_lean_layers_give_upstreams_values_with_fewer_operations(model, dtype, l
     assert (upstream.names.count("log"), lean.names.count("log")) == (2, 1)  # two layers
     assert [names.count("neg") for names in (upstream.names, lean.names)] == [4, 1]
     assert modeling_ministral3.apply_rotary_pos_emb is APPLY_ROTARY_POS_EMB
+
+
+def test_other_threads_keep_upstreams_layers():
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    angles = torch.randn(1, 3, 8)
+    with ThreadPoolExecutor(1) as pool, lean_layers(torch.float32):
+        arguments = query, key, angles.cos(), angles.sin()
+        with Operations() as lean:
+            own = modeling_ministral3.apply_rotary_pos_emb(*arguments)
+        others = pool.submit(modeling_ministral3.apply_rotary_pos_emb, *arguments).result()
+        assert "roll" in lean.names
+        assert all(torch.equal(one, other) for one, other in zip(own, others, strict=True))
+
+        def operations() -> list[str]:
+            with Operations() as counted:
+                modeling_ministral3.apply_rotary_pos_emb(*arguments)
+            return counted.names
+
+        assert "roll" not in pool.submit(operations).result()
 
 
 @pytest.mark.gpu
