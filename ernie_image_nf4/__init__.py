@@ -11,6 +11,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from . import local_import
+
 if TYPE_CHECKING:
     from .batch import generate_batch
     from .loading import load
@@ -43,3 +45,4 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+local_import.install()
