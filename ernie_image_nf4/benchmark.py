@@ -25,7 +25,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidSettings
+from .errors import DeviceUnavailable, InvalidSettings
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +176,8 @@ def benchmark(
     work.mkdir(parents=True, exist_ok=True)
     in_a_process = functools.partial(_in_a_process, _process_context(device))
     result: dict[str, Any] = in_a_process(_machine, device)
+    if "error" in result:
+        raise DeviceUnavailable(f"Processes of their own can't use {device}: {result['error']}")
     result |= {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
     for file in work.glob("*.safetensors"):  # predictions of an earlier run
         file.unlink()
@@ -197,7 +199,7 @@ def benchmark(
                 in_a_process(_measure, arm, model, original, work, workload, device, 0)
                 for _ in range(workload.loads - 1)
             ]
-            row["all_load_s"] = [row["load_s"], *(figures["load_s"] for figures in again)]
+            row["all_load_s"] = [row["load_s"], *(figures["load_s"] for figures in again if "load_s" in figures)]
             row["load_s"] = statistics.median(row["all_load_s"])
             on_progress(result)
     result["float32"] = in_a_process(_exact_predictions, model, work, workload.size, device)

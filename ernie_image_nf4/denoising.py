@@ -24,6 +24,7 @@ from . import kernels
 from .graphs import StepGraph
 
 MINIMUM_HEAD_SIZE = 8  # two fours, as the kernels add
+ROW_COUNTS = 64  # of batches up to 8 there are 12, with guidance and without
 
 
 def enable_fast_denoising(transformer: ErnieImageTransformer2DModel, *, graph: bool = False) -> None:
@@ -108,17 +109,34 @@ def predict(
     conditioning = self.time_embedding(self.time_proj(timestep[::pictures]).to(latents.dtype))
     modulation = self.adaLN_modulation(conditioning).chunk(6, -1)
 
-    embedded = [embed(self, latents[n::pictures], text[n::pictures, : packing.texts[n]]) for n in range(pictures)]
+    embedded = [
+        embed(self, latents[n::pictures].contiguous(), text[n::pictures, : packing.texts[n]].contiguous())
+        for n in range(pictures)
+    ]
     x = torch.cat(
         [embedded[row % pictures][row // pictures, None, :length] for row, length in enumerate(packing.lengths)], 1
     )
-    for block in self.layers:
-        x = block(x, rotary, modulation, packing)
+    with many_shapes(self):
+        for block in self.layers:
+            x = block(x, rotary, modulation, packing)
     parts = x.split(packing.lengths, 1)
     sample = latents.new_empty(len(latents), self.out_channels, *latents.shape[2:])
     for n, whole in enumerate(embedded):
         sample[n::pictures] = unembed(self, parts[n::pictures], torch.zeros_like(whole), conditioning, rows, columns)
     return sample
+
+
+@contextmanager
+def many_shapes(transformer: ErnieImageTransformer2DModel) -> Iterator[None]:
+    """Let compiled blocks be compiled for every number of rows, and once for lengths that are equal by chance and for those that aren't."""
+    if transformer.layers[0]._compiled_call_impl is None:
+        yield
+        return
+    with (
+        torch._dynamo.config.patch(recompile_limit=ROW_COUNTS),
+        torch.fx.experimental._config.patch(use_duck_shape=False),
+    ):
+        yield
 
 
 def embed(self: ErnieImageTransformer2DModel, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

@@ -72,8 +72,11 @@ def capture(
 
 
 def _end_capture(stream: torch.cuda.Stream) -> None:
-    """Let torch's random state and allocator know that the capture is over: one that failed may not have come to that."""
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+    """Let torch's random state know that the capture is over: one that failed may not have come to that, another one does."""
+    with (
+        suppress(RuntimeError),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
+    ):
         torch.zeros(1, device=stream.device)
 
 
@@ -131,7 +134,7 @@ class StepGraph:
         self, transformer: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, *text: torch.Tensor
     ) -> None:
         device = latents.device
-        if self.stream is None:
+        if self.stream is None or self.stream.device != device:
             self.stream = torch.cuda.Stream(device)
         inputs = latents.clone(), timestep.clone()
         try:
