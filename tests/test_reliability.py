@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import resource
 import weakref
@@ -88,10 +89,10 @@ def test_pictures_in_a_row_take_no_more_memory_and_no_more_files(pipe, tmp_path)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
 
     drawn(3)
-    memory, files = drawn(3)
-    more_memory, more_files = drawn(12)
-    assert more_files == files
-    assert more_memory - memory < 20_000  # kB
+    memory, files = zip(*(drawn(12) for _ in range(4)), strict=True)
+    assert len(set(files)) == 1
+    growth = [later - earlier for earlier, later in itertools.pairwise(memory)]
+    assert min(growth) < 10_000  # kB; what leaks does so every time, what else the process does may add to one
 
 
 def test_loading_again_and_again_leaves_no_files_open(repository):
