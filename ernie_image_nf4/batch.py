@@ -61,7 +61,8 @@ GROUP = 16  # pictures for which offloading moves a component once; as many are 
 # of 8 at 512x512. A batch that turns out too large is halved.
 DENOISE_BYTES_PER_PIXEL = 2 * GIB / 1024**2
 MAX_WRITERS = 4
-WRITER_BYTES = GIB // 2  # the full-size enhancer's caches for texts of up to 2,048 tokens, and its graphs
+# The full-size enhancer's caches of 512, 1,024 and 2,048 tokens are 0.35 GiB by their shapes; the rest is for its graphs.
+WRITER_BYTES = GIB // 2
 # Processes wait for each other before the first picture and after the last one, which can be hours apart.
 PATIENCE = timedelta(days=7)
 
@@ -424,38 +425,34 @@ def enhance_all(pipe: ErnieImagePipeline, settings: Sequence[Settings]) -> list[
 
     The pipeline's own method is called twice for each prompt: once to learn what it asks of the enhancer, and once to be given the answer.
     """
-    wanted = [each for each in settings if each.use_pe and pipe.pe is not None and pipe.pe_tokenizer is not None]
-    decoder = getattr(getattr(pipe.pe, "generate", None), "decoder", None)
-    count = find_writers(pipe) if decoder is not None else 1
-    if min(count, len(wanted)) < 2:
-        return [enhance(pipe, each) for each in settings]
-    asked: list[Request | None] = []
 
-    def note(*args, **kwargs):
-        asked.append(find_request(pipe.pe, args, kwargs))
-        return kwargs["input_ids"]
-
-    def enhanced_by(generate: Callable[..., torch.Tensor]) -> list[str]:
+    def enhanced_by(generate: Callable[..., torch.Tensor]) -> list[str | None]:
         upstream, pipe.pe.generate = pipe.pe.generate, generate
         try:
-            return [enhance(pipe, each) for each in wanted]
+            return [enhance(pipe, each) for each in settings]
         finally:
             pipe.pe.generate = upstream
 
-    enhanced_by(note)
-    if None in asked:  # the fast path doesn't know all that is asked for
-        return [enhance(pipe, each) for each in settings]
-    answers = None
-    try:
-        answers = iter(decoder.generate_together(asked, [each.seed for each in wanted], count))
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-    if answers is None:  # the memory ran out; out here, where no traceback holds tensors any more
-        clear_device_cache(garbage_collection=True)
-        return [enhance(pipe, each) for each in settings]
-    texts = dict(zip(map(id, wanted), enhanced_by(lambda *args, **kwargs: next(answers)), strict=True))
-    return [texts.get(id(each)) for each in settings]
+    def note(*args, **kwargs) -> torch.Tensor:
+        asked.append((find_request(pipe.pe, args, kwargs), torch.initial_seed()))  # which `enhance` has set
+        return kwargs["input_ids"]
+
+    asked: list[tuple[Request | None, int]] = []
+    decoder = getattr(getattr(pipe.pe, "generate", None), "decoder", None)
+    count = find_writers(pipe) if decoder is not None else 1
+    if count > 1:
+        enhanced_by(note)
+    requests = [request for request, _ in asked]
+    if len(asked) > 1 and None not in requests:  # else the fast path doesn't know all that is asked for
+        try:
+            answers = iter(decoder.generate_together(requests, [seed for _, seed in asked], count))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        else:
+            return enhanced_by(lambda *args, **kwargs: next(answers))
+        clear_device_cache(garbage_collection=True)  # out here, where no traceback holds tensors any more
+    return [enhance(pipe, each) for each in settings]
 
 
 def choose_writers(free_bytes: int | None) -> int:

@@ -1,9 +1,9 @@
 """The transformer's forward pass with less work between its products; its modules and weights stay upstream's.
 
 What changes against ``ErnieImageTransformer2DModel.forward``: rows of different lengths are packed one behind the other, so that
-padding is neither computed nor masked (guidance pairs a prompt with an empty one), the modulation is broadcast instead of copied to
-every token, sine and cosine of the rotary embedding are taken once instead of in every layer, and the element-wise work is fused
-(``kernels.py``). The results differ by rounding alone.
+padding isn't computed (guidance pairs a prompt with an empty one), the modulation is broadcast instead of copied to every token, sine and
+cosine of the rotary embedding are taken once instead of in every layer, and the element-wise work is fused (``kernels.py``). On CUDA all
+of it is made to give upstream's bits; the results differ by rounding where others choose their kernels by the number of tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """CUDA graphs: how they are captured, and the denoising step as one.
 
-Python starts some 900 kernels a step, which takes it about as long as the GPU takes to run them at 512x512 on an H100: on a slower or
-busy CPU the GPU waits. A graph starts them all at once.
+Python starts the kernels of a step one by one: where the CPU is slow or busy and the picture small, the GPU waits for it. A graph starts
+them all at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-
 CAPTURING = threading.Lock()  # parts of torch's random state know only of one capture at a time
 
 
@@ -33,8 +32,8 @@ def capture(
 
     Args:
         work: Reads and writes tensors that stay where they are.
-        stream: To capture on. Each keeper of graphs has its own, and keeps it: cuBLAS has 32 MiB for each stream that it has worked on,
-            in which no two graphs may work at once, and which newer versions of torch free when one of the stream's graphs goes.
+        stream: To capture on. Each keeper of graphs has its own, and keeps it: cuBLAS has a workspace for each stream that it has worked
+            on, in which no two graphs may work at once, and which newer versions of torch free when one of the stream's graphs goes.
         warm_up: Whether to run it once before, so that what is allocated or compiled the first time isn't recorded.
         generator: That `work` draws from, if not from the global random state.
 

@@ -252,8 +252,7 @@ def load_component(folder: Path, component: Component, where: Placement, *, chec
 def _keep_as_stored(model: torch.nn.Module) -> None:
     """Compute with NF4 weights as they lie in the file, on CPUs with AVX512-BF16 too.
 
-    There bitsandbytes would repack them in the first forward pass, with scales rounded to bfloat16, and save other scales than it
-    read. Nor is it faster: 1.9 s against 1.7 s for ten steps of the mini at 256x256 on two cores.
+    There bitsandbytes would repack them in the first forward pass, with scales rounded to bfloat16, and save other scales than it read.
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):

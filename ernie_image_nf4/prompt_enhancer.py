@@ -301,9 +301,8 @@ class Decoder:
                 hook.on_leaving = self.forget
             weight = self.model.get_input_embeddings().weight
             try:
-                with torch.cuda.device_of(
-                    weight
-                ):  # graphs are captured on the current device, whichever the model's is
+                # Graphs are captured on the current device, whichever the model's is.
+                with torch.cuda.device_of(weight):
                     yield weight.device
             except BaseException:
                 self.forget()
@@ -428,10 +427,10 @@ ATTENTION_SCALE = next(
 
 @contextmanager
 def lean_layers(dtype: torch.dtype) -> Iterator[None]:
-    """Let the layers do with 6 small operations what upstream does with 17, to the same values, while the context lasts.
+    """Let the layers do the same to the same values with fewer small operations, while the context lasts; other threads get upstream's.
 
-    What depends on the positions alone is computed in the first layer for all of them, and queries and keys are rotated together. A
-    step at batch one is a thousand operations of a few microseconds each, whatever they compute. Other threads get upstream's.
+    What depends on the positions alone is computed in the first layer for all of them, and queries and keys are rotated together: with
+    one token a step takes as long as starting its operations does, whatever they compute.
     """
     owner = threading.get_ident()
     with MODELING:

@@ -48,11 +48,14 @@ def _halves(values, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _added(x, branch_pointer, gate_pointer, place, gate_place, inside):
-    """``x + gate * branch``."""
-    branch = tl.load(branch_pointer + place, inside, 0.0).to(tl.float32)
-    gate = tl.load(gate_pointer + gate_place, inside, 0.0).to(tl.float32)
-    return (x.to(tl.float32) + (gate * branch).to(x.dtype).to(tl.float32)).to(x.dtype)
+def _input(x_pointer, branch_pointer, gate_pointer, place, gate_place, inside, HAS_BRANCH: tl.constexpr):
+    """Values of ``x``, or of ``x + gate * branch``."""
+    x = tl.load(x_pointer + place, inside, 0.0)
+    if HAS_BRANCH:
+        branch = tl.load(branch_pointer + place, inside, 0.0).to(tl.float32)
+        gate = tl.load(gate_pointer + gate_place, inside, 0.0).to(tl.float32)
+        x = (x.to(tl.float32) + (gate * branch).to(x.dtype).to(tl.float32)).to(x.dtype)
+    return x
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])  # which differ from prompt to prompt
@@ -73,11 +76,10 @@ def _modulated_norm(
     squares = tl.zeros((TOKENS, 128), tl.float32)
     for start in tl.range(0, WIDTH, 128, loop_unroll_factor=4):
         column = start + tl.arange(0, 128)[None, :]
-        inside = here & (column < WIDTH)
-        place = token * WIDTH + column
-        x = tl.load(x_pointer + place, inside, 0.0)
+        inside, place = here & (column < WIDTH), token * WIDTH + column
+        modulation = row * modulation_stride + column
+        x = _input(x_pointer, branch_pointer, gate_pointer, place, modulation, inside, HAS_BRANCH)
         if HAS_BRANCH:
-            x = _added(x, branch_pointer, gate_pointer, place, row * modulation_stride + column, inside)
             tl.store(total_pointer + place, x, inside)
         squares += x.to(tl.float32) * x.to(tl.float32)
     if HAS_NORM:
@@ -85,16 +87,14 @@ def _modulated_norm(
         inverse = tl.rsqrt(mean + eps)
         for start in tl.range(0, WIDTH, 128, loop_unroll_factor=4):
             column = start + tl.arange(0, 128)[None, :]
-            inside = here & (column < WIDTH)
-            place = token * WIDTH + column
-            x = tl.load(x_pointer + place, inside, 0.0)
-            if HAS_BRANCH:
-                x = _added(x, branch_pointer, gate_pointer, place, row * modulation_stride + column, inside)
+            inside, place = here & (column < WIDTH), token * WIDTH + column
+            modulation = row * modulation_stride + column
+            x = _input(x_pointer, branch_pointer, gate_pointer, place, modulation, inside, HAS_BRANCH)
             weight = tl.load(weight_pointer + column, column < WIDTH, 0.0).to(tl.float32)
             value = (x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32) * weight
             if HAS_MODULATION:
-                scale = tl.load(scale_pointer + row * modulation_stride + column, inside, 0.0).to(tl.float32)
-                shift = tl.load(shift_pointer + row * modulation_stride + column, inside, 0.0).to(tl.float32)
+                scale = tl.load(scale_pointer + modulation, inside, 0.0).to(tl.float32)
+                shift = tl.load(shift_pointer + modulation, inside, 0.0).to(tl.float32)
                 value = value.to(x.dtype).to(tl.float32) * (1 + scale) + shift
             tl.store(out_pointer + place, value.to(x.dtype), inside)
 

@@ -49,9 +49,8 @@ def steps() -> list[dict]:
 @pytest.fixture(scope="module")
 def result(repository: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[dict]) -> dict:
     work = tmp_path_factory.mktemp("benchmark")
-    keep = lambda result: steps.append(copy.deepcopy(result))  # noqa: E731
     options = {"arms": CPU_ARMS, "workload": TINY, "device": "cpu", "growth": False}
-    return benchmark(repository, None, work, **options, on_progress=keep)
+    return benchmark(repository, None, work, **options, on_progress=lambda result: steps.append(copy.deepcopy(result)))
 
 
 def arm(result: dict, name: str) -> dict:

@@ -88,14 +88,13 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
 @pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [True, False])
 @torch.no_grad()
-def test_each_of_several_pictures_is_what_it_is_alone_to_the_last_bit(guidance):
+def test_at_full_width_a_picture_is_upstreams_alone_and_among_others_to_the_last_bit(guidance):
     transformer = build(
         hidden_size=4096, num_attention_heads=32, num_layers=2, ffn_hidden_size=12288, in_channels=128, out_channels=128,
         text_in_dim=3072, rope_axes_dim=(32, 48, 48),
     ).to("cuda", torch.bfloat16)  # fmt: skip
     for parameter in transformer.parameters():
         parameter.data.mul_(0.1)
-    enable_fast_denoising(transformer)
     count, rows = 4, 2 if guidance else 1
     lengths = [3] * count * (rows - 1) + [20, 90, 33, 150]
     latents = torch.randn(count, 128, 32, 32, device="cuda", dtype=torch.bfloat16).repeat(rows, 1, 1, 1)
@@ -110,10 +109,14 @@ def test_each_of_several_pictures_is_what_it_is_alone_to_the_last_bit(guidance):
         texts = text[part, :longest].contiguous()
         return transformer(latents[part].contiguous(), timestep, texts, lengths[part].clone(), return_dict=False)[0]
 
+    upstream = [predict_rows(slice(number, None, count)) for number in range(count)]
+    enable_fast_denoising(transformer)
     with several_pictures(transformer, count):
         together = predict_rows(slice(None))
     for number in range(count):
-        assert torch.equal(together[number::count], predict_rows(slice(number, None, count)))
+        alone = predict_rows(slice(number, None, count))
+        assert torch.equal(alone, upstream[number])
+        assert torch.equal(together[number::count], alone)
 
 
 def test_the_minis_predictions_in_bfloat16_are_upstreams_up_to_rounding():
@@ -192,14 +195,14 @@ def test_blocks_are_compiled_for_more_numbers_of_rows_than_torch_would():
     torch._dynamo.reset()
     transformer = build()
     calls = [inputs("cpu", torch.float32, (1,) * count + (3, 5, 8, 2, 9, 4, 7, 6)[:count]) for count in range(1, 9)]
-    calls += [inputs("cpu", torch.float32, (3, 5, 8, 2, 9, 4, 7)[:count]) for count in (1, 3, 5, 7)]
+    counts = [*range(1, 9), 1, 3, 5, 7]  # pictures, with guidance and without
+    calls += [inputs("cpu", torch.float32, (3, 5, 8, 2, 9, 4, 7)[:count]) for count in counts[8:]]
     expected = [transformer(**call).sample for call in calls]
     enable_fast_denoising(transformer)
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
-    for call, reference in zip(calls, expected, strict=True):
-        with several_pictures(transformer, max(1, len(call["text_lens"]) // 2)):
-            got = transformer(**call).sample if len(call["text_lens"]) % 2 == 0 else None
-        got = transformer(**call).sample if got is None else got
+    for call, count, reference in zip(calls, counts, expected, strict=True):
+        with several_pictures(transformer, count):
+            got = transformer(**call).sample
         assert (got - reference).norm() / reference.norm() < 2e-6
 
 
@@ -218,6 +221,9 @@ def test_compiled_blocks_give_the_same_on_a_gpu():
             assert error < 1e-2
 
 
+WIDTHS = [(160, 32), (384, 64), (4096, 128)]  # torch adds rows of up to 128 values in yet another order
+
+
 def kernel_inputs(dtype: torch.dtype, width: int, head: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     shapes = {
@@ -233,9 +239,7 @@ def kernel_inputs(dtype: torch.dtype, width: int, head: int) -> dict[str, torch.
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("width", "head"), [(160, 32), (384, 64), (4096, 128)]
-)  # torch adds rows of up to 128 values in yet another order
+@pytest.mark.parametrize(("width", "head"), WIDTHS)
 def test_triton_kernels_give_what_torch_does(
     dtype: torch.dtype, width: int, head: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -318,12 +322,18 @@ def test_captured_steps_are_the_same_to_the_last_bit(compile):
     assert len(graphs) == 2  # one a picture
 
 
-@pytest.mark.gpu
-@torch.no_grad()
-def test_a_graph_is_captured_once_a_picture_and_its_memory_given_back():
+@pytest.fixture
+def captured() -> ErnieImageTransformer2DModel:
+    """One on the GPU whose steps are captured."""
     transformer = build().to("cuda", torch.bfloat16)
     enable_fast_denoising(transformer, graph=True)
-    call = inputs("cuda", torch.bfloat16, (1, 9))
+    return transformer
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_is_captured_once_a_picture_and_its_memory_given_back(captured):
+    transformer, call = captured, inputs("cuda", torch.bfloat16, (1, 9))
     steps(transformer, call, 3)
     forget_graph(transformer)  # as decoding a preview does
     torch.cuda.empty_cache()
@@ -340,10 +350,8 @@ def test_a_graph_is_captured_once_a_picture_and_its_memory_given_back():
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_a_step_that_cannot_be_captured_goes_through_python():
-    transformer = build().to("cuda", torch.bfloat16)
-    enable_fast_denoising(transformer, graph=True)
-    call = inputs("cuda", torch.bfloat16, (1, 9))
+def test_a_step_that_cannot_be_captured_goes_through_python(captured):
+    transformer, call = captured, inputs("cuda", torch.bfloat16, (1, 9))
     expected = steps(transformer, call, 1)[0]
     norm = transformer.layers[0].adaLN_sa_ln.weight
     transformer._step_graph.step = lambda *arguments: (norm.sum().item(), predict(*arguments))[1]  # waits for the GPU
