@@ -77,6 +77,7 @@ ARMS = (
     Arm("resident, compiled", "ours", {"memory": "resident", "compile": True}),
     Arm("offload", "ours", {"memory": "offload"}, pictures=4),
     Arm("stream", "ours", {"memory": "stream"}, pictures=4),
+    Arm("resident, fp8", "ours", {"memory": "resident", "fp8": True}, pictures=4),
     Arm("original, CPU offload", "original", pictures=2),
 )
 REFERENCE = ARMS[0].name
@@ -639,7 +640,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     """The headline figures of a run on an H100, as they stand in ``benchmarks/summary.json``; those of arms that failed are missing."""
     arms = {arm["name"]: arm for arm in result["arms"] if "error" not in arm}
     demo, resident, compiled = (arms.get(name, {}) for name in (REFERENCE, "resident", "resident, compiled"))
-    offload, stream = arms.get("offload", {}), arms.get("stream", {})
+    offload, stream, fp8 = (arms.get(name, {}) for name in ("offload", "stream", "resident, fp8"))
 
     def ratio(one: dict, other: dict, *keys: str) -> float | None:
         for key in keys:
@@ -665,5 +666,9 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "time_vs_resident.stream": ratio(stream, resident, "seconds"),
         "load_time_vs_demo": ratio(resident, demo, "load_s"),
         "prediction_error.resident_compiled": compiled.get("prediction_error"),
+        "time_vs_demo.resident_fp8": ratio(fp8, demo, "seconds"),
+        "step_ms.fp8_512": fp8.get("step_ms"),
+        "step_vs_demo.fp8_1024": ratio(fp8, demo, "large", "step_ms"),
+        "prediction_error.resident_fp8": fp8.get("prediction_error"),
     }
     return {f"h100.{key}": float(f"{value:.4g}") for key, value in figures.items() if value is not None}

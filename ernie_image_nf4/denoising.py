@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_ernie_image import ErnieImageTran
 from torch import nn
 
 from . import kernels
+from .fp8 import apply_layers
 from .graphs import StepGraph
 
 MINIMUM_HEAD_SIZE = 8  # two fours, as the kernels add
@@ -256,7 +257,8 @@ def block_forward(
     hidden = kernels.modulated_norm(x, norm.weight, scale_msa, shift_msa, norm.eps, rows)
     hidden = attend(self.self_attention, hidden, rotary_pos_emb, packing)
     x, hidden = kernels.gated_add_norm(x, hidden, gate_msa, mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps, rows)
-    hidden = mlp.linear_fc2(kernels.gelu_times(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+    gate, up = apply_layers(hidden, mlp.gate_proj, mlp.up_proj)
+    hidden = apply_layers(kernels.gelu_times(gate, up), mlp.linear_fc2)[0]
     return kernels.gated_add(x, hidden, gate_mlp, rows)
 
 
@@ -265,14 +267,14 @@ def attend(
 ) -> torch.Tensor:
     """Self-attention on packed tokens, (1, N, H), row by row."""
     query, key, value = (
-        projection(x).unflatten(-1, (attention.heads, -1))
-        for projection in (attention.to_q, attention.to_k, attention.to_v)
+        part.unflatten(-1, (attention.heads, -1))
+        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v)
     )
     query = kernels.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = kernels.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)
     each = zip(*(part.split(packing.lengths, dim=1) for part in (query, key, value)), packing.masks, strict=True)
     out = torch.cat([scaled_attention(attention, *row) for row in each], dim=1)
-    return attention.to_out[0](out.flatten(2, 3))
+    return apply_layers(out.flatten(2, 3), attention.to_out[0])[0]
 
 
 def scaled_attention(

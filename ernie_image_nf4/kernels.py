@@ -8,6 +8,7 @@ Shapes: B batch, S tokens, H width, N heads, D head size.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
+
+KERNELS = "triton_kernels"
 
 
 @functools.cache
@@ -33,17 +36,22 @@ def has_triton(device: torch.device) -> bool:
     return True
 
 
-def define_operators() -> None:
-    """Make the kernels known to torch.compile, where there are any."""
+def define_operators(module: str = KERNELS) -> None:
+    """Make the kernels of a module known to torch.compile, where there are any."""
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        _triton()
+        _triton(module)
 
 
-def fused(x: torch.Tensor):
-    """What holds the kernels for a tensor: Triton's functions, the same as operators while torch.compile traces, or None for plain torch."""
+def fused(x: torch.Tensor, module: str = KERNELS):
+    """What holds the kernels for a tensor: Triton's functions, the same as operators while torch.compile traces, or None for plain torch.
+
+    Args:
+        x: The tensor.
+        module: Of this package, that has the functions.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.ernie_image_nf4 if x.is_cuda else None
-    return _triton() if x.is_cuda and has_triton(x.device) else None
+    return _triton(module) if x.is_cuda and has_triton(x.device) else None
 
 
 def modulated_norm(
@@ -145,7 +153,5 @@ def gelu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _triton():
-    from . import triton_kernels
-
-    return triton_kernels
+def _triton(module: str = KERNELS):
+    return importlib.import_module(f".{module}", __package__)

@@ -24,10 +24,11 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
-from . import kernels, nf4, placement
+from . import nf4, placement
 from .chat_template import check_chat_template
 from .device_files import DeviceReader
 from .errors import InvalidRepository
+from .fp8 import check_fp8, enable_fp8
 from .guard import library_reading, read_json
 from .hub import check_repository, find_repository, is_quantized, weight_files
 from .layout import COMPONENT, MODEL_INDEX, PROMPT_ENHANCER, Component
@@ -62,6 +63,7 @@ def load(
     memory: str = "auto",
     fast: bool = True,
     compile: bool = False,
+    fp8: bool = False,
     prompt_enhancer: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -82,6 +84,7 @@ def load(
         fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of the
             prompt enhancer, denoising, loading, offloading. False leaves them untouched.
         compile: Compile the transformer's blocks as well; the first picture waits for that, without `fast` that of each size.
+        fp8: Multiply in fp8 in the transformer's blocks, on GPUs that can (RTX 40, H100 and newer): faster, less precise (README).
         prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
         revision: Branch, tag or commit of a Hub repository.
         token: Hub token, or True for the stored one.
@@ -97,7 +100,7 @@ def load(
         RepositoryNotFound: No such folder or Hub repository, or it can't be reached.
         InvalidRepository: The repository is incomplete, damaged, of another pipeline, or asks for code to be run.
         DeviceUnavailable: The device isn't there, or has too little free memory.
-        InvalidSettings: A device, dtype or memory mode that can't work.
+        InvalidSettings: A device, dtype, memory mode or precision that can't work.
 
     Example:
         >>> pipe = load("user/ERNIE-Image-NF4")
@@ -105,6 +108,8 @@ def load(
     """
     chosen_device = placement.find_device(device)  # before anything is downloaded for a device that isn't there
     chosen_dtype = placement.find_dtype(dtype, chosen_device)
+    if fp8:
+        check_fp8(chosen_device, chosen_dtype, fast)
     folder = find_repository(
         model,
         prompt_enhancer=prompt_enhancer,
@@ -130,15 +135,13 @@ def load(
     where = Placement(chosen_device, chosen_dtype, mode, fast)
     heavy = [part for part in components if part.quantized]
     with (
-        ThreadPoolExecutor(2) as pool,
+        ThreadPoolExecutor(1) as pool,
         _reading(folder, heavy, where) as reader,
         _quiet_loading(),
         _diffusers_nf4_on(where.load_device),
         _cheap_loading(where.load_device),
         _no_collections(),
     ):
-        if fast:
-            pool.submit(kernels.has_triton, chosen_device)  # which the first picture would wait for
         parts, template = dict.fromkeys(PROMPT_ENHANCER), None  # None leaves them unread
         if COMPONENT["pe_tokenizer"] in components:
             parts["pe_tokenizer"] = load_tokenizer(folder, COMPONENT["pe_tokenizer"])
@@ -150,6 +153,8 @@ def load(
     _check_agreement(pipe, folder)
     if template:
         template.result()
+    if fp8:
+        enable_fp8(pipe.transformer)
     placement.apply(pipe, where)
     if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
         pipe.transformer.compile_repeated_blocks(fullgraph=not fast, dynamic=True if fast else None)

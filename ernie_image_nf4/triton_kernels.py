@@ -12,20 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_operators import AS_WRITTEN, define, on_its_device
+
 ELEMENTS = 1024  # a program of the purely element-wise kernel
 TOKENS = 4  # a program of the norms, a warp each
-AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are rounded apart
-
-
-def _on_its_device(launch):
-    """Triton launches on the current device, whichever the first tensor's is."""
-
-    @functools.wraps(launch)
-    def guarded(x, *args):
-        with torch.cuda.device_of(x):
-            return launch(x, *args)
-
-    return guarded
 
 
 @triton.jit
@@ -99,7 +89,7 @@ def _modulated_norm(
             tl.store(out_pointer + place, value.to(x.dtype), inside)
 
 
-@_on_its_device
+@on_its_device
 def modulated_norm(x, weight, scale, shift, eps, rows=None) -> torch.Tensor:
     """See ``kernels.modulated_norm``."""
     x = x.contiguous()
@@ -112,7 +102,7 @@ def modulated_norm(x, weight, scale, shift, eps, rows=None) -> torch.Tensor:
     return out
 
 
-@_on_its_device
+@on_its_device
 def gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``kernels.gated_add_norm``."""
     x = x.contiguous()
@@ -125,7 +115,7 @@ def gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tup
     return total, out
 
 
-@_on_its_device
+@on_its_device
 def rms_norm(x, weight, eps) -> torch.Tensor:
     """See ``kernels.rms_norm``."""
     x = x.contiguous()
@@ -138,7 +128,7 @@ def rms_norm(x, weight, eps) -> torch.Tensor:
     return out
 
 
-@_on_its_device
+@on_its_device
 def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
     """See ``kernels.gated_add``."""
     x = x.contiguous()
@@ -186,7 +176,7 @@ def _norm_rotary(
     tl.store(out_pointer + out + HALF, second.to(dtype), inside)
 
 
-@_on_its_device
+@on_its_device
 def norm_rotary(x, weight, cos, sin, eps) -> torch.Tensor:
     """See ``kernels.norm_rotary``."""
     batch, tokens, heads, size = x.shape
@@ -218,7 +208,7 @@ def _gelu_times(
     tl.store(out_pointer + index, (value.to(tl.float32) * up).to(dtype), inside)
 
 
-@_on_its_device
+@on_its_device
 def gelu_times(gate, up) -> torch.Tensor:
     """See ``kernels.gelu_times``."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -241,17 +231,6 @@ def gelu_tail(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.nn.functional.gelu(bits.view(dtype))
 
 
-# Operators for torch.compile, which calls them and doesn't look inside: what it fuses itself it rounds in other places.
-
-OPERATORS = torch.library.Library("ernie_image_nf4", "DEF")
-
-
-def _define(kernel, schema: str, shapes) -> None:
-    OPERATORS.define(f"{kernel.__name__}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    OPERATORS.impl(kernel.__name__, kernel, "CUDA")
-    torch.library.register_fake(f"ernie_image_nf4::{kernel.__name__}", shapes, lib=OPERATORS)
-
-
 def _like_first(x, *args) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -260,18 +239,18 @@ def _two_like_first(x, *args) -> tuple[torch.Tensor, torch.Tensor]:
     return _like_first(x), _like_first(x)
 
 
-_define(
+define(
     modulated_norm,
     "(Tensor x, Tensor weight, Tensor scale, Tensor shift, float eps, Tensor? rows=None) -> Tensor",
     _like_first,
 )
-_define(
+define(
     gated_add_norm,
     "(Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor scale, Tensor shift, float eps, Tensor? rows=None) "
     "-> (Tensor, Tensor)",
     _two_like_first,
 )
-_define(rms_norm, "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
-_define(gated_add, "(Tensor x, Tensor branch, Tensor gate, Tensor? rows=None) -> Tensor", _like_first)
-_define(norm_rotary, "(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor", _like_first)
-_define(gelu_times, "(Tensor gate, Tensor up) -> Tensor", _like_first)
+define(rms_norm, "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
+define(gated_add, "(Tensor x, Tensor branch, Tensor gate, Tensor? rows=None) -> Tensor", _like_first)
+define(norm_rotary, "(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor", _like_first)
+define(gelu_times, "(Tensor gate, Tensor up) -> Tensor", _like_first)

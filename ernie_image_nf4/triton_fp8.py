@@ -1,0 +1,102 @@
+"""Triton kernels of ``fp8.py``: rounding to fp8 with a scale for each row, of what is multiplied and of NF4 weights. A program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .fp8 import FP8, LARGEST, SMALLEST
+from .triton_operators import AS_WRITTEN, define, on_its_device
+
+
+@triton.jit
+def _scaled(values, largest, scale_pointer, row, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """`values`, the largest of which is `largest`, so scaled that it becomes fp8's largest; stores the scale."""
+    largest = tl.maximum(largest, SMALLEST)
+    tl.store(scale_pointer + row, tl.math.div_rn(largest, LARGEST))
+    return values * tl.math.div_rn(LARGEST, largest)
+
+
+@triton.jit
+def _quantize_rows(
+    x_pointer, out_pointer, scale_pointer, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    x = tl.load(x_pointer + row * width + column, inside, 0.0).to(tl.float32)
+    x = _scaled(x, tl.max(tl.abs(x), 0), scale_pointer, row, LARGEST, SMALLEST)
+    tl.store(out_pointer + row * width + column, x.to(out_pointer.dtype.element_ty), inside)
+
+
+@on_its_device
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``fp8.quantize_rows``."""
+    x = x.contiguous()
+    rows, width = x.shape
+    out, scale = _rows_like(x)
+    _quantize_rows[(rows,)](
+        x, out, scale, width, LARGEST, SMALLEST, triton.next_power_of_2(width), num_warps=8, **AS_WRITTEN
+    )
+    return out, scale
+
+
+@triton.jit
+def _weight_to_fp8(
+    codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, out_pointer,
+    scale_pointer, blocks, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """A row is `blocks` blocks of BYTES bytes, two codes each, the first in the upper half."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    inside = block < blocks
+    place = row * blocks + block
+    absmax = tl.load(absmax_pointer + place, inside, 0)
+    if NESTED:
+        outer = tl.load(outer_absmax_pointer + place // OUTER_SIZE, inside, 0.0)
+        absmax = tl.load(outer_table_pointer + absmax.to(tl.int32)) * outer + tl.load(offset_pointer)
+    absmax = tl.where(inside, absmax, 0.0)
+    absmax = _scaled(absmax, tl.max(tl.abs(absmax), 0), scale_pointer, row, LARGEST, SMALLEST)[:, None]
+    inside, at = inside[:, None], place[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    codes = tl.load(codes_pointer + at, inside, 0).to(tl.int32)
+    first = tl.load(table_pointer + (codes >> 4)) * absmax
+    second = tl.load(table_pointer + (codes & 15)) * absmax
+    values = tl.reshape(tl.join(first, second), (BLOCKS, 2 * BYTES))
+    at = place[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    tl.store(out_pointer + at, values.to(out_pointer.dtype.element_ty), inside)
+
+
+@on_its_device
+def weight_to_fp8(
+    codes, absmax, table, rows, columns, block_size, outer_absmax=None, outer_table=None, offset=None, outer_size=1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``fp8.weight_to_fp8``; the parts of a quantization state one by one."""
+    out = torch.empty(rows, columns, dtype=FP8, device=codes.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=codes.device)
+    blocks = columns // block_size
+    nested = outer_absmax is not None
+    outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
+    _weight_to_fp8[(rows,)](
+        codes, absmax, table, *outer, out, scale, blocks, nested, outer_size, block_size // 2, triton.next_power_of_2(blocks),
+        LARGEST, SMALLEST, num_warps=8, **AS_WRITTEN,
+    )  # fmt: skip
+    return out, scale
+
+
+def _rows_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x, dtype=FP8), torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+
+
+def _weight_like(codes, absmax, table, rows, columns, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    return codes.new_empty(rows, columns, dtype=FP8), codes.new_empty(rows, 1, dtype=torch.float32)
+
+
+define(quantize_rows, "(Tensor x) -> (Tensor, Tensor)", _rows_like)
+define(
+    weight_to_fp8,
+    "(Tensor codes, Tensor absmax, Tensor table, int rows, int columns, int block_size, Tensor? outer_absmax=None, "
+    "Tensor? outer_table=None, Tensor? offset=None, int outer_size=1) -> (Tensor, Tensor)",
+    _weight_like,
+)
