@@ -48,6 +48,14 @@ TEXTS = {
     "h100.time_vs_resident.stream": "... `stream`",
     "h100.load_time_vs_demo": "loading, `resident`: time over that of the plain calls",
     "h100.prediction_error.resident_compiled": "largest relative difference of a prediction to that of the plain calls",
+    "h100.time_vs_demo.resident_fp8": "with `fp8=True`: time of a picture over that of the plain calls",
+    "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",
+    "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
+    "h100.prediction_error.resident_fp8": "... largest relative difference of a prediction to that of the plain calls",
+    "fp8.psnr_db.fp8": "the mini's pictures with `fp8=True` against the same weights in float32, PSNR in dB",
+    "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
+    "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",
+    "fp8.prediction_error.bfloat16": "... in bfloat16",
     "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the enhancer, in "
     "batches of 8: seconds a picture, `resident`",
     "batch.h100_s.resident_single": "... one by one",
@@ -91,6 +99,9 @@ def summary() -> dict[str, float]:
         if run := read(f"batch_h100_{memory}.json"):
             figures[f"batch.h100_s.{memory}"] = run[memory]["batch"]["seconds_a_picture"]
             figures[f"batch.h100_s.{memory}_single"] = run[memory]["single"]["seconds_a_picture"]
+    if run := read("fp8_mini.json"):
+        for name, found in run["results"].items():
+            figures |= {f"fp8.psnr_db.{name}": found["psnr"], f"fp8.prediction_error.{name}": found["prediction_error"]}
     if run := read("quantize_h100.json"):
         figures |= {
             "quantize.h100_s": run["quantize"]["seconds"],

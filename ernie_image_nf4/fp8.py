@@ -131,7 +131,10 @@ def block_scales(state: QuantState) -> torch.Tensor:
     if not state.nested:
         return state.absmax.float()
     outer = state.state2
-    return outer.code[state.absmax.long()] * outer.absmax.repeat_interleave(outer.blocksize)[: len(state.absmax)] + state.offset
+    return (
+        outer.code[state.absmax.long()] * outer.absmax.repeat_interleave(outer.blocksize)[: len(state.absmax)]
+        + state.offset
+    )
 
 
 def _rounded(values: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

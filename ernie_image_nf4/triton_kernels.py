@@ -16,6 +16,7 @@ from .triton_operators import AS_WRITTEN, define, on_its_device
 
 ELEMENTS = 1024  # a program of the purely element-wise kernel
 TOKENS = 4  # a program of the norms, a warp each
+COLUMNS = 512  # that it normalizes at a time: no value is loaded before those of before are stored
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
     rows_pointer, count, tokens, eps, modulation_stride, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_MODULATION: tl.constexpr, HAS_ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A few tokens a program: an optional gated addition, then an optional norm, then an optional modulation.
 
@@ -64,7 +66,7 @@ def _modulated_norm(
     here = token < count
     row = tl.load(rows_pointer + token, here, 0) if HAS_ROWS else token // tokens
     squares = tl.zeros((TOKENS, 128), tl.float32)
-    for start in tl.range(0, WIDTH, 128, loop_unroll_factor=4):
+    for start in tl.range(0, WIDTH, 128, loop_unroll_factor=8):
         column = start + tl.arange(0, 128)[None, :]
         inside, place = here & (column < WIDTH), token * WIDTH + column
         modulation = row * modulation_stride + column
@@ -75,8 +77,8 @@ def _modulated_norm(
     if HAS_NORM:
         mean = _halves(_fours(squares, TOKENS, 32), TOKENS, 32) * (1.0 / WIDTH)
         inverse = tl.rsqrt(mean + eps)
-        for start in tl.range(0, WIDTH, 128, loop_unroll_factor=4):
-            column = start + tl.arange(0, 128)[None, :]
+        for start in tl.range(0, WIDTH, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)[None, :]
             inside, place = here & (column < WIDTH), token * WIDTH + column
             modulation = row * modulation_stride + column
             x = _input(x_pointer, branch_pointer, gate_pointer, place, modulation, inside, HAS_BRANCH)
@@ -97,7 +99,7 @@ def modulated_norm(x, weight, scale, shift, eps, rows=None) -> torch.Tensor:
     out = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, x, x, weight, scale, shift, x, out, x if rows is None else rows, batch * tokens, tokens, eps, scale.stride(0), width,
-        False, True, True, rows is not None, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
+        False, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return out
 
@@ -110,7 +112,7 @@ def gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tup
     total, out = torch.empty_like(x), torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, branch.contiguous(), gate, weight, scale, shift, total, out, x if rows is None else rows, batch * tokens, tokens, eps,
-        scale.stride(0), width, True, True, True, rows is not None, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
+        scale.stride(0), width, True, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return total, out
 
@@ -123,7 +125,7 @@ def rms_norm(x, weight, eps) -> torch.Tensor:
     count = x.numel() // width
     out = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(count, TOKENS),)](
-        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, False, True, False, False, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
+        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, False, True, False, False, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return out
 
@@ -136,7 +138,7 @@ def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
     total = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, branch.contiguous(), gate, x, x, x, total, x, x if rows is None else rows, batch * tokens, tokens, 0.0,
-        gate.stride(0), width, True, False, False, rows is not None, TOKENS, num_warps=TOKENS, **AS_WRITTEN,
+        gate.stride(0), width, True, False, False, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
     )  # fmt: skip
     return total
 

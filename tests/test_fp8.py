@@ -87,7 +87,10 @@ def test_kernels_round_as_plain_torch_does(rows, columns, nested):
         dequantize_4bit(codes, fp8.with_dtype(state, torch.float32)).view(rows, columns),
         fp8.block_scales(state).view(rows, -1).abs().amax(1, keepdim=True),
     )
-    x = torch.randn(37, columns, device="cuda", dtype=torch.bfloat16) * torch.logspace(-6, 6, 37, device="cuda")[:, None]
+    x = (
+        torch.randn(37, columns, device="cuda", dtype=torch.bfloat16)
+        * torch.logspace(-6, 6, 37, device="cuda")[:, None]
+    )
     x = x.bfloat16()
     rows_expected = fp8._rounded(x.float(), x.float().abs().amax(1, keepdim=True))
     for found, wanted in ((weight_to_fp8(codes, state), expected), (quantize_rows(x), rows_expected)):
@@ -158,7 +161,7 @@ def test_weights_take_no_more_memory(transformer):
 
 
 def test_what_cannot_multiply_in_fp8_is_refused(repository, monkeypatch):
-    with pytest.raises(InvalidSettings, match="need a CUDA GPU.*leave fp8"):
+    with pytest.raises(InvalidSettings, match=r"need a CUDA GPU.*leave fp8"):
         load(repository, device="cpu", fp8=True)
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
@@ -167,7 +170,7 @@ def test_what_cannot_multiply_in_fp8_is_refused(repository, monkeypatch):
         fp8.check_fp8(device, torch.bfloat16, True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(kernels, "has_triton", lambda device: False)
-    with pytest.raises(InvalidSettings, match="dtype is torch.float16"):
+    with pytest.raises(InvalidSettings, match=r"dtype is torch\.float16"):
         fp8.check_fp8(device, torch.float16, True)
     with pytest.raises(InvalidSettings, match="fast=False"):
         fp8.check_fp8(device, torch.bfloat16, False)

@@ -1,0 +1,86 @@
+"""What products in fp8 change in the mini's pictures and predictions, beside what bfloat16 does: both against float32.
+
+    python benchmarks/fp8_mini.py --output benchmarks/fp8_mini.json --device cuda --batch 50
+
+The weights are those of this checkout in all three, so that the differences are of rounding alone. The captions are those of
+benchmarks/nf4_mini.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+
+from benchmarks.nf4_mini import SETTINGS, held_out
+from ernie_image_nf4 import load
+from ernie_image_nf4.benchmark import largest_error, predictions
+from ernie_image_nf4.denoising import enable_fast_denoising
+from ernie_image_nf4.evaluate import draw_latents, draw_pictures
+from ernie_image_nf4.fp8 import enable_fp8
+from ernie_image_nf4.metadata import installed_versions
+from ernie_image_nf4.metrics import psnr
+
+CHECKOUT = Path(__file__).parents[1]
+EXACT = "float32"
+ARMS = {EXACT: (EXACT, False), "bfloat16": ("bfloat16", False), "fp8": ("bfloat16", True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("fp8_mini.json"))
+    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--size", type=int, default=SETTINGS.height)
+    parser.add_argument("--steps", type=int, default=SETTINGS.num_inference_steps)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+
+    drawn = {name: draw(*options, arguments) for name, options in ARMS.items()}
+    pictures, prediction = drawn.pop(EXACT)
+    results = {}
+    for name, (its_pictures, its_prediction) in drawn.items():
+        ratios = psnr(pictures, its_pictures)
+        results[name] = {
+            "psnr": round(statistics.fmean(ratios), 3),
+            "lowest_psnr": round(min(ratios), 3),
+            "prediction_error": float(f"{largest_error(its_prediction, prediction):.4g}"),
+        }
+    cuda = arguments.device.startswith("cuda")
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "versions": installed_versions() | {"python": platform.python_version()},
+        "captions": arguments.captions,
+        "settings": {"size": arguments.size, "steps": arguments.steps, "guidance": SETTINGS.guidance_scale},
+        "against": EXACT,
+        "results": results,
+    }
+    arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=2))
+
+
+def draw(dtype: str, fp8: bool, arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures of all captions, uint8, and the predictions of `benchmark`."""
+    pipe: Any = load(CHECKOUT, device=arguments.device, dtype=dtype, memory="auto", prompt_enhancer=False)
+    enable_fast_denoising(pipe.transformer)  # on a CPU as well
+    if fp8:
+        enable_fp8(pipe.transformer)
+    _, rows = held_out(arguments.captions)
+    settings = replace(SETTINGS, height=arguments.size, width=arguments.size, num_inference_steps=arguments.steps)
+    latents = draw_latents(pipe, [row.seed for row in rows], settings)
+    pictures = draw_pictures(pipe, [row.prompt for row in rows], settings, latents, batch_size=arguments.batch)
+    return pictures, predictions(pipe, arguments.size, arguments.device)["prediction"]
+
+
+if __name__ == "__main__":
+    main()
