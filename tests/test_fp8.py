@@ -94,9 +94,10 @@ def test_kernels_round_as_plain_torch_does(rows, columns, nested):
     x = x.bfloat16()
     rows_expected = fp8._rounded(x.float(), x.float().abs().amax(1, keepdim=True))
     for found, wanted in ((weight_to_fp8(codes, state), expected), (quantize_rows(x), rows_expected)):
-        assert torch.equal(found[1], wanted[1])
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)  # PyTorch multiplies by 1 / 448
         different = found[0].view(torch.uint8) != wanted[0].view(torch.uint8)
-        assert different.float().mean() < 1e-3  # bitsandbytes' last bit of float32 may decide
+        assert different.float().mean() < 1e-3  # where a last bit of float32 decides
+        assert ((found[0].float() - wanted[0].float()).abs() <= wanted[0].float().abs() * 2 * ROUNDING + 2.0**-9).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])
