@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ def has_triton(device: torch.device) -> bool:
     """Whether Triton works on a CUDA device: torch brings it on Linux, but it needs a C compiler and compute capability 7.0."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
         return False
-    probe = torch.zeros(1, dtype=torch.float32, device=device)
+    # A dtype that the transformer will need.
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    probe = torch.zeros(1, dtype=dtype, device=device)
     try:
         _triton().gelu_times(probe, probe)
     except (
@@ -34,6 +37,15 @@ def has_triton(device: torch.device) -> bool:
         logger.info("Triton doesn't work here (%s): PyTorch's own kernels are used.", error)
         return False
     return True
+
+
+def prepare_triton() -> None:
+    """Let Triton hash its own files, by which it finds compiled kernels: a third of a second, for which it hardly needs Python's lock.
+
+    Else the first kernel waits for it. Does nothing where there is no Triton, or one that has this in another place.
+    """
+    with suppress(Exception):
+        importlib.import_module("triton.runtime.cache").triton_key()
 
 
 def define_operators(module: str = KERNELS) -> None:

@@ -24,7 +24,7 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
-from . import nf4, placement
+from . import kernels, nf4, placement
 from .chat_template import check_chat_template
 from .device_files import DeviceReader
 from .errors import InvalidRepository
@@ -135,13 +135,15 @@ def load(
     where = Placement(chosen_device, chosen_dtype, mode, fast)
     heavy = [part for part in components if part.quantized]
     with (
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
         _reading(folder, heavy, where) as reader,
         _quiet_loading(),
         _diffusers_nf4_on(where.load_device),
         _cheap_loading(where.load_device),
         _no_collections(),
     ):
+        if fast:
+            pool.submit(kernels.prepare_triton)
         parts, template = dict.fromkeys(PROMPT_ENHANCER), None  # None leaves them unread
         if COMPONENT["pe_tokenizer"] in components:
             parts["pe_tokenizer"] = load_tokenizer(folder, COMPONENT["pe_tokenizer"])

@@ -364,11 +364,24 @@ def test_settings_and_structure_are_checked_before_weights_are_read(copy):
         load(copy, memory="auto")
 
 
+def test_triton_hashes_its_files_while_weights_are_loaded(repository, monkeypatch):
+    cache = pytest.importorskip("triton.runtime.cache")
+    called = []
+    monkeypatch.setattr(cache, "triton_key", lambda: called.append(True), raising=True)
+    kernels.prepare_triton()
+    assert called
+    monkeypatch.delattr(cache, "triton_key")
+    kernels.prepare_triton()  # another version has it elsewhere, and hashes when it comes to it
+
+
 @pytest.mark.gpu
-def test_kernels_are_tried_out_by_the_first_picture(repository):
-    """Triton's start takes Python's lock from loading, which needs nothing else."""
+def test_kernels_are_tried_out_by_the_first_picture(repository, monkeypatch):
+    """Triton's start takes Python's lock from loading, which needs nothing else; hashing its files hardly does."""
+    hashed = []
+    monkeypatch.setattr(kernels, "prepare_triton", lambda: hashed.append(True))
     kernels.has_triton.cache_clear()
     pipe = load(repository, device="cuda")
+    assert hashed
     assert not kernels.has_triton.cache_info().currsize
     pipe("a cat", height=32, width=32, num_inference_steps=2)
     assert kernels.has_triton.cache_info().currsize
