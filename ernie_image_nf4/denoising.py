@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_ernie_image import ErnieImageTran
 from torch import nn
 
 from . import kernels
-from .fp8 import apply_layers
+from .fp8 import apply_layers, apply_to_gelu, multiplies_in_fp8
 from .graphs import StepGraph
 
 MINIMUM_HEAD_SIZE = 8  # two fours, as the kernels add
@@ -182,11 +182,12 @@ def positions(
     All steps of a picture have the same, given in the same tensor of lengths: they are kept until another one comes.
     """
     version = None if text_lens.is_inference() else text_lens._version
-    key = (version, text, rows, columns, dtype, pictures)
+    masked = not multiplies_in_fp8(self)  # which isn't made to round as upstream does
+    key = (version, text, rows, columns, dtype, pictures, masked)
     kept = vars(self).get("_positions")
     if kept is not None and kept[0] is text_lens and kept[1] == key:
         return kept[2]
-    packing = pack(text_lens, text, rows * columns, dtype, pictures)
+    packing = pack(text_lens, text, rows * columns, dtype, pictures, masked)
     angles = self.pos_embed(token_positions(rows, columns, text, text_lens)).squeeze(2)
     angles = torch.cat([row[None, :length] for row, length in zip(angles, packing.lengths, strict=True)], 1)
     self._positions = (text_lens, key, (packing, (angles.cos().to(dtype), angles.sin().to(dtype))))
@@ -216,16 +217,16 @@ class Packing(NamedTuple):
         texts: Of each picture, to how many tokens its texts are padded when it is alone.
         rows: (N,) int64, of which of its picture's rows each token is.
         masks: (1, 1, 1, length) zeros for each row. They mask nothing, but scaled dot-product attention takes other kernels without
-            a mask, which round differently from those that upstream's masks lead to.
+            a mask, which round differently from those that upstream's masks lead to, and are faster. None where that is welcome.
     """
 
     lengths: tuple[int, ...]
     texts: tuple[int, ...]
     rows: torch.Tensor
-    masks: tuple[torch.Tensor, ...]
+    masks: tuple[torch.Tensor | None, ...]
 
 
-def pack(text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pictures: int) -> Packing:
+def pack(text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pictures: int, masked: bool) -> Packing:
     """How to pack rows of `pixels` tokens and a text each, which is padded to `text` tokens.
 
     Waits for the GPU, which the pipeline has just done itself to read the timestep.
@@ -234,7 +235,7 @@ def pack(text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pi
     lengths = tuple(pixels + count for count in counts)
     texts = tuple(max(counts[n::pictures]) for n in range(pictures)) if pictures > 1 else (text,)
     rows = torch.arange(len(counts), device=device) // pictures
-    masks = tuple(torch.zeros(1, 1, 1, length, dtype=dtype, device=device) for length in lengths)
+    masks = tuple(torch.zeros(1, 1, 1, length, dtype=dtype, device=device) if masked else None for length in lengths)
     return Packing(lengths, texts, rows.repeat_interleave(torch.tensor(lengths, device=device)), masks)
 
 
@@ -258,8 +259,7 @@ def block_forward(
     hidden = attend(self.self_attention, hidden, rotary_pos_emb, packing)
     x, hidden = kernels.gated_add_norm(x, hidden, gate_msa, mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps, rows)
     gate, up = apply_layers(hidden, mlp.gate_proj, mlp.up_proj)
-    hidden = apply_layers(kernels.gelu_times(gate, up), mlp.linear_fc2)[0]
-    return kernels.gated_add(x, hidden, gate_mlp, rows)
+    return kernels.gated_add(x, apply_to_gelu(gate, up, mlp.linear_fc2), gate_mlp, rows)
 
 
 def attend(
@@ -278,7 +278,7 @@ def attend(
 
 
 def scaled_attention(
-    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """(1, S, heads, D) through whichever attention backend has been set on the model; one that was chosen may know no masks."""
     processor = attention.processor

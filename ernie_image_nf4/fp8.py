@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from diffusers import ErnieImageTransformer2DModel
@@ -53,6 +54,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype, fast: bool) -> None:
 def enable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
     """Let the NF4 layers in this transformer's blocks multiply in fp8, where its fast forward pass calls them (`apply_layers`)."""
     kernels.define_operators(KERNELS)
+    transformer._fp8 = True
     for layer in _layers(transformer):
         state = layer.weight.quant_state
         rows, columns = state.shape
@@ -62,6 +64,7 @@ def enable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
 
 def disable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
     """Let all layers multiply in bfloat16 again."""
+    vars(transformer).pop("_fp8", None)
     for layer in _layers(transformer):
         vars(layer).pop("_fp8", None)
 
@@ -75,13 +78,26 @@ def apply_layers(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
 
     A layer that an adapter has wrapped multiplies as ever.
     """
-    if not any(getattr(layer, "_fp8", False) for layer in layers):
+    if not any(map(multiplies_in_fp8, layers)):
         return [layer(x) for layer in layers]
     rounded, scale = quantize_rows(x.flatten(0, -2))
     return [
-        fp8_linear(rounded, scale, layer).unflatten(0, x.shape[:-1]) if getattr(layer, "_fp8", False) else layer(x)
+        fp8_linear(rounded, scale, layer).unflatten(0, x.shape[:-1]) if multiplies_in_fp8(layer) else layer(x)
         for layer in layers
     ]
+
+
+def apply_to_gelu(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """``layer(gelu(gate) * up)``, (..., out); for a layer in fp8 the product is rounded once, to fp8."""
+    if not multiplies_in_fp8(layer):
+        return layer(kernels.gelu_times(gate, up))
+    rounded, scale = gelu_times_rows(gate.flatten(0, -2), up.flatten(0, -2))
+    return fp8_linear(rounded, scale, layer).unflatten(0, gate.shape[:-1])
+
+
+def multiplies_in_fp8(module: nn.Module) -> bool:
+    """Whether `enable_fp8` has set this layer, or for a transformer its layers, to multiply in fp8."""
+    return getattr(module, "_fp8", False)
 
 
 def fp8_linear(x: torch.Tensor, scale: torch.Tensor, layer: Linear4bit) -> torch.Tensor:
@@ -104,6 +120,14 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if kernel := kernels.fused(x, KERNELS):
         return kernel.quantize_rows(x)
     return _rounded(x.float(), x.float().abs().amax(1, keepdim=True))
+
+
+def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``gelu(gate) * up`` of rows (N, H) as from `quantize_rows`, with the exact (erf) GELU."""
+    if kernel := kernels.fused(gate, KERNELS):
+        return kernel.gelu_times_rows(gate, up)
+    value = F.gelu(gate.float()) * up.float()
+    return _rounded(value, value.abs().amax(1, keepdim=True))
 
 
 def weight_to_fp8(codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,6 +43,33 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
+def _gelu_times_rows(
+    gate_pointer, up_pointer, out_pointer, scale_pointer, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside, place = column < width, row * width + column
+    gate = tl.load(gate_pointer + place, inside, 0.0).to(tl.float32)
+    up = tl.load(up_pointer + place, inside, 0.0).to(tl.float32)
+    value = gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    value = _scaled(value, tl.max(tl.abs(value), 0), scale_pointer, row, LARGEST, SMALLEST)
+    tl.store(out_pointer + place, value.to(out_pointer.dtype.element_ty), inside)
+
+
+@on_its_device
+def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``fp8.gelu_times_rows``."""
+    gate, up = gate.contiguous(), up.contiguous()
+    rows, width = gate.shape
+    out, scale = _rows_like(gate)
+    _gelu_times_rows[(rows,)](
+        gate, up, out, scale, width, LARGEST, SMALLEST, triton.next_power_of_2(width), num_warps=16, **AS_WRITTEN
+    )
+    return out, scale
+
+
+@triton.jit
 def _weight_to_fp8(
     codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, out_pointer,
     scale_pointer, blocks, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr,
@@ -85,7 +112,7 @@ def weight_to_fp8(
     return out, scale
 
 
-def _rows_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows_like(x: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x, dtype=FP8), torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
 
@@ -94,6 +121,7 @@ def _weight_like(codes, absmax, table, rows, columns, *_) -> tuple[torch.Tensor,
 
 
 define(quantize_rows, "(Tensor x) -> (Tensor, Tensor)", _rows_like)
+define(gelu_times_rows, "(Tensor gate, Tensor up) -> (Tensor, Tensor)", _rows_like)
 define(
     weight_to_fp8,
     "(Tensor codes, Tensor absmax, Tensor table, int rows, int columns, int block_size, Tensor? outer_absmax=None, "

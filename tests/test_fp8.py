@@ -15,7 +15,17 @@ from ernie_image_nf4 import fp8, kernels, load
 from ernie_image_nf4.benchmark import largest_error, predictions
 from ernie_image_nf4.denoising import enable_fast_denoising, several_pictures
 from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.fp8 import FP8, LARGEST, apply_layers, disable_fp8, enable_fp8, quantize_rows, weight_to_fp8
+from ernie_image_nf4.fp8 import (
+    FP8,
+    LARGEST,
+    apply_layers,
+    apply_to_gelu,
+    disable_fp8,
+    enable_fp8,
+    gelu_times_rows,
+    quantize_rows,
+    weight_to_fp8,
+)
 from ernie_image_nf4.layout import MODEL_INDEX
 from ernie_image_nf4.nf4 import quantize_nf4
 
@@ -93,11 +103,39 @@ def test_kernels_round_as_plain_torch_does(rows, columns, nested):
     )
     x = x.bfloat16()
     rows_expected = fp8._rounded(x.float(), x.float().abs().amax(1, keepdim=True))
-    for found, wanted in ((weight_to_fp8(codes, state), expected), (quantize_rows(x), rows_expected)):
+    up = torch.randn(37, columns, device="cuda", dtype=torch.bfloat16)
+    product = torch.nn.functional.gelu(x.float()) * up.float()
+    for found, wanted in (
+        (weight_to_fp8(codes, state), expected),
+        (quantize_rows(x), rows_expected),
+        (gelu_times_rows(x, up), fp8._rounded(product, product.abs().amax(1, keepdim=True))),
+    ):
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)  # PyTorch multiplies by 1 / 448
         different = found[0].view(torch.uint8) != wanted[0].view(torch.uint8)
         assert different.float().mean() < 1e-3  # where a last bit of float32 decides
         assert ((found[0].float() - wanted[0].float()).abs() <= wanted[0].float().abs() * 2 * ROUNDING + 2.0**-9).all()
+
+
+def test_a_gelu_is_rounded_once():
+    torch.manual_seed(0)
+    layer, gate, up = linear(columns=64), torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16()
+    assert torch.equal(apply_to_gelu(gate, up, layer), layer(kernels.gelu_times(gate, up)))
+    layer._fp8 = True
+    exact = torch.nn.functional.gelu(gate.float()) * up.float()
+    rounded, scale = gelu_times_rows(gate[0], up[0])
+    assert ((rounded.float() * scale - exact[0]).abs() <= exact[0].abs() * ROUNDING + scale * 2.0**-9).all()
+    found = apply_to_gelu(gate, up, layer)
+    expected = exact @ dequantize_4bit(layer.weight, layer.weight.quant_state).float().t()
+    assert (found.dtype, found.shape) == (torch.bfloat16, expected.shape)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.06
+
+
+def test_attention_in_fp8_needs_no_masks_that_are_there_for_rounding(transformer):
+    predict(transformer)
+    assert all(mask is not None for mask in transformer._positions[2][0].masks)
+    enable_fp8(transformer)
+    predict(transformer)
+    assert all(mask is None for mask in transformer._positions[2][0].masks)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -125,7 +163,7 @@ def test_a_row_of_a_product_is_the_same_whichever_others_there_are():
 
 def test_only_layers_of_blocks_that_fp8_can_multiply_are_enabled(transformer):
     enable_fp8(transformer)
-    enabled = {name for name, module in transformer.named_modules() if getattr(module, "_fp8", False)}
+    enabled = {name for name, module in transformer.named_modules() if name and getattr(module, "_fp8", False)}
     assert enabled
     assert all(name.startswith("layers.") for name in enabled)
     layers = {name for name, module in transformer.named_modules() if isinstance(module, Linear4bit)}
