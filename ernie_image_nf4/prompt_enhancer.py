@@ -8,6 +8,7 @@ without a GPU.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import types
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -26,7 +27,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 from transformers.models.ministral3 import modeling_ministral3
-from transformers.models.ministral3.modeling_ministral3 import Ministral3RMSNorm
+from transformers.models.ministral3.modeling_ministral3 import Ministral3Model, Ministral3RMSNorm
 
 from . import kernels
 from .graphs import capture
@@ -411,13 +412,17 @@ def forward(model: PreTrainedModel, state: State, ids: torch.Tensor, positions: 
             input_ids=ids,
             position_ids=positions.expand(len(ids), -1),
             attention_mask=mask[None].expand(len(ids), -1, -1, -1),
-            past_key_values=state.cache,
             use_cache=True,
             cache_position=positions[0],
+            **{CACHE: state.cache},
         )
     return model.lm_head(output.last_hidden_state[:, -1]).float()
 
 
+# transformers renamed the argument in 5.24.
+CACHE = next(
+    name for name in ("cache", "past_key_values") if name in inspect.signature(Ministral3Model.forward).parameters
+)
 ROTARY = "apply_rotary_pos_emb"
 MODELING = threading.RLock()  # whose functions are exchanged
 ATTENTION_SCALE = next(

@@ -5,6 +5,7 @@ Uncaptured, the decode step is the same code on a CPU; what only capture can bre
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -363,3 +364,10 @@ def test_weights_that_moved_are_captured_anew(repository):
     pipe.to("cuda")
     assert torch.equal(pipe.pe.generate(**request), expected)
     del filler
+
+
+def test_decoding_asks_for_nothing_that_transformers_is_about_to_drop(model):
+    enable_fast_decoding(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model.generate(**prompt(model, 1, 5), max_new_tokens=3)
