@@ -71,8 +71,9 @@ def main() -> None:
 
 def draw(dtype: str, fp8: bool, arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """The pictures of all captions, uint8, and the predictions of `benchmark`."""
-    pipe: Any = load(CHECKOUT, device=arguments.device, dtype=dtype, memory="auto", prompt_enhancer=False)
-    enable_fast_denoising(pipe.transformer)  # on a CPU as well
+    pipe: Any = load(CHECKOUT, device=arguments.device, dtype=dtype, memory="resident", prompt_enhancer=False)
+    if pipe._execution_device.type == "cpu":
+        enable_fast_denoising(pipe.transformer)
     if fp8:
         enable_fp8(pipe.transformer)
     _, rows = held_out(arguments.captions)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from .denoising import several_pictures
 from .errors import ErnieImageNF4Error, InvalidSettings
+from .fp8 import is_in_fp8
 from .generate import (
     Drawing,
     Settings,
@@ -95,6 +96,7 @@ class Record:
         seconds: Its share of the wall time of its group.
         batch_size: Pictures that were denoised together.
         sha256: Digest of the file.
+        fp8: Whether the transformer's blocks multiplied in fp8.
         error: Why there is no picture, None if there is one.
     """
 
@@ -105,6 +107,7 @@ class Record:
     seconds: float | None = None
     batch_size: int | None = None
     sha256: str | None = None
+    fp8: bool = False
     error: str | None = None
 
 
@@ -236,12 +239,12 @@ def slug(prompt: str, length: int = 40) -> str:
     return words[: length + 1].rpartition("-")[0] or words[:length]
 
 
-def is_finished(picture: Picture, record: Record | None, folder: Path, model: str) -> bool:
+def is_finished(picture: Picture, record: Record | None, folder: Path, model: str, fp8: bool) -> bool:
     """Whether the record is of just this picture, and the file is still what was written."""
     return (
         record is not None
         and record.error is None
-        and (record.settings, record.model) == (picture.settings, model)
+        and (record.settings, record.model, record.fp8) == (picture.settings, model, fp8)
         and (folder / picture.file).is_file()
         and file_record(folder / picture.file).sha256 == record.sha256
     )
@@ -316,7 +319,8 @@ def _generate(
         merge_manifests(folder, failed=False)  # they are drawn again
     state.wait_for_everyone()
     records = {record.file: record for record in read_manifest(folder / MANIFEST)}
-    pending = [picture for picture in pictures if not is_finished(picture, records.get(picture.file), folder, model)]
+    fp8 = is_in_fp8(pipe.transformer)
+    pending = [each for each in pictures if not is_finished(each, records.get(each.file), folder, model, fp8)]
     state.wait_for_everyone()  # everyone has looked before anyone draws
     there = len(pictures) - len(pending)
     if there and state.is_main_process:
@@ -408,7 +412,7 @@ def draw_group(pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], 
             started = time.perf_counter()
             image = decode(pipe, each, embeddings[prompt], result.latents)
             seconds = shared + result.seconds + time.perf_counter() - started
-            yield Drawing(image, each, text, seconds, result.batch_size)
+            yield Drawing(image, each, text, seconds, result.batch_size, is_in_fp8(pipe.transformer))
 
 
 def enhance(pipe: ErnieImagePipeline, settings: Settings) -> str | None:
@@ -586,6 +590,7 @@ def _save(picture: Picture, result: Drawing | str, folder: Path, model: str) -> 
         seconds=round(result.seconds, 3),
         batch_size=result.batch_size,
         sha256=file_record(folder / picture.file).sha256,
+        fp8=result.fp8,
     )
 
 

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_ernie_image import ErnieImageTran
 from torch import nn
 
 from . import kernels
-from .fp8 import apply_layers, apply_to_gelu, multiplies_in_fp8
+from .fp8 import apply_layers, apply_to_gelu, is_in_fp8
 from .graphs import StepGraph
 
 MINIMUM_HEAD_SIZE = 8  # two fours, as the kernels add
@@ -182,7 +182,7 @@ def positions(
     All steps of a picture have the same, given in the same tensor of lengths: they are kept until another one comes.
     """
     version = None if text_lens.is_inference() else text_lens._version
-    masked = not multiplies_in_fp8(self)  # which isn't made to round as upstream does
+    masked = not is_in_fp8(self)  # which isn't made to round as upstream does
     key = (version, text, rows, columns, dtype, pictures, masked)
     kept = vars(self).get("_positions")
     if kept is not None and kept[0] is text_lens and kept[1] == key:

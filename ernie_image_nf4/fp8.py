@@ -8,6 +8,7 @@ is about 3.5% off, where NF4 itself is 8 to 9% off the original.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -19,11 +20,12 @@ from torch import nn
 
 from . import kernels
 from .errors import InvalidSettings
+from .graphs import is_hooked
 
 KERNELS = "triton_fp8"
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-SMALLEST = 1e-30  # largest magnitude of a row that can still be divided by
+SMALLEST = 1e-30  # rows without a larger magnitude are scaled as if they had this one
 CAPABILITY = (8, 9)  # Ada; then Hopper and Blackwell
 MULTIPLE = 16  # that both sides of a weight have to be for `torch._scaled_mm`
 INSTEAD = "leave fp8 (--fp8) out"
@@ -33,51 +35,79 @@ def check_fp8(device: torch.device, dtype: torch.dtype, fast: bool) -> None:
     """Refuse settings with which there are no products in fp8.
 
     Raises:
-        InvalidSettings: Not a GPU with fp8, another dtype than bfloat16, or upstream's code paths were asked for.
+        InvalidSettings: Not a GPU on which PyTorch multiplies fp8, another dtype than bfloat16, or upstream's code paths were asked for.
     """
     if device.type != "cuda":
         raise InvalidSettings(f"Products in fp8 need a CUDA GPU, the device is {device}: {INSTEAD}.")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        raise InvalidSettings(
-            f"Products in fp8 need compute capability {_dotted(CAPABILITY)} (RTX 40 or newer, H100), "
-            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}: {INSTEAD}."
-        )
     if dtype != torch.bfloat16:
         raise InvalidSettings(f"Products in fp8 give bfloat16, the dtype is {dtype}: leave dtype or {INSTEAD}.")
     if not fast:
         raise InvalidSettings(f"Products in fp8 are part of the fast code paths: leave fast=False or {INSTEAD}.")
-    if not kernels.has_triton(device):
-        raise InvalidSettings(f"Products in fp8 need Triton, which doesn't work here: {INSTEAD}.")
+    if importlib.util.find_spec("triton") is None:
+        raise InvalidSettings(f"Products in fp8 need Triton, which isn't installed: {INSTEAD}.")
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        raise InvalidSettings(
+            f"Products in fp8 need compute capability {_dotted(CAPABILITY)} (RTX 40 or newer, H100), "
+            f"{name} has {_dotted(capability)}: {INSTEAD}."
+        )
+    try:
+        _try_product(device)
+    except RuntimeError as error:  # of builds for Windows and ROCm
+        reason = next(iter(str(error).splitlines()), "")
+        raise InvalidSettings(
+            f"PyTorch {torch.__version__} has no products in fp8 for {name} ({reason}): {INSTEAD}."
+        ) from error
+
+
+def _try_product(device: torch.device) -> None:
+    values, scale = (torch.ones(MULTIPLE, width, device=device) for width in (MULTIPLE, 1))
+    scaled_product(values.to(FP8), scale, values.to(FP8), scale)
 
 
 def enable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
-    """Let the NF4 layers in this transformer's blocks multiply in fp8, where its fast forward pass calls them (`apply_layers`)."""
+    """Let the NF4 layers in this transformer's blocks multiply in fp8, where its fast forward pass calls them (`apply_layers`).
+
+    Raises:
+        InvalidSettings: The transformer isn't in bfloat16, keeps to upstream's forward pass, or has no such layer.
+    """
+    if transformer.dtype != torch.bfloat16:
+        raise InvalidSettings(f"Products in fp8 give bfloat16, the transformer is in {transformer.dtype}: {INSTEAD}.")
+    if "forward" not in vars(transformer.layers[0]):
+        raise InvalidSettings(f"Products in fp8 are part of the fast forward pass, which is not in use: {INSTEAD}.")
+    chosen = [layer for layer in _layers(transformer) if _fits(layer.weight.quant_state)]
+    if not chosen:
+        raise InvalidSettings(
+            f"No layer of the transformer's blocks is in NF4 and of a size that fp8 takes: {INSTEAD}."
+        )
     kernels.define_operators(KERNELS)
-    transformer._fp8 = True
-    for layer in _layers(transformer):
-        state = layer.weight.quant_state
-        rows, columns = state.shape
-        if rows % MULTIPLE == 0 and columns % MULTIPLE == 0 and columns % state.blocksize == 0:
-            layer._fp8 = True
+    for module in (transformer, *chosen):
+        module._fp8 = True
 
 
 def disable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
     """Let all layers multiply in bfloat16 again."""
-    vars(transformer).pop("_fp8", None)
-    for layer in _layers(transformer):
-        vars(layer).pop("_fp8", None)
+    for module in (transformer, *_layers(transformer)):
+        vars(module).pop("_fp8", None)
+
+
+def is_in_fp8(transformer: nn.Module) -> bool:
+    """Whether `enable_fp8` has been called."""
+    return getattr(transformer, "_fp8", False)
 
 
 def _layers(transformer: ErnieImageTransformer2DModel) -> list[Linear4bit]:
-    return [module for block in transformer.layers for module in block.modules() if isinstance(module, Linear4bit)]
+    # Iterating over blocks that are streamed would bring them to the GPU.
+    return [module for module in transformer.layers.modules() if isinstance(module, Linear4bit)]
+
+
+def _fits(state: QuantState) -> bool:
+    rows, columns = state.shape
+    return rows % MULTIPLE == 0 and columns % MULTIPLE == 0 and columns % state.blocksize == 0
 
 
 def apply_layers(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """``[layer(x) for layer in layers]``, for those in fp8 with the rounded `x`, (..., in) bfloat16, in common.
-
-    A layer that an adapter has wrapped multiplies as ever.
-    """
+    """``[layer(x) for layer in layers]``, for those in fp8 with the rounded `x`, (..., in) bfloat16, in common."""
     if not any(map(multiplies_in_fp8, layers)):
         return [layer(x) for layer in layers]
     rounded, scale = quantize_rows(x.flatten(0, -2))
@@ -95,9 +125,9 @@ def apply_to_gelu(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module) -> tor
     return fp8_linear(rounded, scale, layer).unflatten(0, gate.shape[:-1])
 
 
-def multiplies_in_fp8(module: nn.Module) -> bool:
-    """Whether `enable_fp8` has set this layer, or for a transformer its layers, to multiply in fp8."""
-    return getattr(module, "_fp8", False)
+def multiplies_in_fp8(layer: nn.Module) -> bool:
+    """Whether `enable_fp8` has chosen this layer. One with hooks, which expect to be called, and one that an adapter wraps multiply as ever."""
+    return getattr(layer, "_fp8", False) and not is_hooked(layer)
 
 
 def fp8_linear(x: torch.Tensor, scale: torch.Tensor, layer: Linear4bit) -> torch.Tensor:
@@ -109,10 +139,25 @@ def fp8_linear(x: torch.Tensor, scale: torch.Tensor, layer: Linear4bit) -> torch
         layer: The layer.
     """
     weight, weight_scale = weight_to_fp8(layer.weight, layer.weight.quant_state)
-    out = torch._scaled_mm(
+    out = scaled_product(x, scale, weight, weight_scale)
+    return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+
+def scaled_product(
+    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """``(x * scale) @ (weight * weight_scale).T``, (N, out) bfloat16.
+
+    Args:
+        x: (N, in) fp8.
+        scale: (N, 1) float32.
+        weight: (out, in) fp8.
+        weight_scale: (out, 1) float32.
+    """
+    # Sums of fewer bits on Hopper, which is faster; what that costs is less than bfloat16 takes from the result.
+    return torch._scaled_mm(
         x, weight.t(), scale_a=scale, scale_b=weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
-    return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

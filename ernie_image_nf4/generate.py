@@ -61,6 +61,7 @@ class Drawing:
         revised_prompt: What the prompt enhancer made of the prompt, None without it.
         seconds: Wall time of the whole call.
         batch_size: Pictures that were denoised together.
+        fp8: Whether the transformer's blocks multiplied in fp8.
     """
 
     image: Image.Image
@@ -68,6 +69,7 @@ class Drawing:
     revised_prompt: str | None
     seconds: float
     batch_size: int = 1
+    fp8: bool = False
 
 
 def check_settings(
@@ -217,6 +219,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     """
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    from .fp8 import is_in_fp8
     from .offloading import free_device
 
     started = time.perf_counter()
@@ -243,7 +246,8 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
             clear_device_cache(garbage_collection=True)
             raise DeviceUnavailable(message) from error
     revised = result.revised_prompts[0] if result.revised_prompts else None
-    return Drawing(result.images[0], settings, revised, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Drawing(result.images[0], settings, revised, seconds, fp8=is_in_fp8(pipe.transformer))
 
 
 def memory_ran_out(pipe: ErnieImagePipeline, settings: Settings) -> str:
@@ -273,7 +277,8 @@ def initial_latents(pipe: ErnieImagePipeline, settings: Settings) -> torch.Tenso
 def save_png(drawing: Drawing, path: Path, *, model: str) -> None:
     """Write a picture with its settings as PNG text chunks; whoever reads `path` sees the whole file or none.
 
-    The chunks: prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height, model, versions.
+    The chunks: prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height, fp8 (if it was), model,
+    versions.
 
     Args:
         drawing: What to write.
@@ -297,6 +302,8 @@ def save_png(drawing: Drawing, path: Path, *, model: str) -> None:
         "model": model,
         "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     }
+    if drawing.fp8:
+        chunks["fp8"] = True
     if drawing.revised_prompt is not None:
         chunks["revised_prompt"] = drawing.revised_prompt
     info = PngInfo()

@@ -106,7 +106,8 @@ class StepGraph:
         lengths: torch.Tensor,
     ) -> torch.Tensor:
         """As the step: latents (B, C, height, width), timestep (B,), text (B, T, width), lengths (B,) -> (B, C, height, width)."""
-        picture = (text, lengths, *map(_version, (text, lengths)), *map(_kind, (latents, timestep)))
+        fp8 = vars(transformer).get("_fp8", False)
+        picture = (text, lengths, *map(_version, (text, lengths)), *map(_kind, (latents, timestep)), fp8)
         if not _same(picture, self.picture):
             self.forget()
             self.picture, self.tried = picture, False
@@ -160,12 +161,16 @@ def is_undisturbed(transformer: nn.Module) -> bool:
     """
     if getattr(transformer, "peft_config", None):
         return False
-    return not any(
+    return not any(is_hooked(module, accelerate=module is not transformer) for module in transformer.modules())
+
+
+def is_hooked(module: nn.Module, *, accelerate: bool = True) -> bool:
+    """Whether hooks of torch, diffusers or `accelerate` want to know when a module is called."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or hasattr(module, "_diffusers_hook")
-        or (hasattr(module, "_hf_hook") and module is not transformer)
-        for module in transformer.modules()
+        or (accelerate and hasattr(module, "_hf_hook"))
     )
 
 

@@ -155,9 +155,9 @@ def load(
     _check_agreement(pipe, folder)
     if template:
         template.result()
+    placement.apply(pipe, where)
     if fp8:
         enable_fp8(pipe.transformer)
-    placement.apply(pipe, where)
     if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
         pipe.transformer.compile_repeated_blocks(fullgraph=not fast, dynamic=True if fast else None)
     return pipe

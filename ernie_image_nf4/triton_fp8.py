@@ -100,8 +100,7 @@ def weight_to_fp8(
     codes, absmax, table, rows, columns, block_size, outer_absmax=None, outer_table=None, offset=None, outer_size=1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``fp8.weight_to_fp8``; the parts of a quantization state one by one."""
-    out = torch.empty(rows, columns, dtype=FP8, device=codes.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=codes.device)
+    out, scale = _weight_like(codes, absmax, table, rows, columns)
     blocks = columns // block_size
     nested = outer_absmax is not None
     outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
@@ -113,7 +112,8 @@ def weight_to_fp8(
 
 
 def _rows_like(x: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x, dtype=FP8), torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    rows, width = x.shape  # not len(x), which torch.compile would take for a constant
+    return x.new_empty(rows, width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
 
 
 def _weight_like(codes, absmax, table, rows, columns, *_) -> tuple[torch.Tensor, torch.Tensor]:

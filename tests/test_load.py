@@ -367,7 +367,7 @@ def test_settings_and_structure_are_checked_before_weights_are_read(copy):
 def test_triton_hashes_its_files_while_weights_are_loaded(repository, monkeypatch):
     cache = pytest.importorskip("triton.runtime.cache")
     called = []
-    monkeypatch.setattr(cache, "triton_key", lambda: called.append(True), raising=True)
+    monkeypatch.setattr(cache, "triton_key", lambda: called.append(True), raising=False)
     kernels.prepare_triton()
     assert called
     monkeypatch.delattr(cache, "triton_key")
