@@ -107,7 +107,7 @@ def generate(
     device: DeviceOption = None,
     memory: MemoryOption = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer; pays off from a few pictures on.")
+        bool, typer.Option("--compile", help="Compile the transformer's blocks; slows the first picture.")
     ] = False,
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Multiply in fp8 where the GPU can: faster, a little less precise.")
