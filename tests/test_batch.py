@@ -553,6 +553,25 @@ def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeyp
 
 
 @pytest.mark.gpu
+def test_under_accelerate_launch_each_gpu_draws_its_share(repository, prompts, tmp_path):
+    count = torch.cuda.device_count()
+    command = ["-m", "ernie_image_nf4", "generate", "--prompts-file", prompts, "-m", repository, "--batch-size", 1]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", count, "--main_process_port", 0]
+    launch += ["--multi_gpu"] if count > 1 else []
+    options = [option for option in OPTIONS if option not in ("--device", "cpu")]
+    output = {}
+    for name, starter in (("one", ()), ("each", launch)):
+        arguments = [sys.executable, *starter, *command, *options, "--steps", 2, "--out-dir", tmp_path / name]
+        result = subprocess.run(list(map(str, arguments)), cwd=CHECKOUT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        output[name] = result.stdout + result.stderr
+    assert digests(tmp_path / "each") == digests(tmp_path / "one")
+    assert len(read_manifest(tmp_path / "each" / MANIFEST)) == len(ROWS)
+    for number in range(count):
+        assert f"on cuda:{number}" in output["each"]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["resident", "offload"])
 def test_in_batches_of_one_a_gpu_draws_what_single_mode_draws(repository, tmp_path, memory):
     placed = load(repository, memory=memory)

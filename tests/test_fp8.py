@@ -289,7 +289,8 @@ def test_blocks_in_fp8_are_compiled_once_for_all_lengths_of_prompts(transformer,
     monkeypatch.setattr(
         kernels, "fused", lambda *_: torch.ops.ernie_image_nf4 if torch.compiler.is_compiling() else None
     )
-    kernels._triton(), kernels._triton(fp8.KERNELS)
+    for module in (kernels.KERNELS, fp8.KERNELS):
+        kernels._triton(module)
     library = torch.library.Library("ernie_image_nf4", "IMPL")
     for name in operators:
         library.impl(name, getattr(fp8 if hasattr(fp8, name) else kernels, name), "CPU")
