@@ -154,7 +154,7 @@ def scaled_product(
         weight: (out, in) fp8.
         weight_scale: (out, 1) float32.
     """
-    # Hopper adds faster with fewer bits: a tenth of what the rounding to fp8 costs, and of the order of the result's own rounding.
+    # Hopper adds faster with fewer bits: about a tenth of what the rounding to fp8 costs.
     return torch._scaled_mm(
         x, weight.t(), scale_a=scale, scale_b=weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
