@@ -9,13 +9,16 @@ import triton.language as tl
 from .fp8 import FP8, LARGEST, SMALLEST
 from .triton_operators import AS_WRITTEN, define, on_its_device
 
+VALUES = 4096  # of a weight's row that a program converts at a time
+VALUES_A_THREAD = 64  # which spread what each thread does once over many values
+
 
 @triton.jit
-def _scaled(values, largest, scale_pointer, row, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """`values`, the largest of which is `largest`, so scaled that it becomes fp8's largest; stores the scale."""
+def _inverse_scale(largest, scale_pointer, row, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """What makes the largest value of a row fp8's largest; stores the scale that undoes it."""
     largest = tl.maximum(largest, SMALLEST)
     tl.store(scale_pointer + row, tl.math.div_rn(largest, LARGEST))
-    return values * tl.math.div_rn(LARGEST, largest)
+    return tl.math.div_rn(LARGEST, largest)
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def _quantize_rows(
     column = tl.arange(0, WIDTH)
     inside = column < width
     x = tl.load(x_pointer + row * width + column, inside, 0.0).to(tl.float32)
-    x = _scaled(x, tl.max(tl.abs(x), 0), scale_pointer, row, LARGEST, SMALLEST)
+    x *= _inverse_scale(tl.max(tl.abs(x), 0), scale_pointer, row, LARGEST, SMALLEST)
     tl.store(out_pointer + row * width + column, x.to(out_pointer.dtype.element_ty), inside)
 
 
@@ -53,7 +56,7 @@ def _gelu_times_rows(
     gate = tl.load(gate_pointer + place, inside, 0.0).to(tl.float32)
     up = tl.load(up_pointer + place, inside, 0.0).to(tl.float32)
     value = gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)) * up
-    value = _scaled(value, tl.max(tl.abs(value), 0), scale_pointer, row, LARGEST, SMALLEST)
+    value *= _inverse_scale(tl.max(tl.abs(value), 0), scale_pointer, row, LARGEST, SMALLEST)
     tl.store(out_pointer + place, value.to(out_pointer.dtype.element_ty), inside)
 
 
@@ -70,29 +73,43 @@ def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @triton.jit
-def _weight_to_fp8(
-    codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, out_pointer,
-    scale_pointer, blocks, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+def _block_scales(
+    absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, place, inside, NESTED: tl.constexpr,
+    OUTER_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A row is `blocks` blocks of BYTES bytes, two codes each, the first in the upper half."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, BLOCKS)
-    inside = block < blocks
-    place = row * blocks + block
     absmax = tl.load(absmax_pointer + place, inside, 0)
     if NESTED:
         outer = tl.load(outer_absmax_pointer + place // OUTER_SIZE, inside, 0.0)
         absmax = tl.load(outer_table_pointer + absmax.to(tl.int32)) * outer + tl.load(offset_pointer)
-    absmax = tl.where(inside, absmax, 0.0)
-    absmax = _scaled(absmax, tl.max(tl.abs(absmax), 0), scale_pointer, row, LARGEST, SMALLEST)[:, None]
-    inside, at = inside[:, None], place[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    codes = tl.load(codes_pointer + at, inside, 0).to(tl.int32)
-    first = tl.load(table_pointer + (codes >> 4)) * absmax
-    second = tl.load(table_pointer + (codes & 15)) * absmax
-    values = tl.reshape(tl.join(first, second), (BLOCKS, 2 * BYTES))
-    at = place[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
-    tl.store(out_pointer + at, values.to(out_pointer.dtype.element_ty), inside)
+    return tl.where(inside, absmax, 0.0)
+
+
+@triton.jit
+def _weight_to_fp8(
+    codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, out_pointer,
+    scale_pointer, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr,
+    CHUNK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """A row is COUNT blocks of BYTES bytes, two codes each, the first in the upper half; CHUNK of them are converted at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    every = tl.arange(0, PADDED)
+    scales = _block_scales(
+        absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, row * COUNT + every, every < COUNT, NESTED,
+        OUTER_SIZE,
+    )  # fmt: skip
+    inverse = _inverse_scale(tl.max(tl.abs(scales), 0), scale_pointer, row, LARGEST, SMALLEST)
+    for start in tl.range(0, COUNT, CHUNK):
+        block = start + tl.arange(0, CHUNK)[:, None]
+        inside, place = block < COUNT, row * COUNT + block
+        scale = inverse * _block_scales(
+            absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, place, inside, NESTED, OUTER_SIZE
+        )
+        codes = tl.load(codes_pointer + place * BYTES + tl.arange(0, BYTES)[None, :], inside, 0).to(tl.int32)
+        first = tl.load(table_pointer + (codes >> 4)) * scale
+        second = tl.load(table_pointer + (codes & 15)) * scale
+        values = tl.reshape(tl.join(first, second), (CHUNK, 2 * BYTES))
+        at = place * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+        tl.store(out_pointer + at, values.to(out_pointer.dtype.element_ty), inside)
 
 
 @on_its_device
@@ -104,9 +121,11 @@ def weight_to_fp8(
     blocks = columns // block_size
     nested = outer_absmax is not None
     outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
+    padded = triton.next_power_of_2(blocks)
+    chunk = min(padded, max(1, VALUES // block_size))
     _weight_to_fp8[(rows,)](
-        codes, absmax, table, *outer, out, scale, blocks, nested, outer_size, block_size // 2, triton.next_power_of_2(blocks),
-        LARGEST, SMALLEST, num_warps=8, **AS_WRITTEN,
+        codes, absmax, table, *outer, out, scale, nested, outer_size, block_size // 2, blocks, padded, chunk, LARGEST, SMALLEST,
+        num_warps=max(1, chunk * block_size // (32 * VALUES_A_THREAD)), **AS_WRITTEN,
     )  # fmt: skip
     return out, scale
 
