@@ -58,8 +58,8 @@ CONTACT_SHEET = "contact-sheet.png"
 SHEET_PIXELS, THUMBNAIL_PIXELS = 8192, 256  # longest side of the sheet, and of a picture in it
 MAX_BATCH = 8
 GROUP = 16  # pictures for which offloading moves a component once; as many are lost when the process is killed
-# Activations of the transformer for one picture with guidance: 1.4 GiB a megapixel in benchmarks/batch_h100_resident.json, for batches
-# of 8 at 512x512. A batch that turns out too large is halved.
+# Activations of the transformer for one picture with guidance. benchmarks/batch_h100_resident.json has 1.6 GiB a megapixel beside the
+# weights' 7.7 GiB, for batches of 8 at 512x512. A batch that turns out too large is halved.
 DENOISE_BYTES_PER_PIXEL = 2 * GIB / 1024**2
 MAX_WRITERS = 4
 # The full-size enhancer's caches of 512, 1,024 and 2,048 tokens are 0.35 GiB by their shapes; the rest is for its graphs.

@@ -49,13 +49,6 @@ def enable_fast_denoising(transformer: ErnieImageTransformer2DModel, *, graph: b
         block.forward = types.MethodType(block_forward, block)
 
 
-def forget_graph(transformer: ErnieImageTransformer2DModel) -> None:
-    """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
-    graph = vars(transformer).get("_step_graph")
-    if graph is not None:
-        graph.forget()
-
-
 def disable_fast_denoising(transformer: ErnieImageTransformer2DModel) -> None:
     """Give the forward methods back to upstream."""
     vars(transformer).pop("_step_graph", None)

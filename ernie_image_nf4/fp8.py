@@ -1,8 +1,7 @@
-"""Products of the transformer's blocks in fp8 (e4m3), as an option: about half their time on GPUs that have fp8, for some precision.
+"""Products of the transformer's blocks in fp8 (e4m3), as an option: faster on GPUs that have fp8, for some precision.
 
 Weights stay NF4 in memory. For a product they are dequantized to fp8 with one scale for each row instead of to bfloat16, the inputs
-get one scale for each token, and ``torch._scaled_mm`` multiplies both. fp8 keeps four significant bits of a value: each product
-is about 3.5% off, where NF4 itself is 8 to 9% off the original.
+get one scale for each token, and ``torch._scaled_mm`` multiplies both. fp8 keeps four significant bits of a value.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch import nn
 
 from . import kernels
 from .errors import InvalidSettings
-from .graphs import is_hooked
+from .graphs import forget_graph, is_hooked
+from .nf4 import block_scales
 
 KERNELS = "triton_fp8"
 FP8 = torch.float8_e4m3fn
@@ -83,12 +83,14 @@ def enable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
     kernels.define_operators(KERNELS)
     for module in (transformer, *chosen):
         module._fp8 = True
+    forget_graph(transformer)
 
 
 def disable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
     """Let all layers multiply in bfloat16 again."""
     for module in (transformer, *_layers(transformer)):
         vars(module).pop("_fp8", None)
+    forget_graph(transformer)
 
 
 def is_in_fp8(transformer: nn.Module) -> bool:
@@ -154,7 +156,7 @@ def scaled_product(
         weight: (out, in) fp8.
         weight_scale: (out, 1) float32.
     """
-    # Hopper adds faster with fewer bits: about a tenth of what the rounding to fp8 costs.
+    # Hopper adds faster with fewer bits, which costs little beside the rounding to fp8.
     return torch._scaled_mm(
         x, weight.t(), scale_a=scale, scale_b=weight_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
     )
@@ -193,17 +195,6 @@ def with_dtype(state: QuantState, dtype: torch.dtype) -> QuantState:
     state = copy.copy(state)
     state.dtype = dtype
     return state
-
-
-def block_scales(state: QuantState) -> torch.Tensor:
-    """The scales of the blocks, float32, where they are quantized themselves as what they stand for."""
-    if not state.nested:
-        return state.absmax.float()
-    outer = state.state2
-    return (
-        outer.code[state.absmax.long()] * outer.absmax.repeat_interleave(outer.blocksize)[: len(state.absmax)]
-        + state.offset
-    )
 
 
 def _rounded(values: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

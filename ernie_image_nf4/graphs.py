@@ -106,8 +106,7 @@ class StepGraph:
         lengths: torch.Tensor,
     ) -> torch.Tensor:
         """As the step: latents (B, C, height, width), timestep (B,), text (B, T, width), lengths (B,) -> (B, C, height, width)."""
-        fp8 = vars(transformer).get("_fp8", False)
-        picture = (text, lengths, *map(_version, (text, lengths)), *map(_kind, (latents, timestep)), fp8)
+        picture = (text, lengths, *map(_version, (text, lengths)), *map(_kind, (latents, timestep)))
         if not _same(picture, self.picture):
             self.forget()
             self.picture, self.tried = picture, False
@@ -145,6 +144,13 @@ class StepGraph:
             logger.info("Steps aren't captured as a CUDA graph: %s", next(iter(str(error).splitlines()), ""))
             return
         self.graph, self.inputs, self.output = graph, inputs, output
+
+
+def forget_graph(transformer: nn.Module) -> None:
+    """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
+    graph = vars(transformer).get("_step_graph")
+    if graph is not None:
+        graph.forget()
 
 
 def may_be_captured(transformer: nn.Module, latents: torch.Tensor) -> bool:

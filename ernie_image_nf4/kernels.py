@@ -24,10 +24,10 @@ KERNELS = "triton_kernels"
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether Triton works on a CUDA device: torch brings it on Linux, but it needs a C compiler and compute capability 7.0."""
-    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if importlib.util.find_spec("triton") is None or capability < (7, 0):
         return False
-    # A dtype that the transformer will need.
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16  # as the transformer will need, mostly
     probe = torch.zeros(1, dtype=dtype, device=device)
     try:
         _triton().gelu_times(probe, probe)
@@ -40,7 +40,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def prepare_triton() -> None:
-    """Let Triton hash its own files, by which it finds compiled kernels: a third of a second, for which it hardly needs Python's lock.
+    """Let Triton hash its own files, by which it finds compiled kernels: hundreds of MB, for which it hardly needs Python's lock.
 
     Else the first kernel waits for it. Does nothing where there is no Triton, or one that has this in another place.
     """

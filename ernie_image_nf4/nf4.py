@@ -248,10 +248,14 @@ def squared_error(weight: torch.Tensor, packed: torch.Tensor, state: QuantState)
         values = values.float()
         return torch.stack([restored.sub_(values).square_().sum(), values.square().sum()])
 
-    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    sums = _map(compare_piece, *_pieces(weight, packed, absmax, state.blocksize))
+    sums = _map(compare_piece, *_pieces(weight, packed, block_scales(state), state.blocksize))
     error, squares = torch.stack(sums).double().sum(0).tolist()
     return error, squares
+
+
+def block_scales(state: QuantState) -> torch.Tensor:
+    """The scales of the blocks, (blocks,) float32; those that are quantized themselves as what they stand for."""
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
 
 
 def state_tensors(state: QuantState) -> dict[str, torch.Tensor]:

@@ -13,8 +13,9 @@ import torch
 from diffusers import ErnieImagePipeline
 
 from .decoding import TILE, enable_tiling
-from .denoising import enable_fast_denoising, forget_graph
+from .denoising import enable_fast_denoising
 from .errors import DeviceUnavailable, InvalidSettings
+from .graphs import forget_graph
 from .layout import COMPONENT
 from .offloading import StreamedBlocks, enable_offload
 from .prompt_enhancer import enable_fast_decoding

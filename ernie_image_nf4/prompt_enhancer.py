@@ -232,7 +232,7 @@ class Decoder:
     def generate_together(self, requests: Sequence[Request], seeds: Sequence[int], count: int) -> list[torch.Tensor]:
         """As `generate` for each request, the random state seeded with its seed; `count` texts are written at a time.
 
-        A step of one text leaves most of the GPU idle. Here several texts take turns, each with a state, a stream and a random
+        A step of one text leaves much of the GPU idle. Here several texts take turns, each with a state, a stream and a random
         state of its own: their steps run at once, and are the same as alone, so that no text depends on the others.
         """
         with self._model_in_place() as device:
@@ -420,14 +420,10 @@ def forward(model: PreTrainedModel, state: State, ids: torch.Tensor, positions: 
 
 
 # transformers renamed the argument in 5.24.
-CACHE = next(
-    name for name in ("cache", "past_key_values") if name in inspect.signature(Ministral3Model.forward).parameters
-)
-ROTARY = "apply_rotary_pos_emb"
+CACHE = "cache" if "cache" in inspect.signature(Ministral3Model.forward).parameters else "past_key_values"
 MODELING = threading.RLock()  # whose functions are exchanged
-ATTENTION_SCALE = next(
-    name for name in ("get_llama_4_attn_scale", "_get_llama_4_attn_scale") if hasattr(modeling_ministral3, name)
-)
+ROTARY = "apply_rotary_pos_emb"
+ATTENTION_SCALES = ("get_llama_4_attn_scale", "_get_llama_4_attn_scale")  # its names in versions of transformers
 
 
 @contextmanager
@@ -435,11 +431,16 @@ def lean_layers(dtype: torch.dtype) -> Iterator[None]:
     """Let the layers do the same to the same values with fewer small operations, while the context lasts; other threads get upstream's.
 
     What depends on the positions alone is computed in the first layer for all of them, and queries and keys are rotated together: with
-    one token a step takes as long as starting its operations does, whatever they compute.
+    one token a step takes as long as starting its operations does, whatever they compute. A transformers that lacks one of
+    the functions, by the names that are known here, keeps its layers.
     """
     owner = threading.get_ident()
+    scale_name = next((name for name in ATTENTION_SCALES if hasattr(modeling_ministral3, name)), None)
+    if scale_name is None or not hasattr(modeling_ministral3, ROTARY):
+        yield
+        return
     with MODELING:
-        scale, rotate = (getattr(modeling_ministral3, name) for name in (ATTENTION_SCALE, ROTARY))
+        scale, rotate = (getattr(modeling_ministral3, name) for name in (scale_name, ROTARY))
         scale_once = _remembered(lambda *args: scale(*args).to(dtype))
         # Halves exchanged, and the sine of the first negated, are halves exchanged and the first negated.
         signed = _remembered(lambda sine: torch.cat([-sine.chunk(2, -1)[0], sine.chunk(2, -1)[1]], -1))
@@ -455,12 +456,12 @@ def lean_layers(dtype: torch.dtype) -> Iterator[None]:
             both = both * cosine.unsqueeze(unsqueeze_dim) + exchanged * signed(sine).unsqueeze(unsqueeze_dim)
             return both.split([query.shape[unsqueeze_dim], key.shape[unsqueeze_dim]], unsqueeze_dim)
 
-        setattr(modeling_ministral3, ATTENTION_SCALE, lean_scale)
+        setattr(modeling_ministral3, scale_name, lean_scale)
         setattr(modeling_ministral3, ROTARY, lean_rotate)
         try:
             yield
         finally:
-            setattr(modeling_ministral3, ATTENTION_SCALE, scale)
+            setattr(modeling_ministral3, scale_name, scale)
             setattr(modeling_ministral3, ROTARY, rotate)
 
 

@@ -14,11 +14,10 @@ from ernie_image_nf4.benchmark import largest_error, predictions
 from ernie_image_nf4.denoising import (
     disable_fast_denoising,
     enable_fast_denoising,
-    forget_graph,
     predict,
     several_pictures,
 )
-from ernie_image_nf4.graphs import is_undisturbed
+from ernie_image_nf4.graphs import forget_graph, is_undisturbed
 from ernie_image_nf4.layout import MODEL_INDEX
 
 CHECKOUT = Path(__file__).parents[1]

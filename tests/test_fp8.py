@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from ernie_image_nf4.fp8 import (
 )
 from ernie_image_nf4.generate import draw_and_save
 from ernie_image_nf4.layout import MODEL_INDEX
-from ernie_image_nf4.nf4 import quantize_nf4
+from ernie_image_nf4.nf4 import block_scales, quantize_nf4
 from ernie_image_nf4.prompt_file import Row
 
 CHECKOUT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def test_kernels_round_as_plain_torch_does(rows, columns, block_size, nested):
     codes, state = random_weight(rows, columns, nested, "cuda", block_size)
     expected = fp8._rounded(
         dequantize_4bit(codes, fp8.with_dtype(state, torch.float32)).view(rows, columns),
-        fp8.block_scales(state).view(rows, -1).abs().amax(1, keepdim=True),
+        block_scales(state).view(rows, -1).abs().amax(1, keepdim=True),
     )
     x = (
         torch.randn(37, columns, device="cuda", dtype=torch.bfloat16)
@@ -248,6 +249,15 @@ def test_bfloat16_comes_back_to_the_bit(device):
     predict(transformer)
     disable_fp8(transformer)
     assert torch.equal(predict(transformer), expected)
+
+
+def test_a_step_captured_in_the_other_precision_is_forgotten(transformer):
+    forgotten = []
+    transformer._step_graph = SimpleNamespace(forget=lambda: forgotten.append(True))
+    enable_fp8(transformer)
+    assert len(forgotten) == 1
+    disable_fp8(transformer)
+    assert len(forgotten) == 2
 
 
 def test_nothing_is_kept_of_the_weights_in_fp8(transformer):

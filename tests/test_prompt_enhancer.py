@@ -371,3 +371,16 @@ def test_decoding_asks_for_nothing_that_transformers_is_about_to_drop(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         model.generate(**prompt(model, 1, 5), max_new_tokens=3)
+
+
+@pytest.mark.parametrize(("constant", "value"), [("ATTENTION_SCALES", ()), ("ROTARY", "another")])
+def test_a_transformers_with_other_names_keeps_its_layers(model, monkeypatch, constant, value):
+    call = prompt(model, 1, 5)
+    expected = model.generate(**call, max_new_tokens=6, do_sample=False)
+    monkeypatch.setattr(prompt_enhancer, constant, value)
+    upstream = vars(modeling_ministral3).copy()
+    with lean_layers(model.dtype):
+        assert vars(modeling_ministral3) == upstream
+    calls = served(model, monkeypatch)
+    assert torch.equal(model.generate(**call, max_new_tokens=6, do_sample=False), expected)
+    assert len(calls) == 1

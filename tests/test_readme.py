@@ -6,13 +6,22 @@ import ast
 import json
 import re
 import shlex
+import shutil
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from test_synthetic import hollow_file
 from typer.main import get_command
 
 from ernie_image_nf4.cli import app
+from ernie_image_nf4.layout import COMPONENTS
+from ernie_image_nf4.loading import device_bytes
+from ernie_image_nf4.placement import GIB, choose_memory, mode_bytes, working_bytes
+from ernie_image_nf4.plan import DEFAULT_KEEP, plan_weights, skeleton
+from ernie_image_nf4.synthetic import tensor_specs
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +44,31 @@ def test_the_minis_figures_are_those_of_the_report():
     table = README.split("<!-- mini-figures -->")[1].split("<!-- /mini-figures -->")[0]
     rows = dict(re.findall(r"`(\w+)` \| [^|]+ \| ([\d.]+)", table))
     assert rows == {key: f"{value:g}" for key, value in REPORT["figures"].items()}
+
+
+def test_the_table_of_memory_is_what_auto_takes_at_full_size(tmp_path: Path):
+    with as_file(files("ernie_image_nf4") / "configs" / "full") as configs:
+        shutil.copytree(configs, tmp_path, dirs_exist_ok=True)
+    weights = {}
+    for component in COMPONENTS:
+        if component.weights:
+            file = tmp_path / component.name / component.weights
+            hollow_file(file, tensor_specs(skeleton(component, tmp_path / component.name), duplicate_lm_head=False))
+            if component.quantized:
+                hollow_file(file, plan_weights(tmp_path, component, DEFAULT_KEEP).specs())
+            weights[component.name] = device_bytes(tmp_path, component, fast=True)
+    rows = re.findall(r"^\| ([\d.]+) GiB \([^|]*\) \| `(\w+)` \| ([^|]*) \|$", README, re.MULTILINE)
+    assert [mode for _, mode, _ in rows] == ["resident", "offload", "stream"]
+    room = working_bytes(1024**2, fast=True)
+    for free, mode, host in rows:
+        least = (mode_bytes(weights)[mode] + room) / GIB
+        assert least <= float(free) < least + 0.1
+        chosen, _ = choose_memory(
+            "auto", torch.device("cuda", 0), weight_bytes=weights, free_bytes=int(float(free) * GIB), working_bytes=room
+        )
+        assert chosen == mode
+        assert mode == "resident" or host == f"{sum(weights.values()) / GIB:.1f} GiB, pinned"
+    assert f"saves {weights['pe'] / GIB:.1f} GiB in `resident`" in README
 
 
 def test_sample_grid_and_linked_files_exist():
