@@ -199,7 +199,8 @@ def with_dtype(state: QuantState, dtype: torch.dtype) -> QuantState:
 
 def _rounded(values: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = largest.clamp(min=SMALLEST)
-    return (values * (LARGEST / largest)).to(FP8), largest / LARGEST
+    limit = torch.full_like(largest, LARGEST)  # by a number PyTorch divides less exactly, which decides ties otherwise
+    return (values * (limit / largest)).to(FP8), largest / limit
 
 
 def _dotted(capability: Sequence[int]) -> str:

@@ -143,12 +143,13 @@ def test_kernels_round_as_plain_torch_does(rows, columns, block_size, nested):
     rows_expected = fp8._rounded(x.float(), x.float().abs().amax(1, keepdim=True))
     up = torch.randn(columns, 37, device="cuda", dtype=torch.bfloat16).t()  # not contiguous
     product = torch.nn.functional.gelu(x.float()) * up.float()
+    for mine, theirs in zip(quantize_rows(x), rows_expected, strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
     for found, wanted in (
         (weight_to_fp8(codes, state), expected),
-        (quantize_rows(x), rows_expected),
         (gelu_times_rows(x, up), fp8._rounded(product, product.abs().amax(1, keepdim=True))),
     ):
-        torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)  # PyTorch multiplies by 1 / 448
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
         different = found[0].view(torch.uint8) != wanted[0].view(torch.uint8)
         assert different.float().mean() < 1e-3  # where a last bit of float32 decides
         assert ((found[0].float() - wanted[0].float()).abs() <= wanted[0].float().abs() * 2 * ROUNDING + 2.0**-9).all()
