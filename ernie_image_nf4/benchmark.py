@@ -105,7 +105,7 @@ class Workload:
     tokens: int = 256
     pictures: int = 10
     large: int | None = 1024
-    loads: int = 3
+    loads: int = 5
 
 
 def choose_arms(names: Sequence[str], *, peers: bool = False) -> list[Arm]:

@@ -118,6 +118,7 @@ def load(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    _count_as_old()
     components = check_repository(folder, prompt_enhancer=prompt_enhancer)
     if verify:
         check_integrity(folder, components)
@@ -447,8 +448,19 @@ def _no_collections() -> Iterator[None]:
     try:
         yield
     finally:
+        _count_as_old()
         if collecting:
             gc.enable()
+
+
+def _count_as_old() -> None:
+    """Let Python take all objects for old ones, which it looks through for garbage last, and count new ones from here.
+
+    After the imports it else has a look at all of them, a million, while the first pipeline is loaded or the first picture drawn.
+    """
+    if not gc.get_freeze_count():  # frozen objects are the caller's
+        gc.freeze()
+        gc.unfreeze()
 
 
 @contextmanager

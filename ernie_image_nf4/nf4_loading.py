@@ -89,9 +89,9 @@ def direct_loading(library: str, weights: Sequence[NF4Weight]) -> Iterator[None]
 
 def put_into(model: torch.nn.Module, weights: Sequence[NF4Weight], *, of_transformers: bool) -> None:
     """Give layers of `model` their NF4 weights, as views of the mapped files, with the marks that transformers leaves."""
-    view = mapped_files()
+    view, layers = mapped_files(), dict(model.named_modules(remove_duplicate=False))
     for weight in weights:
-        layer = model.get_submodule(weight.key.rpartition(".")[0])
+        layer = layers[weight.key.rpartition(".")[0]]
         parts = {suffix.removeprefix("."): view(stored) for suffix, stored in weight.parts.items()}
         del parts[nf4.QUANT_STATE]  # as a tensor of JSON; `settings` are its values
         parameter = Params4bit.from_prequantized(

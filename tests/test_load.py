@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,6 +144,41 @@ def test_upstream_is_as_it_was_after_loading(repository, copy, monkeypatch):
     assert gc.isenabled()
     assert diffusers.utils.logging.is_progress_bar_enabled()
     assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="all objects are looked through in small steps")
+def test_python_looks_through_all_objects_neither_while_loading_nor_soon_after(repository):
+    looked: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            looked.append(info["generation"])
+
+    gc.collect()
+    gc.disable()
+    imported = [[] for _ in range(len(gc.get_objects()))]  # as many again
+    for _ in range(gc.get_threshold()[2] + 1):
+        gc.collect(1)  # so that the next look is at all of them
+    gc.callbacks.append(note)
+    gc.enable()
+    try:
+        pipe = load(repository, device="cpu", prompt_enhancer=False)
+        drawn = [[] for _ in range(20 * gc.get_threshold()[0])]
+    finally:
+        gc.callbacks.remove(note)
+    assert 0 in looked
+    assert 2 not in looked
+    del imported, drawn, pipe
+
+
+def test_objects_that_the_caller_has_frozen_stay_frozen(repository):
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        load(repository, device="cpu", prompt_enhancer=False)
+        assert gc.get_freeze_count() > 0.9 * before  # some are gone by themselves
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(
