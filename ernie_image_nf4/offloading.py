@@ -8,8 +8,10 @@ The hooks are accelerate's, where diffusers looks for them, so the pipeline stay
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,14 @@ from torch import nn
 
 from .weight_blocks import HostWeights, host_weights, tensors_of
 
+logger = logging.getLogger(__name__)
+
 PINNING_THREADS = 4  # locking memory is most of the time that loading takes here
+# PyTorch's settings of how it gets pinned memory, and their defaults. With the first ones, threads touch ordinary memory and
+# have it locked, where the driver takes page after page.
+REGISTERED = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+ALLOCATED = "pinned_use_cuda_host_register:False,pinned_num_register_threads:1"
+TRIAL_BYTES = 1024**2
 
 
 class StreamedBlocks(nn.ModuleList):
@@ -138,7 +147,7 @@ def enable_offload(
     blocks = pipe.transformer.layers
     excluded = [*excluded, blocks] if stream_blocks else [*excluded]
     jobs = [(module, excluded) for module in order] + [(block, ()) for block in blocks if stream_blocks]
-    with ThreadPoolExecutor(PINNING_THREADS) as pool:
+    with _registered_memory(device), ThreadPoolExecutor(PINNING_THREADS) as pool:
         weights = list(pool.map(lambda job: host_weights(job[0], device, job[1]), jobs))
     if stream_blocks:
         blocks.__class__ = StreamedBlocks
@@ -152,6 +161,34 @@ def enable_offload(
     for hook, following in itertools.pairwise(hooks):
         hook.following = following
     return turns.limit
+
+
+@contextmanager
+def _registered_memory(device: torch.device) -> Iterator[None]:
+    """Let PyTorch register memory as pinned instead of allocating it so, which is slow, while the context lasts.
+
+    Only the environment variable ``PYTORCH_CUDA_ALLOC_CONF`` sets this publicly, before CUDA starts. What it says about pinned memory stays.
+    """
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if device.type != "cuda" or change is None or torch.cuda.get_allocator_backend() != "native":
+        yield
+        return
+    settings = torch._C._accelerator_getAllocatorSettings()
+    if "pinned" in settings:
+        yield
+        return
+    beside = f"{settings}," if settings else ""  # what isn't named may be reset
+    try:
+        change(beside + REGISTERED)
+        torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:  # not every system can
+        logger.info("Pinned memory is allocated, not registered: %s", next(iter(str(error).splitlines()), ""))
+        change(beside + ALLOCATED)
+    try:
+        yield
+    finally:
+        change(beside + ALLOCATED)
+        change(settings)
 
 
 def free_device(pipe: ErnieImagePipeline) -> None:
