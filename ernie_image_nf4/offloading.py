@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def _registered_memory(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or change is None or torch.cuda.get_allocator_backend() != "native":
         yield
         return
-    settings = torch._C._accelerator_getAllocatorSettings()
+    settings = _allocator_settings()
     if "pinned" in settings:
         yield
         return
@@ -189,6 +190,13 @@ def _registered_memory(device: torch.device) -> Iterator[None]:
     finally:
         change(beside + ALLOCATED)
         change(settings)
+
+
+def _allocator_settings() -> str:
+    """PyTorch's, as the environment or the caller set them."""
+    if current := getattr(torch._C, "_accelerator_getAllocatorSettings", None):  # since PyTorch 2.12
+        return current()
+    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")
 
 
 def free_device(pipe: ErnieImagePipeline) -> None:

@@ -18,6 +18,7 @@ from ernie_image_nf4.offloading import (
     ALLOCATED,
     REGISTERED,
     StreamedBlocks,
+    _allocator_settings,
     _registered_memory,
     enable_offload,
     free_device,
@@ -158,7 +159,7 @@ class AllocatorSettings:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str, *, refused: bool = False) -> None:
         self.text, self.changes, self.refused = text, [], refused
-        monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: self.text)
+        monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: self.text, raising=False)
         monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.change)
         monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
 
@@ -183,6 +184,17 @@ def test_memory_is_registered_beside_the_callers_settings_and_they_come_back(
     assert settings.changes[-2:] == [beside + ALLOCATED, own]
 
 
+def test_without_a_way_to_ask_for_settings_the_environment_says_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    assert _allocator_settings() == ""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert _allocator_settings() == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert _allocator_settings() == "max_split_size_mb:512"
+
+
 @pytest.mark.parametrize(("device", "own"), [("cpu", ""), ("cuda", "pinned_use_background_threads:True")])
 def test_settings_stay_without_a_gpu_and_where_the_caller_has_some_for_pinned_memory(
     monkeypatch: pytest.MonkeyPatch, device: str, own: str
@@ -200,11 +212,11 @@ def test_on_a_gpu_weights_wait_in_registered_memory(repository: Path, monkeypatc
     monkeypatch.setattr(
         torch._C, "_accelerator_setAllocatorSettings", lambda text: (settings.append(text), change(text))
     )
-    before = torch._C._accelerator_getAllocatorSettings()
+    before = _allocator_settings()
     pipe = load(repository, device="cuda", memory="offload")
     assert [text.removeprefix(f"{before},") for text in settings] == [REGISTERED, ALLOCATED, before]
     assert all(block.is_pinned() for block in pipe.transformer._hf_hook.weights.host)
-    assert torch._C._accelerator_getAllocatorSettings() == before
+    assert _allocator_settings() == before
 
 
 @pytest.mark.gpu
