@@ -8,11 +8,8 @@ The hooks are accelerate's, where diffusers looks for them, so the pipeline stay
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +17,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImagePipeline
 from torch import nn
 
+from .pinning import registered_memory
 from .weight_blocks import HostWeights, host_weights, tensors_of
 
-logger = logging.getLogger(__name__)
-
 PINNING_THREADS = 4  # locking memory is most of the time that loading takes here
-# PyTorch's settings of how it gets pinned memory, and their defaults. With the first ones, threads touch ordinary memory and
-# have it locked, where the driver takes page after page.
-REGISTERED = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
-ALLOCATED = "pinned_use_cuda_host_register:False,pinned_num_register_threads:1"
-TRIAL_BYTES = 1024**2
 
 
 class StreamedBlocks(nn.ModuleList):
@@ -148,7 +139,7 @@ def enable_offload(
     blocks = pipe.transformer.layers
     excluded = [*excluded, blocks] if stream_blocks else [*excluded]
     jobs = [(module, excluded) for module in order] + [(block, ()) for block in blocks if stream_blocks]
-    with _registered_memory(device), ThreadPoolExecutor(PINNING_THREADS) as pool:
+    with registered_memory(device), ThreadPoolExecutor(PINNING_THREADS) as pool:
         weights = list(pool.map(lambda job: host_weights(job[0], device, job[1]), jobs))
     if stream_blocks:
         blocks.__class__ = StreamedBlocks
@@ -162,41 +153,6 @@ def enable_offload(
     for hook, following in itertools.pairwise(hooks):
         hook.following = following
     return turns.limit
-
-
-@contextmanager
-def _registered_memory(device: torch.device) -> Iterator[None]:
-    """Let PyTorch register memory as pinned instead of allocating it so, which is slow, while the context lasts.
-
-    Only the environment variable ``PYTORCH_CUDA_ALLOC_CONF`` sets this publicly, before CUDA starts. What it says about pinned memory stays.
-    """
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if device.type != "cuda" or change is None or torch.cuda.get_allocator_backend() != "native":
-        yield
-        return
-    settings = _allocator_settings()
-    if "pinned" in settings:
-        yield
-        return
-    beside = f"{settings}," if settings else ""  # what isn't named may be reset
-    try:
-        change(beside + REGISTERED)
-        torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:  # not every system can
-        logger.info("Pinned memory is allocated, not registered: %s", next(iter(str(error).splitlines()), ""))
-        change(beside + ALLOCATED)
-    try:
-        yield
-    finally:
-        change(beside + ALLOCATED)
-        change(settings)
-
-
-def _allocator_settings() -> str:
-    """PyTorch's, as the environment or the caller set them."""
-    if current := getattr(torch._C, "_accelerator_getAllocatorSettings", None):  # since PyTorch 2.12
-        return current()
-    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")
 
 
 def free_device(pipe: ErnieImagePipeline) -> None:

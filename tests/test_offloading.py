@@ -14,15 +14,7 @@ import torch
 from ernie_image_nf4 import load, weight_blocks
 from ernie_image_nf4.denoising import enable_fast_denoising
 from ernie_image_nf4.layout import COMPONENT
-from ernie_image_nf4.offloading import (
-    ALLOCATED,
-    REGISTERED,
-    StreamedBlocks,
-    _allocator_settings,
-    _registered_memory,
-    enable_offload,
-    free_device,
-)
+from ernie_image_nf4.offloading import StreamedBlocks, enable_offload, free_device
 from ernie_image_nf4.text_encoding import enable_host_embeddings, unused_modules
 from ernie_image_nf4.weight_blocks import host_weights, tensors_of
 
@@ -152,71 +144,6 @@ def test_on_a_gpu_only_one_component_is_there_and_the_picture_is_the_same(reposi
     assert pipe.transformer.layers[0].mlp.gate_proj.weight.device.type == "cpu"
     assert pipe.transformer._hf_hook.weights.host[0].is_pinned()
     assert pipe._execution_device.type == "cuda"
-
-
-class AllocatorSettings:
-    """PyTorch's, which tell each change."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str, *, refused: bool = False) -> None:
-        self.text, self.changes, self.refused = text, [], refused
-        monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: self.text, raising=False)
-        monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.change)
-        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-
-    def change(self, text: str) -> None:
-        self.text = text
-        self.changes.append(text)
-        if self.refused and REGISTERED in text:
-            raise RuntimeError("operation not supported")
-
-
-@pytest.mark.parametrize("own", ["", "max_split_size_mb:512"])
-@pytest.mark.parametrize("refused", [False, True])
-def test_memory_is_registered_beside_the_callers_settings_and_they_come_back(
-    monkeypatch: pytest.MonkeyPatch, own: str, refused: bool
-):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
-    settings = AllocatorSettings(monkeypatch, own, refused=refused)
-    beside = f"{own}," if own else ""
-    with _registered_memory(torch.device("cuda")):
-        assert settings.text == beside + (ALLOCATED if refused else REGISTERED)
-    assert settings.changes[-2:] == [beside + ALLOCATED, own]
-
-
-def test_without_a_way_to_ask_for_settings_the_environment_says_them(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings", raising=False)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    assert _allocator_settings() == ""
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    assert _allocator_settings() == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    assert _allocator_settings() == "max_split_size_mb:512"
-
-
-@pytest.mark.parametrize(("device", "own"), [("cpu", ""), ("cuda", "pinned_use_background_threads:True")])
-def test_settings_stay_without_a_gpu_and_where_the_caller_has_some_for_pinned_memory(
-    monkeypatch: pytest.MonkeyPatch, device: str, own: str
-):
-    settings = AllocatorSettings(monkeypatch, own)
-    with _registered_memory(torch.device(device)):
-        pass
-    assert settings.changes == []
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_weights_wait_in_registered_memory(repository: Path, monkeypatch: pytest.MonkeyPatch):
-    settings: list[str] = []
-    change = torch._C._accelerator_setAllocatorSettings
-    monkeypatch.setattr(
-        torch._C, "_accelerator_setAllocatorSettings", lambda text: (settings.append(text), change(text))
-    )
-    before = _allocator_settings()
-    pipe = load(repository, device="cuda", memory="offload")
-    assert [text.removeprefix(f"{before},") for text in settings] == [REGISTERED, ALLOCATED, before]
-    assert all(block.is_pinned() for block in pipe.transformer._hf_hook.weights.host)
-    assert _allocator_settings() == before
 
 
 @pytest.mark.gpu
