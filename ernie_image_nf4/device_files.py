@@ -1,6 +1,6 @@
 """Weight files read straight to a GPU, while Python builds the models that they are for.
 
-Python takes as long to build the full-size models as the weights take to be read, so both happen at once. Several threads
+Python takes longer to build the full-size models than the weights take to be read, so both happen at once. Several threads
 read large pieces into page-locked buffers and send them; each piece is a single system call, as threads would wait for
 Python's lock between small ones. On Linux upstream meanwhile maps the same files into host memory, without reading them: where a
 tensor lies in the mapping says where it lies on the device. Tensors that aren't mapped are copied.
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .errors import InvalidRepository
-from .guard import DOWNLOAD_AGAIN
+from .guard import DOWNLOAD_AGAIN, unreadable
 from .tensors import StoredTensor
 from .weight_blocks import tensors_of
 
@@ -216,4 +216,4 @@ def read_into(file: Path, start: int, buffers: list[torch.Tensor]) -> None:
                 if count:
                     views[0] = views[0][count:]
     except OSError as error:
-        raise InvalidRepository(f"{file} can't be read ({error.strerror}): check disk and permissions.") from error
+        raise unreadable(file, error) from error

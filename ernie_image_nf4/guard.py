@@ -120,7 +120,7 @@ def refuse_lfs_pointer(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(GIT_LFS_POINTER))
     except OSError as error:
-        raise InvalidRepository(f"{path} can't be read ({error.strerror}): check its permissions.") from error
+        raise unreadable(path, error) from error
     if start == GIT_LFS_POINTER:
         raise InvalidRepository(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs install && git lfs pull` there, "
@@ -196,3 +196,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def unreadable(path: Path, error: OSError) -> InvalidRepository:
+    """What to raise when the system can't read a file."""
+    return InvalidRepository(f"{path} can't be read ({error.strerror}): check disk and permissions.")

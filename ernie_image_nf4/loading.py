@@ -456,7 +456,7 @@ def _no_collections() -> Iterator[None]:
 def _count_as_old() -> None:
     """Let Python take all objects for old ones, which it looks through for garbage last, and count new ones from here.
 
-    After the imports it else has a look at all of them, a million, while the first pipeline is loaded or the first picture drawn.
+    After the imports it else has a look at all that they made, while the first pipeline is loaded or the first picture drawn.
     """
     if not gc.get_freeze_count():  # frozen objects are the caller's
         gc.freeze()
