@@ -163,11 +163,13 @@ def test_python_looks_through_all_objects_neither_while_loading_nor_soon_after(r
     gc.enable()
     try:
         pipe = load(repository, device="cpu", prompt_enhancer=False)
+        young = {id(each) for generation in (0, 1) for each in gc.get_objects(generation=generation)}
         drawn = [[] for _ in range(20 * gc.get_threshold()[0])]
     finally:
         gc.callbacks.remove(note)
     assert 0 in looked
     assert 2 not in looked
+    assert not young & {id(module) for module in pipe.transformer.modules()}
     del imported, drawn, pipe
 
 
