@@ -1,31 +1,34 @@
 """Weight files read straight to a GPU, while Python builds the models that they are for.
 
 Python takes longer to build the full-size models than the weights take to be read, so both happen at once. Several threads
-read large pieces into page-locked buffers and send them; each piece is a single system call, as threads would wait for
-Python's lock between small ones. On Linux upstream meanwhile maps the same files into host memory, without reading them: where a
-tensor lies in the mapping says where it lies on the device. Tensors that aren't mapped are copied.
+read large pieces into page-locked buffers and send them, with few calls for each: after every call a thread takes Python's
+lock, and who builds the models waits. On Linux upstream meanwhile maps the same files into host memory, without reading them:
+where a tensor lies in the mapping says where it lies on the device. Tensors that aren't mapped are copied.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from torch import nn
 
 from .errors import InvalidRepository
 from .guard import DOWNLOAD_AGAIN, unreadable
+from .pinning import registered_memory
 from .tensors import StoredTensor
 from .weight_blocks import tensors_of
 
-READERS = 8
-BUFFER_BYTES = 16 * 1024**2  # PyTorch rounds pinned allocations up to a power of two
+READERS = 4
+BUFFER_BYTES = 32 * 1024**2  # PyTorch rounds pinned allocations up to a power of two
 ALIGNMENT = 256  # of tensors on the device
 PIECE_TENSORS = 1000  # parts of one read; systems take 1,024
 PIECE_BYTES = BUFFER_BYTES - PIECE_TENSORS * ALIGNMENT  # of a file that are read at once
@@ -74,6 +77,21 @@ class FileOnDevice:
         return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
 
 
+@dataclass(frozen=True)
+class Lane:
+    """What one read at a time takes to the device.
+
+    Attributes:
+        memory: (BUFFER_BYTES,) uint8 on the host, page-locked where there is CUDA.
+        bytes: The same.
+        stream: The copies run on it; None where there is no CUDA.
+    """
+
+    memory: torch.Tensor
+    bytes: memoryview
+    stream: torch.cuda.Stream | None
+
+
 class DeviceReader:
     """Reads files to one device in threads of its own.
 
@@ -84,13 +102,16 @@ class DeviceReader:
         self.device = device
         self.files: dict[Path, FileOnDevice] = {}
         self._pool = ThreadPoolExecutor(READERS)
-        self._threads = threading.local()
+        self._lanes: SimpleQueue[Lane] = SimpleQueue()
+        self._open = ExitStack()  # the files
 
     def __enter__(self) -> DeviceReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._open.close()
+        self._lanes = SimpleQueue()
         for read in self.files.values():  # an error's traceback may hold on to them
             read.memory = torch.empty(0, dtype=torch.uint8)
         self.files.clear()
@@ -98,7 +119,11 @@ class DeviceReader:
             torch.accelerator.empty_host_cache()
 
     def start(self, tensors: Iterable[StoredTensor]) -> None:
-        """Start reading these tensors, of one file or several. Does nothing where mappings can't be looked up."""
+        """Start reading these tensors, of one file or several. Called once. Does nothing where mappings can't be looked up.
+
+        Raises:
+            InvalidRepository: A file can't be opened.
+        """
         if not MAPS.exists():
             return
         by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
@@ -109,12 +134,24 @@ class DeviceReader:
             places, pieces[file], size = plan_reads(stored)
             with torch.inference_mode(False):  # which threads don't inherit
                 self.files[file] = FileOnDevice(places, torch.empty(size, dtype=torch.uint8, device=self.device))
-        # The memory may still be in use by work that was queued before it was freed.
-        free = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-        # Threads begin when all of it is there: they allocate page-locked memory, for which other allocations would wait.
+        # Threads begin when all of it is there: while page-locked memory is allocated, other calls of CUDA wait, with Python's lock.
+        if pieces:
+            self._make_lanes()
         for file, its_pieces in pieces.items():
-            read = self.files[file]
-            read.reads = [self._pool.submit(self._read, file, read.memory, piece, free) for piece in its_pieces]
+            read, stream = self.files[file], self._open.enter_context(opened(file))
+            for piece in its_pieces:
+                target = read.memory[piece.parts[0][0] : sum(piece.parts[-1])]
+                read.reads.append(self._pool.submit(self._read, stream, piece, target))
+
+    def _make_lanes(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        with torch.inference_mode(False), registered_memory(self.device):
+            memory = torch.empty(READERS * BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
+        for part in memory.chunk(READERS):
+            stream = torch.cuda.Stream(self.device) if on_gpu else None
+            if stream:  # the device's memory may still be in use by work that was queued before it was freed
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._lanes.put(Lane(part, memoryview(part.numpy()), stream))
 
     def place(self, module: nn.Module, files: Iterable[Path], excluded: Iterable[nn.Module] = ()) -> None:
         """Let the tensors of `module`, mapped from `files` by upstream, be those on the device; others are copied there.
@@ -146,21 +183,17 @@ class DeviceReader:
         for owner, name in left:
             setattr(owner, name, getattr(owner, name).to(self.device))
 
-    def _read(self, file: Path, memory: torch.Tensor, piece: Piece, free: torch.cuda.Event | None) -> None:
-        first, last = piece.parts[0][0], sum(piece.parts[-1])
-        if not hasattr(self._threads, "buffer"):
-            cuda = self.device.type == "cuda"
-            self._threads.buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=cuda)
-            self._threads.stream = torch.cuda.Stream(self.device) if cuda else None
-        buffer = self._threads.buffer
-        read_into(file, piece.start, [buffer[at - first : at - first + size] for at, size in piece.parts])
-        if free is None:
-            memory[first:last].copy_(buffer[: last - first])
-            return
-        with torch.cuda.stream(self._threads.stream):
-            self._threads.stream.wait_event(free)
-            memory[first:last].copy_(buffer[: last - first], non_blocking=True)
-        self._threads.stream.synchronize()
+    def _read(self, file: FileIO, piece: Piece, target: torch.Tensor) -> None:
+        lane = self._lanes.get()
+        try:
+            first = piece.parts[0][0]
+            read_into(file, piece.start, [lane.bytes[at - first : at - first + size] for at, size in piece.parts])
+            with torch.cuda.stream(lane.stream):  # None changes nothing
+                target.copy_(lane.memory[: len(target)], non_blocking=True)
+            if lane.stream:
+                lane.stream.synchronize()
+        finally:
+            self._lanes.put(lane)
 
 
 def plan_reads(tensors: Iterable[StoredTensor]) -> tuple[dict[int, tuple[int, int]], list[Piece], int]:
@@ -197,23 +230,33 @@ def mappings_of(file: Path) -> list[tuple[range, int]]:
     return found
 
 
-def read_into(file: Path, start: int, buffers: list[torch.Tensor]) -> None:
-    """Fill buffers, one after the other, with what `file` has from `start` on.
+def opened(file: Path) -> FileIO:
+    """The file, opened to be read without a buffer.
+
+    Raises:
+        InvalidRepository: It can't be.
+    """
+    try:
+        return file.open("rb", buffering=0)
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def read_into(file: FileIO, start: int, views: list[memoryview]) -> None:
+    """Fill `views`, one after the other, with what a file has from `start` on.
 
     Raises:
         InvalidRepository: The file is shorter, or can't be read.
     """
-    views = [memoryview(buffer.numpy()) for buffer in buffers]
     try:
-        with file.open("rb", buffering=0) as stream:
-            while views:
-                count = os.preadv(stream.fileno(), views, start)
-                if not count:
-                    raise InvalidRepository(f"{file} became shorter while it was read: {DOWNLOAD_AGAIN}.")
-                start += count
-                while views and count >= len(views[0]):
-                    count -= len(views.pop(0))
-                if count:
-                    views[0] = views[0][count:]
+        while views:
+            count = os.preadv(file.fileno(), views, start)
+            if not count:
+                raise InvalidRepository(f"{file.name} became shorter while it was read: {DOWNLOAD_AGAIN}.")
+            start += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable(file.name, error) from error

@@ -49,6 +49,9 @@ DTYPE_ARGUMENT = {
     "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
 }
 ASYNCHRONOUS_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' environment variable
+FROZEN_BY_PYTHON = (
+    2000  # objects at most: Python 3.12 starts with 375; who imports torch and freezes has a hundred times this
+)
 ABSMAX = ".absmax"  # what every NF4 weight has beside it
 # Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
 # and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.
@@ -458,7 +461,7 @@ def _count_as_old() -> None:
 
     After the imports it else has a look at all that they made, while the first pipeline is loaded or the first picture drawn.
     """
-    if not gc.get_freeze_count():  # frozen objects are the caller's
+    if gc.get_freeze_count() <= FROZEN_BY_PYTHON:  # more are the caller's
         gc.freeze()
         gc.unfreeze()
 

@@ -17,6 +17,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImagePipeline
 from torch import nn
 
+from .pinning import registered_memory
 from .weight_blocks import HostWeights, host_weights, tensors_of
 
 PINNING_THREADS = 4  # locking memory is most of the time that loading takes here
@@ -138,7 +139,7 @@ def enable_offload(
     blocks = pipe.transformer.layers
     excluded = [*excluded, blocks] if stream_blocks else [*excluded]
     jobs = [(module, excluded) for module in order] + [(block, ()) for block in blocks if stream_blocks]
-    with ThreadPoolExecutor(PINNING_THREADS) as pool:
+    with registered_memory(device), ThreadPoolExecutor(PINNING_THREADS) as pool:
         weights = list(pool.map(lambda job: host_weights(job[0], device, job[1]), jobs))
     if stream_blocks:
         blocks.__class__ = StreamedBlocks

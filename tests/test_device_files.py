@@ -103,11 +103,15 @@ def test_a_file_that_became_shorter_or_is_gone_is_refused(copy: Path):
     wanted = device_tensors(copy, component, fast=True).values()
     short, gone = copy / "short.safetensors", copy / "gone.safetensors"
     short.write_bytes(weight_files(copy, component)[0].read_bytes()[:-1000])
-    for file, message in ((short, "became shorter"), (gone, "can't be read .No such file")):
+
+    def read(file: Path) -> None:
         with DeviceReader(CPU) as reader:
             reader.start(StoredTensor(file, stored.offset, stored.spec) for stored in wanted)
-            with pytest.raises(InvalidRepository, match=message):
-                reader.place(module, [file])
+            reader.place(module, [file])
+
+    for file, message in ((short, "became shorter"), (gone, "can't be read .No such file")):
+        with pytest.raises(InvalidRepository, match=message):
+            read(file)
 
 
 def place(repository: Path, module: torch.nn.Module, name: str) -> list[weakref.ref]:

@@ -147,7 +147,9 @@ def test_upstream_is_as_it_was_after_loading(repository, copy, monkeypatch):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="all objects are looked through in small steps")
-def test_python_looks_through_all_objects_neither_while_loading_nor_soon_after(repository):
+@pytest.mark.parametrize("frozen", [0, 375], ids=["3.11", "3.12"])  # when Python starts
+def test_python_looks_through_all_objects_neither_while_loading_nor_soon_after(repository, monkeypatch, frozen):
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
     looked: list[int] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
