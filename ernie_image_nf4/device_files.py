@@ -28,7 +28,7 @@ from .tensors import StoredTensor
 from .weight_blocks import tensors_of
 
 READERS = 4
-BUFFER_BYTES = 32 * 1024**2  # PyTorch rounds pinned allocations up to a power of two
+BUFFER_BYTES = 32 * 1024**2  # of one reader; all are one pinned allocation, which PyTorch rounds up to a power of two
 ALIGNMENT = 256  # of tensors on the device
 PIECE_TENSORS = 1000  # parts of one read; systems take 1,024
 PIECE_BYTES = BUFFER_BYTES - PIECE_TENSORS * ALIGNMENT  # of a file that are read at once

@@ -198,6 +198,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def unreadable(path: Path, error: OSError) -> InvalidRepository:
+def unreadable(path: str | Path, error: OSError) -> InvalidRepository:
     """What to raise when the system can't read a file."""
     return InvalidRepository(f"{path} can't be read ({error.strerror}): check disk and permissions.")

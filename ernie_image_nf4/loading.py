@@ -49,9 +49,8 @@ DTYPE_ARGUMENT = {
     "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
 }
 ASYNCHRONOUS_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' environment variable
-FROZEN_BY_PYTHON = (
-    2000  # objects at most: Python 3.12 starts with 375; who imports torch and freezes has a hundred times this
-)
+# Objects at most. Python 3.12 starts with 375; a caller who freezes has thousands, even without any import.
+FROZEN_BY_PYTHON = 2000
 ABSMAX = ".absmax"  # what every NF4 weight has beside it
 # Module of diffusers -> what it needn't warn of: a setting in the published VAE's configuration that its class ignores,
 # and (diffusers 0.38) that a Ministral3ForCausalLM is no AutoModelForCausalLM.

@@ -20,7 +20,7 @@ from torch import nn
 from .pinning import registered_memory
 from .weight_blocks import HostWeights, host_weights, tensors_of
 
-PINNING_THREADS = 4  # locking memory is most of the time that loading takes here
+PINNING_THREADS = 4  # copying to pinned memory is most of the time that loading takes here
 
 
 class StreamedBlocks(nn.ModuleList):

@@ -50,7 +50,7 @@ def registered_memory(device: torch.device) -> Iterator[None]:
 
 
 def allocator_settings() -> str:
-    """PyTorch's, as the environment or the caller set them."""
+    """PyTorch's. PyTorch 2.11 can't be asked: those of the environment, and what was changed since isn't known."""
     if current := getattr(torch._C, "_accelerator_getAllocatorSettings", None):  # not in PyTorch 2.11
         return current()
     return os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")

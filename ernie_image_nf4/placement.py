@@ -29,7 +29,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MEMORY_MODES = ("auto", "resident", "offload", "stream")
 
 # Decoded at once, a picture takes most of the memory beyond the weights; in tiles it takes that of one tile. In
-# benchmarks/benchmark_h100.json (resident) that is 4.8 GiB a megapixel at 512x512, 4.3 at 1024x1024; a little more here, for other cards.
+# benchmarks/benchmark_h100.json (resident) what is reserved beyond loading is 5.0 GiB a megapixel at 512x512, 4.4 at 1024x1024; a
+# little more here, for other cards.
 DECODE_BYTES_PER_PIXEL = 5.5 * GIB / 1024**2
 # Activations of the transformer and text encoder, decoding in tiles, and what the allocator rounds up: 0.6 GiB at 512x512 there (offload).
 WORKING_BYTES = 1 * GIB
