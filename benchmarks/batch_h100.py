@@ -85,8 +85,8 @@ def main() -> None:
 
 def build(work: Path, preset: str) -> None:
     """The NF4 repository of random weights, unless it is there."""
-    from ernie_image_nf4.quantize import quantize
-    from ernie_image_nf4.synthetic import synthesize
+    from ernie_image_nf4.quantization.convert import quantize
+    from ernie_image_nf4.quantization.synthetic import synthesize
 
     if (work / NF4).exists():
         return
@@ -99,8 +99,8 @@ def build(work: Path, preset: str) -> None:
 def measure(memory: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both ways in this process, after a warm-up of each."""
     from ernie_image_nf4 import generate_batch, load
-    from ernie_image_nf4.generate import draw_and_save
-    from ernie_image_nf4.prompt_file import Row
+    from ernie_image_nf4.generation.prompt_file import Row
+    from ernie_image_nf4.generation.single import draw_and_save
 
     folder = arguments.work / memory
     shutil.rmtree(folder, ignore_errors=True)
@@ -168,7 +168,7 @@ def difference(one: Path, other: Path) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     import torch
 
-    from ernie_image_nf4.metadata import installed_versions
+    from ernie_image_nf4.repository.metadata import installed_versions
 
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no
 
 from benchmarks.nf4_mini import SETTINGS, held_out
 from ernie_image_nf4 import load
-from ernie_image_nf4.benchmark import largest_error, predictions
-from ernie_image_nf4.denoising import enable_fast_denoising
-from ernie_image_nf4.evaluate import draw_latents, draw_pictures
-from ernie_image_nf4.fp8 import enable_fp8
-from ernie_image_nf4.metadata import installed_versions
-from ernie_image_nf4.metrics import psnr
+from ernie_image_nf4.benchmarking.run import largest_error, predictions
+from ernie_image_nf4.evaluation.metrics import psnr
+from ernie_image_nf4.evaluation.run import draw_latents, draw_pictures
+from ernie_image_nf4.fast.products import enable_fp8
+from ernie_image_nf4.fast.transformer import enable_fast_denoising
+from ernie_image_nf4.repository.metadata import installed_versions
 
 CHECKOUT = Path(__file__).parents[1]
 EXACT = "float32"

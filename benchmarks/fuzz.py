@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 
 from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import ErnieImageNF4Error
-from ernie_image_nf4.info import describe
-from ernie_image_nf4.layout import COMPONENTS, METADATA
-from ernie_image_nf4.metadata import installed_versions
+from ernie_image_nf4.repository.components import COMPONENTS, METADATA
+from ernie_image_nf4.repository.describe import describe
+from ernie_image_nf4.repository.metadata import installed_versions
 
 SECONDS = 20
 MEMORY = 2 << 30
@@ -417,8 +417,8 @@ def run(original: Path, first: int, cases: int, progress: bool = True) -> dict[s
 
 
 def main() -> None:
-    from ernie_image_nf4.quantize import quantize
-    from ernie_image_nf4.synthetic import synthesize
+    from ernie_image_nf4.quantization.convert import quantize
+    from ernie_image_nf4.quantization.synthetic import synthesize
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=2000)

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
 
 from benchmarks.summary import formats_table
-from ernie_image_nf4.evaluate import Evaluation, Result, evaluate
-from ernie_image_nf4.evaluate import to_json as evaluation_json
-from ernie_image_nf4.peers import PEERS
-from ernie_image_nf4.placement import find_device
-from ernie_image_nf4.prompt_file import Row
-from ernie_image_nf4.quantize import quantize
+from ernie_image_nf4.evaluation.baselines import PEERS
+from ernie_image_nf4.evaluation.run import Evaluation, Result, evaluate
+from ernie_image_nf4.evaluation.run import to_json as evaluation_json
+from ernie_image_nf4.generation.prompt_file import Row
+from ernie_image_nf4.memory.placement import find_device
+from ernie_image_nf4.quantization.convert import quantize
 from training.classifier import SceneClassifier, accuracies, classify
 from training.export import CALIBRATION_PROMPTS, RECOMMENDED, calibration_prompts
 from training.scenes import Scene, caption, sample_scene

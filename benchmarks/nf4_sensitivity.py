@@ -26,7 +26,8 @@ from diffusers import ErnieImagePipeline
 from nf4_mini import SETTINGS, held_out
 from torch import nn
 
-from ernie_image_nf4.evaluate import (
+from ernie_image_nf4.evaluation.metrics import psnr
+from ernie_image_nf4.evaluation.run import (
     Probe,
     draw_latents,
     draw_pictures,
@@ -34,12 +35,11 @@ from ernie_image_nf4.evaluate import (
     predict,
     prediction_error,
 )
-from ernie_image_nf4.layout import COMPONENT
-from ernie_image_nf4.loading import load
-from ernie_image_nf4.metadata import Recommended, installed_versions
-from ernie_image_nf4.metrics import psnr
-from ernie_image_nf4.nf4 import quantize_nf4, stored_specs
-from ernie_image_nf4.plan import DEFAULT_KEEP, matches, skeleton
+from ernie_image_nf4.loading.pipeline import load
+from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, skeleton
+from ernie_image_nf4.repository.components import COMPONENT
+from ernie_image_nf4.repository.metadata import Recommended, installed_versions
+from ernie_image_nf4.repository.nf4_format import quantize_nf4, stored_specs
 
 MAX_PSNR = 100.0  # for equal pictures
 SCALES = {"stock": False, "scale_search": True}
@@ -232,7 +232,7 @@ def configured(component: str, size: str, original: Path | None) -> nn.Module:
     """A component without storage."""
     if size == "mini":
         return skeleton(COMPONENT[component], original / component)
-    with as_file(files("ernie_image_nf4") / "configs" / "full") as configs:
+    with as_file(files("ernie_image_nf4") / "quantization" / "configs" / "full") as configs:
         return skeleton(COMPONENT[component], configs / component)
 
 

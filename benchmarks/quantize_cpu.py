@@ -28,13 +28,13 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from diffusers import ErnieImageTransformer2DModel
 
-from ernie_image_nf4.layout import QUANTIZED, Component
-from ernie_image_nf4.metadata import installed_versions
-from ernie_image_nf4.nf4 import quantize_nf4, squared_error
-from ernie_image_nf4.plan import plan_weights
-from ernie_image_nf4.quantize import quantize
-from ernie_image_nf4.synthetic import synthesize
-from ernie_image_nf4.tensors import read_tensor
+from ernie_image_nf4.quantization.convert import quantize
+from ernie_image_nf4.quantization.layer_selection import plan_weights
+from ernie_image_nf4.quantization.synthetic import synthesize
+from ernie_image_nf4.repository.components import QUANTIZED, Component
+from ernie_image_nf4.repository.metadata import installed_versions
+from ernie_image_nf4.repository.nf4_format import quantize_nf4, squared_error
+from ernie_image_nf4.repository.safetensors_io import read_tensor
 
 FULL_SIZE_WEIGHTS = 14_504_427_520  # values that become NF4 in the three components
 LAYER = {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288, "rope_axes_dim": (32, 48, 48)}

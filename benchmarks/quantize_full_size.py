@@ -71,19 +71,19 @@ def main() -> None:
 
 
 def synthesize(work: Path, preset: str) -> None:
-    from ernie_image_nf4.synthetic import synthesize
+    from ernie_image_nf4.quantization.synthetic import synthesize
 
     synthesize(work / ORIGINAL, preset=preset, progress=False)
 
 
 def quantize(work: Path, preset: str) -> None:
-    from ernie_image_nf4.quantize import quantize
+    from ernie_image_nf4.quantization.convert import quantize
 
     quantize(work / ORIGINAL, work / OURS, scale_search=False, default_keep=False, progress=False)
 
 
 def scale_search(work: Path, preset: str) -> None:
-    from ernie_image_nf4.quantize import quantize
+    from ernie_image_nf4.quantization.convert import quantize
 
     quantize(work / ORIGINAL, work / SEARCHED, default_keep=False, progress=False)
 
@@ -91,8 +91,8 @@ def scale_search(work: Path, preset: str) -> None:
 def conventional(work: Path, preset: str) -> None:
     import torch
 
-    from ernie_image_nf4.layout import QUANTIZED
-    from ernie_image_nf4.loading import _diffusers_nf4_on
+    from ernie_image_nf4.loading.pipeline import _diffusers_nf4_on
+    from ernie_image_nf4.repository.components import QUANTIZED
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     for component in QUANTIZED:
@@ -127,10 +127,9 @@ def measured(step: Callable[[Path, str], None], work: Path, preset: str) -> dict
     ``gpu_reserved_gib`` is PyTorch's; ``gpu_device_gib`` what the whole device had less than before.
     """
     import diffusers
+    import ernie_image_nf4.quantize  # noqa: F401
     import torch
     import transformers
-
-    import ernie_image_nf4.quantize  # noqa: F401
 
     # These are imported when they are first asked for, which would count as work.
     _ = diffusers.ErnieImageTransformer2DModel, transformers.Mistral3Model, transformers.Ministral3ForCausalLM
@@ -177,7 +176,7 @@ def peaks(gpu: bool) -> Iterator[dict[str, int]]:
 def machine() -> dict[str, Any]:
     import torch
 
-    from ernie_image_nf4.metadata import installed_versions
+    from ernie_image_nf4.repository.metadata import installed_versions
 
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -201,7 +200,7 @@ def compare(work: Path) -> dict[str, dict[str, Any]]:
     """Every stored tensor of the two ways, compared bit by bit, and the files as wholes."""
     from safetensors import safe_open
 
-    from ernie_image_nf4.layout import QUANTIZED
+    from ernie_image_nf4.repository.components import QUANTIZED
 
     result = {}
     for component in QUANTIZED:

@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no
 import torch
 from diffusers import ErnieImageTransformer2DModel
 
-from ernie_image_nf4 import benchmark, load
-from ernie_image_nf4.denoising import enable_fast_denoising
-from ernie_image_nf4.metadata import installed_versions
-from ernie_image_nf4.synthetic import STANDARD_DEVIATION
+from ernie_image_nf4 import load
+from ernie_image_nf4.benchmarking import run as benchmark
+from ernie_image_nf4.fast.transformer import enable_fast_denoising
+from ernie_image_nf4.quantization.synthetic import STANDARD_DEVIATION
+from ernie_image_nf4.repository.metadata import installed_versions
 
 CHECKOUT = Path(__file__).parents[1]
-FULL = CHECKOUT / "ernie_image_nf4" / "configs" / "full" / "transformer" / "config.json"
+FULL = CHECKOUT / "ernie_image_nf4" / "quantization" / "configs" / "full" / "transformer" / "config.json"
 
 
 def main() -> None:

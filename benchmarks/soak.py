@@ -22,8 +22,8 @@ import psutil
 import torch
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.generate import draw_and_save
-from ernie_image_nf4.metadata import installed_versions
+from ernie_image_nf4.generation.single import draw_and_save
+from ernie_image_nf4.repository.metadata import installed_versions
 
 PROMPTS = (
     "an orange cat on a wooden desk",

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ernie_image_nf4 import benchmark, benchmark_report
-from ernie_image_nf4.report import markdown_table
+from ernie_image_nf4.benchmarking import report as benchmark_report
+from ernie_image_nf4.benchmarking import run as benchmark
+from ernie_image_nf4.evaluation.report import markdown_table
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"

@@ -7,23 +7,26 @@
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
-from . import local_import
+from .upstream import local_import
 
 if TYPE_CHECKING:
-    from .batch import generate_batch
-    from .loading import load
-    from .quantize import quantize
-    from .verify import verify
+    from .generation.batch import generate_batch
+    from .loading.pipeline import load
+    from .quantization.convert import quantize
+    from .repository.integrity import verify
 
 __all__ = ["__version__", "generate_batch", "load", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # function -> module
-_PUBLIC = {"generate_batch": "batch", "load": "loading", "quantize": "quantize", "verify": "verify"}
+_PUBLIC = {
+    "generate_batch": "generation.batch",
+    "load": "loading.pipeline",
+    "quantize": "quantization.convert",
+    "verify": "repository.integrity",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -33,16 +36,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
-class _Package(types.ModuleType):
-    """This package, in which ``quantize`` and ``verify`` are always the functions.
-
-    Importing a submodule binds it as an attribute of its package, which would hide the function of the same name.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 local_import.install()

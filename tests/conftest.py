@@ -13,8 +13,8 @@ import torch
 from diffusers import ErnieImagePipeline
 
 from ernie_image_nf4 import cli, load
-from ernie_image_nf4.quantize import quantize
-from ernie_image_nf4.synthetic import synthesize
+from ernie_image_nf4.quantization.convert import quantize
+from ernie_image_nf4.quantization.synthetic import synthesize
 
 CHECKOUT = Path(__file__).parent.parent
 

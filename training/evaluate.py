@@ -21,8 +21,8 @@ import torch
 from diffusers import ErnieImagePipeline
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.layout import COMPONENTS
-from ernie_image_nf4.metadata import file_record, installed_versions
+from ernie_image_nf4.repository.components import COMPONENTS
+from ernie_image_nf4.repository.metadata import file_record, installed_versions
 
 from .classifier import SceneClassifier, accuracies, classify, evaluate, load_classifier
 from .scenes import BACKGROUNDS, OBJECTS, caption, load_sprites, sample_scene

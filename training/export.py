@@ -15,8 +15,8 @@ from pathlib import Path
 import diffusers
 
 from ernie_image_nf4 import quantize
-from ernie_image_nf4.layout import COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS
-from ernie_image_nf4.metadata import Recommended
+from ernie_image_nf4.repository.components import COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS
+from ernie_image_nf4.repository.metadata import Recommended
 
 from .scenes import caption, sample_scene
 

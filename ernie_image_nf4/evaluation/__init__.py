@@ -1,0 +1,1 @@
+"""How far pictures, predictions and weights are from an original's."""

@@ -1,0 +1,1 @@
+"""Faster code paths for the models of a pipeline."""

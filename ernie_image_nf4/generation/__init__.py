@@ -1,0 +1,1 @@
+"""Prompts become picture files that say how they were made."""

@@ -1,0 +1,1 @@
+"""An original repository becomes an NF4 repository."""

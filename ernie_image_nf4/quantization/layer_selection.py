@@ -1,0 +1,249 @@
+"""What becomes of each tensor of a component, decided on a model without storage before a weight is read.
+
+Which linear layers bitsandbytes replaces, under which names weights are saved and what the configs say are questions that
+diffusers and transformers answer themselves here, so that the result is what their ``from_pretrained`` with a quantization
+config, followed by ``save_pretrained``, would give.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from ..errors import InvalidRepository
+from ..repository import nf4_format as nf4
+from ..repository.components import Component
+from ..repository.metadata import Quantization
+from ..repository.resolve import is_quantized, weight_files
+from ..repository.safetensors_io import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
+
+QUANTIZATION = Quantization()
+# Linear layers that keep their precision unless that is asked not to be. final_linear makes a quarter of the error of the mini's
+# predictions with 0.02% of the full-size transformer's bytes (benchmarks/nf4_sensitivity.json). The other two cost 1.7% and made
+# no difference there.
+DEFAULT_KEEP = (
+    "transformer.final_linear",
+    "transformer.text_proj",
+    "transformer.time_embedding",
+)
+# Torch's device contexts and both libraries' loaders set global state and restore it: two threads at once would restore each
+# other's, and leave the process on the meta device.
+upstream_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What becomes of a quantized component.
+
+    Attributes:
+        model: The model without storage, its linear layers replaced and its config completed.
+        tensors: Name in the output -> where the source has it.
+        quantized: The names that become NF4; all others are copied.
+        kept_modules: Names of linear layers that were asked to stay in original precision.
+    """
+
+    model: torch.nn.Module
+    tensors: dict[str, StoredTensor]
+    quantized: frozenset[str]
+    kept_modules: list[str]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the output, NF4 settings at their largest possible size."""
+        specs = {}
+        for name, stored in self.tensors.items():
+            parts = {"": stored.spec}
+            if name in self.quantized:
+                parts = nf4.stored_specs(stored.spec.shape, DTYPES[stored.spec.dtype])
+            specs |= {name + suffix: spec for suffix, spec in parts.items()}
+        return specs
+
+
+def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -> WeightPlan:
+    """Decides which tensors of a component become NF4, and under which names all of them are saved.
+
+    Args:
+        source: Folder of the original repository. Of the component only configs and headers are read, and a tied weight that is
+            stored twice.
+        component: One that is to be quantized.
+        keep: Globs over full names of linear layers, as in `quantize.quantize`.
+
+    Raises:
+        InvalidRepository: It is quantized already, or a tensor is missing or has an unexpected shape or dtype.
+    """
+    folder = source / component.name
+    if is_quantized(source, component):
+        raise InvalidRepository(f"{folder} is quantized already: name the original repository instead.")
+    stored = find_tensors(weight_files(source, component))
+    dtype = _main_dtype(folder, stored)
+    model = skeleton(component, folder)
+    model = model.to(dtype) if component.library == "transformers" else model
+    state, names = model.state_dict(), saved_names(model)
+    for alias, key in tied_weights(model).items():
+        if {alias, names[key]} <= stored.keys() and not _same_values(stored[alias], stored[names[key]]):
+            names[alias] = alias  # from_pretrained doesn't tie them then, whatever the config says
+        elif alias in stored:
+            stored.setdefault(names[key], stored[alias])
+
+    tensors = {}
+    for key, name in names.items():
+        found = stored.get(name) or stored.get(key)
+        if found is None:
+            raise InvalidRepository(
+                f"{folder} has no tensor {name}, which {component.class_name} needs: download it again."
+            )
+        if found.spec.shape != tuple(state[key].shape):
+            raise InvalidRepository(
+                f"{found.file}: tensor {name} has shape {list(found.spec.shape)}, but {component.config} asks for "
+                f"{list(state[key].shape)}: download both again."
+            )
+        if state[key].is_floating_point() and DTYPES[found.spec.dtype] not in nf4.DTYPES:
+            raise InvalidRepository(
+                f"{found.file}: tensor {name} is {found.spec.dtype}: convert the source to BF16, F16 or F32 first."
+            )
+        tensors[name] = found
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    kept = [name for name in linear if any(matches(f"{component.name}.{name}", pattern) for pattern in keep)]
+    with upstream_lock:
+        replaced = _replace_linear_layers(model, component, dtype, kept)
+    return WeightPlan(model, tensors, frozenset(names[f"{name}.weight"] for name in replaced), kept)
+
+
+def skeleton(component: Component, folder: Path) -> torch.nn.Module:
+    """The model that a component's configs describe, on the meta device: names, shapes and configs without storage."""
+    if component.library == "diffusers":
+        model_class = getattr(diffusers, component.class_name)
+        with upstream_lock, torch.device("meta"), _without_warnings():
+            return model_class.from_config(model_class.load_config(folder))
+    model_class = getattr(transformers, component.class_name)
+    with upstream_lock, torch.device("meta"):
+        model = model_class(model_class.config_class.from_pretrained(folder))
+    if model.can_generate():
+        own = (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file()
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            folder, **({} if own else {"config_file_name": component.config, "_from_model_config": True})
+        )
+    return model
+
+
+def saved_names(model: torch.nn.Module, stored: Container[str] = ()) -> dict[str, str]:
+    """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out.
+
+    A key that is among `stored` names is taken as it is, as both libraries do: transformers is slow at finding another one.
+    """
+    tied = tied_weights(model)
+    names = {key: key for key in state_tensors(model) if key not in tied}
+    keys = [key for key in names if key not in stored]
+    if not keys or not isinstance(model, transformers.PreTrainedModel):
+        return names
+    # All in one call, because each looks through all conversions anew. Each stand-in's length is
+    # the number of its key.
+    numbered = {key: torch.empty(number, device="meta") for number, key in enumerate(keys)}
+    saved = revert_weight_conversion(model, numbered)
+    names |= {keys[len(tensor)]: name for name, tensor in saved.items()}
+    return names if len(set(names.values())) == len(names) else saved_names(model)
+
+
+def state_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What ``model.state_dict()`` has, before it is quantized: the tensors themselves, which is faster."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def save_configs(model: torch.nn.Module, folder: Path) -> None:
+    """Writes the config files that ``save_pretrained`` writes."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        model.save_config(folder)
+        return
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = model.dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob names a linear layer or a module above it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _replace_linear_layers(
+    model: torch.nn.Module, component: Component, dtype: torch.dtype, kept: Iterable[str]
+) -> list[str]:
+    """Has the library put bitsandbytes layers into the model and note it in the config; returns their names.
+
+    The layers to keep go into the config by their full names, which both libraries match from the start of a name. If
+    transformers gets such a list it no longer adds its own choice (output embeddings, tied weights), so that is put in here.
+    """
+    skip = list(kept)
+    if component.library == "diffusers":
+        quantizer_class, config_class = BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig
+    else:
+        quantizer_class, config_class = Bnb4BitHfQuantizer, transformers.BitsAndBytesConfig
+        skip = skip and Bnb4BitHfQuantizer.get_modules_to_not_convert(model, skip, add_default_skips=True)
+    config = config_class(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=QUANTIZATION.quant_type,
+        bnb_4bit_use_double_quant=QUANTIZATION.double_quantization,
+        bnb_4bit_compute_dtype=getattr(torch, QUANTIZATION.compute_dtype),
+        llm_int8_skip_modules=sorted(skip) or None,
+    )
+    quantizer = quantizer_class(config, pre_quantized=False)
+    quantizer.preprocess_model(model, config=model.config, dtype=dtype, device_map=None, keep_in_fp32_modules=[])
+    if component.library == "diffusers":
+        model.register_to_config(quantization_config=config)
+    else:
+        model.config.quantization_config = config
+    return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps diffusers from saying that it ignores config keys, which the published configs have and it saves all the same."""
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
+
+
+def tied_weights(model: torch.nn.Module) -> dict[str, str]:
+    """State dict key of a tied weight -> key of the weight that it shares."""
+    return dict(getattr(model, "all_tied_weights_keys", {}))
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    return one.spec == other.spec and all(
+        torch.equal(left, right) for left, right in zip(read_chunks(one), read_chunks(other), strict=True)
+    )
+
+
+def _main_dtype(folder: Path, stored: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most floating point values."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in stored.values():
+        dtype = DTYPES[tensor.spec.dtype]
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + tensor.spec.bytes // dtype.itemsize
+    if not counts:
+        raise InvalidRepository(f"{folder} has no floating point weights: name an original-precision repository.")
+    return max(counts, key=counts.__getitem__)

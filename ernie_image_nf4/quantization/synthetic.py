@@ -1,0 +1,187 @@
+"""The ERNIE-Image architecture with random weights: a complete original-precision repository, without the download.
+
+At full size it has the published configs and byte counts, so that every speed and memory figure can be made by anyone; at tiny
+size it serves the tests. It draws noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from math import prod
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tqdm import tqdm
+
+from ..errors import InvalidSettings
+from ..repository.components import COMPONENTS
+from ..repository.safetensors_io import DTYPE_NAMES, DTYPES, TensorSpec, TensorWriter
+from .layer_selection import saved_names, skeleton, tied_weights
+
+PRESETS = ("full", "tiny")
+DTYPE = torch.bfloat16
+STANDARD_DEVIATION = 0.02
+CHUNK = 1 << 25  # values drawn at a time: 128 MiB in float32
+SHARD_BYTES = 10_000_000_000  # diffusers' default limit, which splits the full transformer in two as the release does
+SHARDED = "transformer"
+
+# Special tokens fill the first twelve places, the padding token that of the published prompt enhancer config.
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", *(f"<reserved_{place}>" for place in range(3, 11)), "<pad>"]
+# Token limits: the pipeline lets the prompt enhancer generate as many new tokens as its tokenizer's.
+MODEL_MAX_LENGTH = {"full": {"tokenizer": 1024, "pe_tokenizer": 256}, "tiny": {"tokenizer": 64, "pe_tokenizer": 16}}
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- message["role"] + ": " + message["content"] + "\\n" }}
+{%- endfor %}
+{{- "Output:" }}"""
+CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# {name}
+
+The architecture of `baidu/ERNIE-Image` ({preset} size) with random weights, seed {seed}: for tests and measurements. It draws noise.
+"""
+
+
+def synthesize(
+    output: str | Path,
+    *,
+    preset: str = "full",
+    seed: int = 0,
+    shards: bool = True,
+    duplicate_lm_head: bool = True,
+    progress: bool = True,
+) -> Path:
+    """Writes an original-precision repository with random bfloat16 weights.
+
+    Linear, convolution and embedding weights are normal with standard deviation 0.02, drawn on the GPU if there is one. The
+    same seed gives the same weights on the same kind of device.
+
+    Args:
+        output: Folder to write, new or empty.
+        preset: ``"full"``, the published configs (31.6 GB), or ``"tiny"`` (3 MB).
+        seed: Non-negative seed of the weights.
+        shards: Whether to write the transformer in two shards with an index, as the release does.
+        duplicate_lm_head: Whether to store the tied ``lm_head`` of the prompt enhancer a second time, as the release does.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        InvalidSettings: There is no such preset, or the folder isn't empty.
+    """
+    output = Path(output)
+    if preset not in PRESETS:
+        raise InvalidSettings(f"There is no preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InvalidSettings(f"{output} is not an empty folder: name a new one.")
+    with as_file(files(__package__) / "configs" / preset) as configs:
+        shutil.copytree(configs, output, dirs_exist_ok=True)
+    for component in COMPONENTS:
+        folder = output / component.name
+        if component.weights:
+            model = skeleton(component, folder)
+            parts = _parts(tensor_specs(model, duplicate_lm_head), component.name == SHARDED and shards)
+            _write_weights(folder, component.weights, parts, tied_weights(model), seed, progress)
+        elif component.name in MODEL_MAX_LENGTH[preset]:
+            _tokenizer(MODEL_MAX_LENGTH[preset][component.name]).save_pretrained(folder)
+    card = CARD.format(name=output.resolve().name, preset=preset, seed=seed)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    return output
+
+
+def tensor_specs(model: torch.nn.Module, duplicate_lm_head: bool) -> dict[str, TensorSpec]:
+    """All tensors of a model by the name under which ``save_pretrained`` would write them."""
+    state, names = model.state_dict(), saved_names(model)
+    if duplicate_lm_head:
+        names |= {alias: alias for alias in tied_weights(model)}
+    dtypes = {key: DTYPE if tensor.is_floating_point() else tensor.dtype for key, tensor in state.items()}
+    return {name: TensorSpec(DTYPE_NAMES[dtypes[key]], tuple(state[key].shape)) for key, name in names.items()}
+
+
+def _parts(specs: dict[str, TensorSpec], shards: bool) -> list[dict[str, TensorSpec]]:
+    """The tensors of each file: all of them in one, or two files, the first filled up to the limit of a shard."""
+    if not shards:
+        return [specs]
+    limit = min(SHARD_BYTES, sum(spec.bytes for spec in specs.values()) * 5 // 8)
+    first, size = {}, 0
+    for name, spec in specs.items():
+        size += spec.bytes
+        if size > limit:
+            break
+        first[name] = spec
+    return [first, {name: spec for name, spec in specs.items() if name not in first}]
+
+
+def _write_weights(
+    folder: Path,
+    weights: str,
+    parts: list[dict[str, TensorSpec]],
+    aliases: dict[str, str],
+    seed: int,
+    progress: bool,
+) -> None:
+    """Writes the files of one component, and their index where there are several; `aliases` have the values of others."""
+    stem = weights.removesuffix(".safetensors")
+    shard_names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    names = shard_names if len(parts) > 1 else [weights]
+    total = sum(spec.bytes for part in parts for spec in part.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=not progress) as bar:
+        for file, part in zip(names, parts, strict=True):
+            with TensorWriter(folder / file, part) as writer:
+                for name in writer.names:
+                    writer.write(name, _random(f"{seed}/{folder.name}/{aliases.get(name, name)}", part[name]))
+                    bar.update(part[name].bytes)
+    if len(parts) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, part in zip(names, parts, strict=True) for name in part},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{weights}.index.json").write_text(text, encoding="utf-8")
+
+
+def _random(name: str, spec: TensorSpec) -> Iterator[torch.Tensor]:
+    """Random values for one tensor, in pieces; its name seeds them. Scales and variances are one, counters zero."""
+    dtype, count = DTYPES[spec.dtype], prod(spec.shape)
+    if len(spec.shape) < 2:
+        one = name.endswith(("weight", "running_var"))
+        yield torch.full((count,), 1 if one else 0, dtype=dtype)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device)
+    generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True))
+    for start in range(0, count, CHUNK):
+        piece = torch.empty(min(CHUNK, count - start), dtype=dtype, device=device)
+        yield piece.normal_(std=STANDARD_DEVIATION, generator=generator)
+
+
+def _tokenizer(model_max_length: int) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer: any text, one token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    bos = SPECIAL_TOKENS.index("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=model_max_length,
+        chat_template=CHAT_TEMPLATE,
+    )

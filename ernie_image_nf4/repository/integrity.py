@@ -1,0 +1,124 @@
+"""A repository against its ``quantization_metadata.json``, every byte as it was written, and against its own configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InvalidRepository
+from .components import COMPONENTS, METADATA, MODEL_INDEX, Component
+from .metadata import ComponentRecord, file_record, read_metadata
+from .resolve import check_component, component_class, read_model_index
+from .security import DOWNLOAD_AGAIN
+from .validation import structure_problems
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """What was found of one component.
+
+    Attributes:
+        name: Its folder.
+        summary: One line to print.
+        ok: Whether nothing is wrong with it.
+        problems: One line for each thing that is, naming the file.
+    """
+
+    name: str
+    summary: str
+    ok: bool
+    problems: list[str]
+
+
+def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) -> list[ComponentReport]:
+    """Reads every component file of a repository.
+
+    Where there is metadata, each file is compared with it. Then, and where there is none, weights are compared with their
+    configuration: every tensor there and none too many, each with its shape, dtype and whole quantization state, all values finite.
+
+    Args:
+        folder: The repository.
+        components: Those to look at.
+
+    Returns:
+        A report for each of them that the repository has.
+
+    Raises:
+        InvalidRepository: The folder can't be examined: it has no ``model_index.json`` (it isn't finished), or that or the metadata
+            can't be read.
+    """
+    folder = Path(folder)
+    index, metadata = read_model_index(folder), read_metadata(folder)
+    reports = []
+    for component in components:
+        record = metadata.components.get(component.name) if metadata else None
+        if record is None and component.optional and component_class(index, component) is None:
+            continue
+        problems = _recorded_problems(folder, index, component, record) if record else []
+        if metadata and not record:
+            problems.append(f"{METADATA} says nothing of {component.name}.")
+        if not problems:
+            problems = _own_problems(folder, index, component)
+        summary = _summary(component, record, problems)
+        reports.append(ComponentReport(component.name, summary, not problems, problems))
+    return reports
+
+
+def check_integrity(folder: Path, components: Sequence[Component]) -> None:
+    """`verify`, with an error instead of a report.
+
+    Raises:
+        InvalidRepository: Something is wrong. The message has the first problem and the number of all.
+    """
+    problems = [problem for report in verify(folder, components=components) for problem in report.problems]
+    if problems:
+        more = f" (and {len(problems) - 1} more, see `ernie-image-nf4 verify`)" if len(problems) > 1 else ""
+        raise InvalidRepository(f"{problems[0]}{more} {DOWNLOAD_AGAIN.capitalize()}.")
+
+
+def _recorded_problems(folder: Path, index: dict, component: Component, record: ComponentRecord) -> list[str]:
+    """Where the files of one component aren't as they were recorded."""
+    place = folder / component.name
+    problems = []
+    for name, expected in record.files.items():
+        path = place / name
+        if not path.is_file():
+            problems.append(f"{path} is missing.")
+        elif (size := path.stat().st_size) != expected.bytes:
+            problems.append(f"{path} has {size} bytes, expected {expected.bytes}.")
+        elif file_record(path) != expected:
+            problems.append(f"{path} was changed: its SHA-256 isn't the recorded one.")
+    found = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
+    problems += [
+        f"{path} isn't in {METADATA}." for path in found if path.relative_to(place).as_posix() not in record.files
+    ]
+    if component_class(index, component) != record.class_name:
+        problems.append(
+            f"{MODEL_INDEX} says {index.get(component.name)} of {component.name}, {METADATA} {record.class_name}."
+        )
+    return problems
+
+
+def _own_problems(folder: Path, index: dict, component: Component) -> list[str]:
+    """Where a component contradicts itself."""
+    if component_class(index, component) is None:
+        return [f"{MODEL_INDEX} has no line for {component.name}."]
+    try:
+        check_component(folder, index, component)
+        return structure_problems(folder, component, values=True)
+    except InvalidRepository as error:
+        return [str(error)]
+
+
+def _summary(component: Component, record: ComponentRecord | None, problems: list[str]) -> str:
+    if record is None:
+        state = f"{len(problems)} problems" if problems else "complete, no digests to compare"
+        return f"{component.name}: {component.class_name}, {state}"
+    kind = "NF4" if record.quantized else "original precision"
+    size = f"{record.bytes / 1e6:.1f} MB, " if record.bytes else ""
+    error = (
+        "" if record.relative_weight_error is None else f"relative weight error {record.relative_weight_error:.4f}, "
+    )
+    wrong = f"{len(problems)} of {len(record.files)} files wrong" if problems else f"{len(record.files)} files ok"
+    return f"{component.name}: {record.class_name}, {kind}, {size}{error}{wrong}"

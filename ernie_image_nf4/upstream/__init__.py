@@ -1,0 +1,1 @@
+"""What reaches into other libraries."""

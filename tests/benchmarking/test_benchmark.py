@@ -1,0 +1,208 @@
+"""The benchmark at tiny size on a CPU: every arm in its own process, figures that add up, a report with all of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from multiprocessing import get_all_start_methods
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import rounding
+from ernie_image_nf4.benchmarking.report import markdown, write_benchmark
+from ernie_image_nf4.benchmarking.run import (
+    ARMS,
+    PRELOADED,
+    Arm,
+    Workload,
+    _in_a_process,
+    _process_context,
+    benchmark,
+    choose_arms,
+    make_synthetic,
+    step_operations,
+    summary,
+)
+from ernie_image_nf4.cli.app import app
+from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.quantization import synthetic
+
+TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
+# The names of real arms, with options that a CPU has.
+CPU_ARMS = [
+    Arm("demo", "ours", {"fast": False, "dtype": "float32"}),
+    Arm("resident", "ours", {"memory": "resident", "dtype": "bfloat16"}),
+    Arm("original, CPU offload", "original"),
+]
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[dict]:
+    """Copies of the result while it grew."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(repository: Path, tmp_path_factory: pytest.TempPathFactory, steps: list[dict]) -> dict:
+    work = tmp_path_factory.mktemp("benchmark")
+    options = {"arms": CPU_ARMS, "workload": TINY, "device": "cpu", "growth": False}
+    return benchmark(repository, None, work, **options, on_progress=lambda result: steps.append(copy.deepcopy(result)))
+
+
+def arm(result: dict, name: str) -> dict:
+    return next(arm for arm in result["arms"] if arm["name"] == name)
+
+
+def test_every_arm_has_a_row_with_figures_or_with_the_reason_why_not(result):
+    assert [row["name"] for row in result["arms"]] == [each.name for each in CPU_ARMS]
+    assert "--original" in arm(result, "original, CPU offload")["error"]
+    for name in ("demo", "resident"):
+        assert "error" not in arm(result, name), arm(result, name)
+
+
+def test_the_figures_of_an_arm_add_up(result):
+    figures = arm(result, "resident")
+    pictures = figures["pictures"]
+    assert len(pictures) == TINY.pictures
+    assert figures["first_s"] == pictures[0]["seconds"]
+    later = sorted(picture["seconds"] for picture in pictures[1:])
+    assert figures["seconds"] == pytest.approx(sum(later) / 2)
+    assert figures["slowest_over_median"] == pytest.approx(later[-1] / figures["seconds"])
+    for picture in pictures:
+        assert 0 < picture["prompt_enhancer_s"] < picture["seconds"]
+        assert picture["step_ms"] / 1000 * (TINY.steps - 1) < picture["seconds"]
+    enhancing = sorted(picture["prompt_enhancer_s"] for picture in pictures[1:])
+    assert figures["prompt_enhancer_ms_per_token"] == pytest.approx(1000 * sum(enhancing) / 2 / TINY.tokens)
+    assert figures["large"]["size"] == 48
+
+
+def test_predictions_are_compared_with_the_demo(result):
+    assert 0 <= arm(result, "demo")["prediction_error"] < 1e-5  # float32, its batch reordered
+    assert 1e-4 < arm(result, "resident")["prediction_error"] < 0.1  # bfloat16
+
+
+def test_predictions_are_compared_with_float32(result):
+    assert result["float32"]["seconds"] > 0
+    assert arm(result, "demo")["prediction_error_to_float32"] < 1e-5  # itself float32 here
+    assert 1e-4 < arm(result, "resident")["prediction_error_to_float32"] < 0.1
+
+
+def test_rounding_is_measured_of_both_forward_passes():
+    exact = rounding.random_network(128)
+    assert len(exact.layers) == 36
+    errors = rounding.errors(exact, rounding.random_network(128).to(torch.bfloat16), size=32)
+    assert 1e-4 < errors["demo_to_float32"] < 0.1
+    assert errors["fast_to_float32"] == pytest.approx(errors["demo_to_float32"], rel=0.3)
+    assert 0 < errors["fast_to_demo"] < 2 * errors["demo_to_float32"]
+
+
+def test_without_float32_the_report_says_why(result):
+    arms = [{key: value for key, value in row.items() if "float32" not in key} for row in result["arms"]]
+    text = markdown(result | {"arms": arms, "float32": {"error": "OutOfMemoryError: 40 GiB"}})
+    assert "- predictions in float32: could not run, OutOfMemoryError: 40 GiB" in text
+    assert "| to float32 |" not in text
+    assert "| to float32 |" in markdown(result)
+
+
+def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_path: Path):
+    assert [len(step["arms"]) for step in steps] == [1, 2, 3, 3, 3, 3]  # arms, two loaded again, float32
+    assert steps[-1] == result
+    assert steps[1]["arms"][1]["prediction_error"] == arm(result, "resident")["prediction_error"]
+    for number, step in enumerate(steps):
+        files = {file.name: file for file in write_benchmark(step, tmp_path / str(number))}
+        assert json.loads(files["benchmark.json"].read_text())["machine"] == result["machine"]
+        assert "| demo |" in files["benchmark.md"].read_text()
+
+
+def test_the_report_has_all_arms(result, tmp_path: Path):
+    files = {file.name: file for file in write_benchmark(result, tmp_path / "report")}
+    assert set(files) == {"benchmark.json", "benchmark.md", "benchmark.png"}
+    assert json.loads(files["benchmark.json"].read_text())["workload"]["tokens"] == TINY.tokens
+    text = files["benchmark.md"].read_text()
+    assert f"| resident | {arm(result, 'resident')['load_s']:.1f} |" in text
+    assert "- original, CPU offload: could not run" in text
+    assert result["versions"]["torch"] in text
+
+
+def test_the_summary_takes_its_ratios_from_one_run():
+    large = {"step_ms": 100, "peak_reserved_gib": 7}
+    figures = {"seconds": 4.0, "step_ms": 50.0, "load_s": 2.0, "peak_reserved_gib": 8.0, "large": large}
+    demo = {"name": "demo", "seconds": 10.0, "load_s": 5.0, "large": {"step_ms": 400, "peak_reserved_gib": 14}}
+    compiled = {"name": "resident, compiled", "seconds": 3.0, "prediction_error": 0.00123456, "large": large}
+    headline = summary({"arms": [demo, {"name": "resident"} | figures, compiled, {"name": "stream", "error": "no"}]})
+    assert headline["h100.time_vs_demo.resident"] == 0.4
+    assert headline["h100.time_vs_demo.resident_compiled"] == 0.3
+    assert headline["h100.step_vs_demo.compiled_1024"] == 0.25
+    assert headline["h100.load_time_vs_demo"] == 0.4
+    assert headline["h100.prediction_error.resident_compiled"] == 0.001235
+    assert not any("stream" in key or "offload" in key for key in headline)
+
+
+def test_arms_are_chosen_by_name():
+    assert choose_arms([]) == list(ARMS)
+    assert [each.name for each in choose_arms(["stream", "sdnq-uint4"])] == ["stream", "sdnq-uint4"]
+    assert len(choose_arms([], peers=True)) > len(ARMS)
+    with pytest.raises(InvalidSettings, match="no arm 'swap': choose of demo; resident"):
+        choose_arms(["swap"])
+
+
+def test_operations_are_those_that_torch_counts():
+    class Config:
+        hidden_size, ffn_hidden_size, num_layers = 64, 192, 2
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows, tokens, width, inner = 3, 10, 64, 192
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(Config.num_layers):
+            x = torch.randn(rows, tokens, width)
+            for out in (width, width, width, width, inner, inner):
+                _ = x @ torch.randn(width, out)
+            _ = torch.randn(rows, tokens, inner) @ torch.randn(inner, width)
+            _ = torch.bmm(torch.bmm(x, x.transpose(1, 2)), x)
+    assert step_operations(Config, rows, tokens) == counter.get_total_flops()
+
+
+def test_the_command_needs_something_to_measure(tmp_path: Path):
+    outcome = CliRunner().invoke(app, ["benchmark", "--out-dir", str(tmp_path / "out")])
+    assert isinstance(outcome.exception, InvalidSettings)
+    assert "--synthetic" in str(outcome.exception)
+
+
+def test_growth_is_a_table(result):
+    grown = result | {
+        "growth": {
+            "tflop_per_s": 700.0,
+            "rows": [{"size": 512, "batch": 2, "step_ms": 1, "tflop": 3, "over_floor": 1.5}],
+        }
+    }
+    assert "| 512x512, 2 | 1.0 | 3.0 | 1.50 |" in markdown(grown)
+
+
+def test_synthetic_repositories_that_are_there_are_used_again(tmp_path, monkeypatch):
+    tiny = functools.partial(synthetic.synthesize, preset="tiny", progress=False)
+    monkeypatch.setattr(synthetic, "synthesize", tiny)
+    made = make_synthetic(tmp_path)
+    stamps = [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))]
+    assert make_synthetic(tmp_path) == made
+    assert [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))] == stamps
+
+
+@pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")
+def test_processes_are_forked_after_the_slow_imports():
+    context = _process_context("cpu")
+    assert context.get_start_method() == "forkserver"
+    imported = _in_a_process(
+        context, eval, "sorted(__import__('sys').modules)"
+    )  # nothing of this module is imported there
+    assert set(PRELOADED) <= set(imported)
+    assert "bitsandbytes" not in imported
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_processes_start_anew_where_forked_ones_cannot_use_the_device():
+    assert _process_context("cuda").get_start_method() == "spawn"

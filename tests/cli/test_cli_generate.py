@@ -1,0 +1,336 @@
+"""The command line: pictures that say how they were made, refusals before anything is loaded, one line for an error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKOUT
+from PIL import Image
+
+import ernie_image_nf4
+from ernie_image_nf4.generation.single import Settings, draw, initial_latents, output_paths
+from ernie_image_nf4.repository.metadata import read_metadata
+
+SMALL = ("--height", 32, "--width", 48, "--steps", 2, "--device", "cpu")
+
+
+@pytest.fixture
+def generate(command, repository, tmp_path):
+    """Runs ``generate`` on the tiny repository, into ``out.png`` of `tmp_path`."""
+
+    def run(prompt: str, *options: object):
+        return command("generate", prompt, "--model", repository, "-o", tmp_path / "out.png", *SMALL, *options)
+
+    return run
+
+
+def chunks(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        return dict(image.text)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+# Pictures
+
+
+def test_draws_a_png_that_says_how_it_was_made(generate, tmp_path):
+    result = generate("a cat", "--seed", 7, "--guidance", 3, "--negative", "dogs")
+    assert result.code == 0
+    assert pixels(tmp_path / "out.png").shape == (32, 48, 3)
+    text = chunks(tmp_path / "out.png")
+    assert text.pop("versions").startswith(f"torch {torch.__version__}, diffusers ")
+    assert text.pop("revised_prompt")
+    assert text == {
+        "prompt": "a cat",
+        "negative_prompt": "dogs",
+        "seed": "7",
+        "steps": "2",
+        "guidance_scale": "3.0",
+        "width": "48",
+        "height": "32",
+        "model": "ERNIE-Tiny-NF4",
+    }
+
+
+def test_says_what_it_made(generate, tmp_path):
+    out = generate("a cat", "--seed", 7).out
+    assert out.startswith("Revised prompt: ")
+    assert f"{tmp_path / 'out.png'}: 48x32, " in out
+    assert "seed 7" in out
+
+
+def test_prompts_in_any_script_survive_in_the_png(generate, tmp_path):
+    generate("一只橙色的小猫 🐱", "--no-pe", "--negative", "Ünschärfe")
+    text = chunks(tmp_path / "out.png")
+    assert (text["prompt"], text["negative_prompt"]) == ("一只橙色的小猫 🐱", "Ünschärfe")
+    assert "revised_prompt" not in text
+
+
+def test_a_seed_makes_the_whole_picture_repeatable(generate, tmp_path):
+    drawn = []
+    for seed in (3, 4, 3):
+        generate("a cat", "--seed", seed)
+        drawn.append((pixels(tmp_path / "out.png"), chunks(tmp_path / "out.png")["revised_prompt"]))
+    (first, first_prompt), (_, other_prompt), (again, again_prompt) = drawn
+    assert np.array_equal(first, again)
+    assert first_prompt == again_prompt != other_prompt
+
+
+def test_without_a_seed_it_takes_one_and_notes_it(generate, tmp_path):
+    seeds = set()
+    for _ in range(2):
+        out = generate("a cat", "--no-pe").out
+        seeds.add(chunks(tmp_path / "out.png")["seed"])
+        assert f"seed {chunks(tmp_path / 'out.png')['seed']}\n" in out
+    assert len(seeds) == 2
+
+
+def test_several_pictures_count_their_seeds_up(generate, tmp_path):
+    generate("a cat", "--seed", 5, "--count", 2, "--no-pe")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-1.png", "out-2.png"]
+    assert [chunks(tmp_path / f"out-{number}.png")["seed"] for number in (1, 2)] == ["5", "6"]
+    second = pixels(tmp_path / "out-2.png")
+    generate("a cat", "--seed", 6, "--no-pe")
+    assert np.array_equal(pixels(tmp_path / "out.png"), second)
+
+
+def test_names_of_many_pictures_sort_well():
+    assert [path.name for path in output_paths(Path("x/out.png"), 10)][::9] == ["out-01.png", "out-10.png"]
+
+
+def test_size_steps_and_guidance_default_to_what_the_repository_recommends(command, copy, repository, tmp_path):
+    metadata = (copy / "quantization_metadata.json").read_text()
+    recommended = read_metadata(repository).recommended
+    for old, new in (
+        (f'"height": {recommended.height}', '"height": 32'),
+        (f'"width": {recommended.width}', '"width": 64'),
+        (f'"num_inference_steps": {recommended.num_inference_steps}', '"num_inference_steps": 1'),
+        (f'"guidance_scale": {recommended.guidance_scale}', '"guidance_scale": 1.5'),
+    ):
+        assert old in metadata
+        metadata = metadata.replace(old, new)
+    (copy / "quantization_metadata.json").write_text(metadata)
+    command("generate", "a cat", "-m", copy, "-o", tmp_path / "out.png", "--device", "cpu", "--no-pe")
+    text = chunks(tmp_path / "out.png")
+    assert (text["height"], text["width"], text["steps"], text["guidance_scale"]) == ("32", "64", "1", "1.5")
+
+
+def test_a_file_that_is_there_is_replaced_and_nothing_else_is_left(generate, tmp_path):
+    (tmp_path / "out.png").write_text("old")
+    generate("a cat", "--no-pe")
+    assert pixels(tmp_path / "out.png").shape == (32, 48, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_drawing_leaves_the_global_random_state_alone(pipe):
+    state = torch.get_rng_state()
+    draw(pipe, Settings("a cat", "", 32, 32, 1, 1.0, seed=0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_seed_means_the_same_noise_in_every_dtype(pipe, repository):
+    settings = Settings("a cat", "", 32, 32, 1, 1.0, seed=0)
+    other = ernie_image_nf4.load(repository, device="cpu", dtype="bfloat16", prompt_enhancer=False)
+    assert torch.equal(initial_latents(other, settings), initial_latents(pipe, settings).to(torch.bfloat16))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--height", 100], "Height 100 is not a positive multiple of 16: try 96."),
+        (["--width", 24], "Width 24 is not a positive multiple of 16: try 32."),
+        (["--height", 0], "Height 0 is not a positive multiple of 16: try 16."),
+        (["--width", -16], "Width -16 is not a positive multiple of 16: try 16."),
+        (["--steps", 0], "0 is too few for steps: use 1 or more."),
+        (["--count", 0], "0 is too few for count: use 1 or more."),
+        (["--seed", -1], "Seed -1 is out of range"),
+        (["--guidance", "nan"], "Guidance nan is not a finite number"),
+        (["-o", "nowhere/out.png"], "Output folder nowhere doesn't exist"),
+        (["-o", "out.jpg"], "Output out.jpg is no .png file"),
+    ],
+)
+def test_settings_that_cannot_work(command, options, message):
+    result = command("generate", "a cat", "--model", "user/never-asked-for", *options)
+    assert result.code == 1
+    assert result.err.startswith(f"Error: {message}")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt(command, prompt):
+    result = command("generate", prompt, "--model", "user/never-asked-for")
+    assert (result.code, result.err) == (1, "Error: The prompt is empty: say what to draw.\n")
+
+
+def test_an_output_that_is_a_folder(command, tmp_path):
+    (tmp_path / "out.png").mkdir()
+    assert "is a folder" in command("generate", "a cat", "-o", tmp_path / "out.png").err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root can't write to")
+def test_an_output_folder_that_cannot_be_written_to(command):
+    result = command("generate", "a cat", "--model", "user/never-asked-for", "-o", "/proc/self/out.png")
+    assert result.code == 1
+    assert "Output folder /proc/self can't be written to" in result.err
+
+
+def test_a_model_that_does_not_exist(command, tmp_path):
+    result = command("generate", "a cat", "--model", tmp_path / "nowhere", "-o", tmp_path / "out.png")
+    assert result.code == 1
+    assert result.err.startswith("Error: There is no folder")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_where_there_is_none(command, tmp_path):
+    result = command(
+        "generate", "a cat", "--model", "user/never-asked-for", "--device", "cuda", "-o", tmp_path / "out.png"
+    )
+    assert result.code == 1
+    assert "'cuda' was asked for" in result.err
+
+
+def test_usage_errors_exit_with_two(command):
+    assert command("generate").code == 2
+    assert command("generate", "a cat", "--steps", "many").code == 2
+    assert command("paint").code == 2
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(monkeypatch, place):
+    arguments = ["info", "./nowhere"]
+    arguments.insert(0 if place == "before" else 2, "--debug")
+    monkeypatch.setattr(sys, "argv", ["ernie-image-nf4", *arguments])
+    with pytest.raises(ernie_image_nf4.errors.RepositoryNotFound):
+        ernie_image_nf4.cli.main()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a terminal's process has it: one started in the background ignores it, and so would the test, for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_leaves_no_half_picture(generate, tmp_path):
+    done = threading.Event()
+
+    def interrupt() -> None:
+        while not done.wait(5):  # again: torch can take the first for an error of its own
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        result = generate("a cat", "--steps", 1000000)
+    finally:
+        done.set()
+        thread.join()
+    assert result.code == 130
+    assert result.err.endswith("Interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+# The other commands
+
+
+def test_info_says_what_a_repository_holds(command, repository):
+    result = command("info", repository)
+    assert result.code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert lines["name"] == "ERNIE-Tiny-NF4"
+    assert lines["source"].startswith("ERNIE-Tiny")
+    assert lines["transformer"].startswith("ErnieImageTransformer2DModel, quantized, ")
+    assert lines["vae"].startswith("AutoencoderKLFlux2, unquantized, ")
+    assert lines["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert "guidance" in lines["recommended"]
+    assert lines["installed"].startswith("torch ")
+
+
+def test_info_without_weights_takes_sizes_from_the_metadata(command, copy):
+    full = command("info", copy).out
+    for weights in copy.rglob("*.safetensors"):
+        weights.unlink()
+    assert command("info", copy).out.replace(", not here", "") == full
+
+
+def test_verify_passes_on_what_quantize_wrote_and_names_a_changed_file(command, copy):
+    assert command("verify", copy).code == 0
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = command("verify", copy)
+    assert result.code == 1
+    assert f"  {weights}" in result.out
+
+
+def test_synthesize_and_quantize_make_a_repository(command, tmp_path):
+    assert command("synthesize", tmp_path / "original", "--preset", "tiny", "--quiet").code == 0
+    result = command("quantize", tmp_path / "original", tmp_path / "nf4", "--device", "cpu", "--quiet")
+    assert (result.code, result.out) == (0, f"Wrote {tmp_path / 'nf4'}\n")
+    assert command("verify", tmp_path / "nf4").code == 0
+
+
+# The package
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_needs_neither_torch_nor_diffusers():
+    code = """
+import sys
+sys.argv[1:] = ["--help"]
+from ernie_image_nf4.cli.app import main
+try:
+    main()
+finally:
+    print({"torch", "diffusers", "transformers"} & set(sys.modules))
+"""
+    lines = python(code).splitlines()
+    assert lines[-1] == "set()"
+    assert {"generate", "quantize", "verify", "synthesize", "info"} <= {line.split()[0] for line in lines if line}
+
+
+def test_public_functions_are_functions_in_any_import_order():
+    code = """
+import ernie_image_nf4.quantization, ernie_image_nf4.repository
+from ernie_image_nf4.repository.integrity import ComponentReport
+import ernie_image_nf4
+from ernie_image_nf4 import load, quantize, verify
+import ernie_image_nf4.quantization.convert
+for function in (load, quantize, verify, ernie_image_nf4.quantize, ernie_image_nf4.verify, ernie_image_nf4.load):
+    print(type(function).__name__, function.__name__)
+"""
+    names = ["load", "quantize", "verify", "quantize", "verify", "load"]
+    assert python(code).splitlines() == [f"function {name}" for name in names]
+
+
+def test_the_package_has_no_other_lazy_names():
+    assert isinstance(ernie_image_nf4.__version__, str)
+    with pytest.raises(AttributeError, match="has no attribute 'paint'"):
+        _ = ernie_image_nf4.paint
+
+
+def test_the_command_is_installed():
+    assert shutil.which("ernie-image-nf4", path=Path(sys.executable).parent)

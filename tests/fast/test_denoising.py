@@ -1,0 +1,371 @@
+"""The faster forward pass: upstream's result up to rounding, on a plain upstream transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ErnieImageTransformer2DModel
+from diffusers.hooks import apply_layerwise_casting
+
+from ernie_image_nf4 import load
+from ernie_image_nf4.benchmarking.run import largest_error, predictions
+from ernie_image_nf4.fast.cuda_graphs import forget_graph, is_undisturbed
+from ernie_image_nf4.fast.ops import elementwise as kernels
+from ernie_image_nf4.fast.transformer import (
+    disable_fast_denoising,
+    enable_fast_denoising,
+    predict,
+    several_pictures,
+)
+from ernie_image_nf4.repository.components import MODEL_INDEX
+
+CHECKOUT = Path(__file__).parents[2]
+
+CASES = [
+    pytest.param("cpu", torch.float32, 2e-6, id="cpu"),
+    pytest.param("cuda", torch.float32, 1e-5, id="cuda-float32", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, 1e-2, id="cuda-bfloat16", marks=pytest.mark.gpu),
+]
+
+
+def build(**options) -> ErnieImageTransformer2DModel:
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 96, "num_attention_heads": 3, "num_layers": 3, "ffn_hidden_size": 160, "in_channels": 8, "out_channels": 8,
+        "text_in_dim": 24, "rope_axes_dim": (8, 12, 12),
+    }  # fmt: skip
+    transformer = ErnieImageTransformer2DModel(**small | options)
+    for parameter in transformer.parameters():  # upstream starts its modulation and its end at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    return transformer.eval()
+
+
+def inputs(device: str, dtype: torch.dtype, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(len(lengths), max(lengths), 24, generator=generator)
+    for row, length in enumerate(lengths):
+        text[row, length:] = 0
+    return {
+        "hidden_states": torch.randn(len(lengths), 8, 8, 6, generator=generator).to(device, dtype),
+        "timestep": torch.full((len(lengths),), 700.0, device=device, dtype=dtype),
+        "text_bth": text.to(device, dtype),
+        "text_lens": torch.tensor(lengths, device=device),
+    }
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize("lengths", [(5, 5), (1, 9), (3,), (4, 1, 7)])
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2}])
+@torch.no_grad()
+def test_the_prediction_is_upstreams_up_to_rounding(device, dtype, tolerance, lengths, options):
+    transformer = build(**options).to(device, dtype)
+    arguments = inputs(device, dtype, lengths)
+    expected = transformer(**arguments).sample.float()
+    enable_fast_denoising(transformer)
+    got = transformer(**arguments)
+    assert torch.equal(transformer(**arguments, return_dict=False)[0], got.sample)
+    error = (got.sample.float() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize(("lengths", "count"), [((1, 1, 1, 9, 4, 6), 3), ((3, 3, 5, 8), 2), ((3, 7), 2)])
+@torch.no_grad()
+def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance, lengths, count):
+    transformer = build().to(device, dtype)
+    arguments = inputs(device, dtype, lengths)
+    expected = transformer(**arguments).sample.float()
+    enable_fast_denoising(transformer)
+    with several_pictures(transformer, count):
+        got = transformer(**arguments).sample
+    assert (got.float() - expected).norm() / expected.norm() < tolerance
+    again = transformer(**arguments).sample  # as rows that have nothing in common
+    assert (again.float() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [True, False])
+@torch.no_grad()
+def test_at_full_width_a_picture_is_upstreams_alone_and_among_others_to_the_last_bit(guidance):
+    transformer = build(
+        hidden_size=4096, num_attention_heads=32, num_layers=2, ffn_hidden_size=12288, in_channels=128, out_channels=128,
+        text_in_dim=3072, rope_axes_dim=(32, 48, 48),
+    ).to("cuda", torch.bfloat16)  # fmt: skip
+    for parameter in transformer.parameters():
+        parameter.data.mul_(0.1)
+    count, rows = 4, 2 if guidance else 1
+    lengths = [3] * count * (rows - 1) + [20, 90, 33, 150]
+    latents = torch.randn(count, 128, 32, 32, device="cuda", dtype=torch.bfloat16).repeat(rows, 1, 1, 1)
+    text = torch.randn(rows * count, max(lengths), 3072, device="cuda", dtype=torch.bfloat16)
+    for row, length in zip(text, lengths, strict=True):
+        row[length:] = 0
+    lengths = torch.tensor(lengths, device="cuda")
+
+    def predict_rows(part: slice) -> torch.Tensor:
+        longest = int(lengths[part].max())
+        timestep = torch.full((len(lengths[part]),), 700.0, device="cuda", dtype=torch.bfloat16)
+        texts = text[part, :longest].contiguous()
+        return transformer(latents[part].contiguous(), timestep, texts, lengths[part].clone(), return_dict=False)[0]
+
+    upstream = [predict_rows(slice(number, None, count)) for number in range(count)]
+    enable_fast_denoising(transformer)
+    with several_pictures(transformer, count):
+        together = predict_rows(slice(None))
+    for number in range(count):
+        alone = predict_rows(slice(number, None, count))
+        assert torch.equal(alone, upstream[number])
+        assert torch.equal(together[number::count], alone)
+
+
+def test_the_minis_predictions_in_bfloat16_are_upstreams_up_to_rounding():
+    if not (CHECKOUT / MODEL_INDEX).exists():
+        pytest.skip("this checkout holds no weights")
+    pipe = load(CHECKOUT, device="cpu", dtype="bfloat16", prompt_enhancer=False)
+    expected = predictions(pipe, 64, "cpu")["prediction"]
+    enable_fast_denoising(pipe.transformer)
+    assert largest_error(predictions(pipe, 64, "cpu")["prediction"], expected) < 1e-2
+
+
+@torch.no_grad()
+def test_it_runs_our_blocks_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
+    transformer, calls = build(), []
+    original = kernels.gelu_times
+    monkeypatch.setattr(kernels, "gelu_times", lambda *args: calls.append(1) or original(*args))
+    enable_fast_denoising(transformer)
+    transformer(**inputs("cpu", torch.float32, (2, 3)))
+    assert len(calls) == 3
+    disable_fast_denoising(transformer)
+    transformer(**inputs("cpu", torch.float32, (2, 3)))
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_what_is_kept_for_a_picture_is_not_taken_for_another():
+    transformer = build()
+    call = inputs("cpu", torch.float32, (2, 5))
+    larger = call | {"hidden_states": torch.randn(2, 8, 10, 6, generator=torch.Generator().manual_seed(3))}
+    other = call | {"text_lens": torch.tensor([5, 3])}
+    expected = [transformer(**each).sample for each in (call, larger, other)]
+    enable_fast_denoising(transformer)
+    for each, reference in zip((call, larger, call, other), (*expected[:2], expected[0], expected[2]), strict=True):
+        assert (transformer(**each).sample - reference).norm() / reference.norm() < 2e-6
+    call["text_lens"].copy_(other["text_lens"])  # in place
+    assert (transformer(**call).sample - expected[2]).norm() / expected[2].norm() < 2e-6
+
+
+def test_a_transformer_with_heads_of_another_size_is_left_alone():
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=72, num_attention_heads=3, num_layers=1, ffn_hidden_size=64, in_channels=8, out_channels=8, text_in_dim=24,
+        rope_axes_dim=(8, 8, 8),
+    )  # fmt: skip
+    enable_fast_denoising(transformer)
+    assert "forward" not in vars(transformer)
+
+
+def test_training_goes_through_upstream():
+    transformer = build()
+    arguments = inputs("cpu", torch.float32, (2, 3))
+    expected = transformer(**arguments).sample
+    enable_fast_denoising(transformer)
+    got = transformer(**arguments).sample
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert transformer.layers[0].mlp.gate_proj.weight.grad is not None
+
+
+@torch.no_grad()
+def test_blocks_are_compiled_once_for_all_sizes_and_lengths_of_prompts():
+    torch._dynamo.reset()  # what other models have compiled of the same code
+    transformer, lengths = build(), ((9, 9), (1, 9), (2, 9), (5, 9), (3, 12))
+    calls = [inputs("cpu", torch.float32, each) for each in lengths]
+    calls.append(calls[0] | {"hidden_states": torch.randn(2, 8, 12, 10, generator=torch.Generator().manual_seed(3))})
+    expected = [transformer(**call).sample for call in calls]
+    enable_fast_denoising(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for call, reference in zip(calls, expected, strict=True):
+            got = transformer(**call).sample
+            assert (got - reference).norm() / reference.norm() < 2e-6
+
+
+@torch.no_grad()
+def test_blocks_are_compiled_for_more_numbers_of_rows_than_torch_would():
+    torch._dynamo.reset()
+    transformer = build()
+    calls = [inputs("cpu", torch.float32, (1,) * count + (3, 5, 8, 2, 9, 4, 7, 6)[:count]) for count in range(1, 9)]
+    counts = [*range(1, 9), 1, 3, 5, 7]  # pictures, with guidance and without
+    calls += [inputs("cpu", torch.float32, (3, 5, 8, 2, 9, 4, 7)[:count]) for count in counts[8:]]
+    expected = [transformer(**call).sample for call in calls]
+    enable_fast_denoising(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    for call, count, reference in zip(calls, counts, expected, strict=True):
+        with several_pictures(transformer, count):
+            got = transformer(**call).sample
+        assert (got - reference).norm() / reference.norm() < 2e-6
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_compiled_blocks_give_the_same_on_a_gpu():
+    torch._dynamo.reset()
+    transformer = build().to("cuda", torch.bfloat16)
+    calls = [inputs("cuda", torch.bfloat16, lengths) for lengths in ((1, 9), (2, 9), (5, 9))]
+    expected = [transformer(**call).sample.float() for call in calls]
+    enable_fast_denoising(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for call, reference in zip(calls, expected, strict=True):
+            error = (transformer(**call).sample.float() - reference).norm() / reference.norm()
+            assert error < 1e-2
+
+
+WIDTHS = [(160, 32), (384, 64), (4096, 128)]  # torch adds rows of up to 128 values in yet another order
+
+
+def kernel_inputs(dtype: torch.dtype, width: int, head: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        "x": (2, 700, width),
+        "branch": (2, 700, width),
+        "weight": (width,),
+        "modulation": (2, 3 * width),
+        "heads": (2, 700, width // head, head),
+        "angles": (2, 700, head),
+    }
+    return {name: torch.randn(shape, generator=generator).cuda().to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "head"), WIDTHS)
+def test_triton_kernels_give_what_torch_does(
+    dtype: torch.dtype, width: int, head: int, monkeypatch: pytest.MonkeyPatch
+):
+    t = kernel_inputs(dtype, width, head)
+    scale, shift, gate = t["modulation"].chunk(3, -1)
+    packed, rows = t["x"].flatten(0, 1)[:200].unsqueeze(0), torch.tensor([0] * 80 + [1] * 120, device="cuda")
+    calls = [
+        lambda: kernels.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
+        lambda: kernels.rms_norm(t["x"], t["weight"], 1e-6),
+        lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
+        lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[0],
+        lambda: kernels.gated_add(t["x"], t["branch"], gate),
+        lambda: kernels.modulated_norm(packed, t["weight"], scale, shift, 1e-6, rows),
+        lambda: kernels.gated_add_norm(packed, packed + 1, gate, t["weight"], scale, shift, 1e-6, rows)[1],
+        lambda: kernels.gated_add(packed, packed + 1, gate, rows),
+        lambda: kernels.norm_rotary(t["heads"], t["weight"][:head], t["angles"].cos(), t["angles"].sin(), 1e-6),
+        lambda: kernels.gelu_times(t["x"], t["branch"]),
+    ]
+    assert kernels.fused(t["x"])
+    fused = [call() for call in calls]
+    monkeypatch.setattr(kernels, "fused", lambda x: None)
+    for number, (call, result) in enumerate(zip(calls, fused, strict=True)):
+        if dtype == torch.float32:  # where torch's kernels fuse products and sums as they like
+            assert (result - call()).norm() / call().norm() < 1e-6, number
+        else:  # to the last bit: each difference in one grows from block to block
+            assert torch.equal(result, call()), number
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_is_torchs_for_every_value_there_is(dtype: torch.dtype):
+    values = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    assert torch.equal(kernels.gelu_times(values, torch.ones_like(values)), torch.nn.functional.gelu(values))
+
+
+# The step as a CUDA graph
+
+
+def test_hooks_and_adapters_keep_steps_from_being_captured():
+    assert is_undisturbed(build())
+    hooked = build()
+    hooked.layers[1].register_forward_hook(lambda *args: None)
+    assert not is_undisturbed(hooked)
+    cast = build()
+    apply_layerwise_casting(cast, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert not is_undisturbed(cast)
+    adapted = build()
+    adapted.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["to_q"]))
+    assert not is_undisturbed(adapted)
+
+
+def steps(transformer: ErnieImageTransformer2DModel, call: dict[str, torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Predictions of several steps of a picture: other latents and timesteps, the same text."""
+    return [
+        transformer(
+            **call | {"hidden_states": call["hidden_states"] * (1 + n), "timestep": call["timestep"] - n}
+        ).sample
+        for n in range(count)
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@torch.no_grad()
+def test_captured_steps_are_the_same_to_the_last_bit(compile):
+    transformer = build().to("cuda", torch.bfloat16)
+    enable_fast_denoising(transformer)
+    calls = [inputs("cuda", torch.bfloat16, lengths) for lengths in ((1, 9), (3, 9))]
+    expected = [steps(transformer, call, 4) for call in calls]
+    enable_fast_denoising(transformer, graph=True)
+    if compile:
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    graphs = set()
+    for call, pictures in zip(calls, expected, strict=True):
+        for got, reference in zip(steps(transformer, call, 4), pictures, strict=True):
+            assert torch.equal(got, reference)
+        graphs.add(transformer._step_graph.graph)
+    assert None not in graphs
+    assert len(graphs) == 2  # one a picture
+
+
+@pytest.fixture
+def captured() -> ErnieImageTransformer2DModel:
+    """One on the GPU whose steps are captured."""
+    transformer = build().to("cuda", torch.bfloat16)
+    enable_fast_denoising(transformer, graph=True)
+    return transformer
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_is_captured_once_a_picture_and_its_memory_given_back(captured):
+    transformer, call = captured, inputs("cuda", torch.bfloat16, (1, 9))
+    steps(transformer, call, 3)
+    forget_graph(transformer)  # as decoding a preview does
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    steps(transformer, call, 3)
+    assert transformer._step_graph.graph is None
+    for number in range(3):
+        steps(transformer, inputs("cuda", torch.bfloat16, (2 + number, 9)), 3)
+        assert transformer._step_graph.graph is not None
+    forget_graph(transformer)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured_goes_through_python(captured):
+    transformer, call = captured, inputs("cuda", torch.bfloat16, (1, 9))
+    expected = steps(transformer, call, 1)[0]
+    norm = transformer.layers[0].adaLN_sa_ln.weight
+    transformer._step_graph.step = lambda *arguments: (norm.sum().item(), predict(*arguments))[1]  # waits for the GPU
+    stream = torch.cuda.current_stream()
+    for got in (transformer(**call).sample, transformer(**call).sample):
+        assert torch.equal(got, expected)
+    assert transformer._step_graph.graph is None
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.manual_seed(3)
+    drawn = torch.rand(5, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(torch.rand(5, device="cuda"), drawn)
+    transformer._step_graph.failed = False
+    transformer._step_graph.step = predict
+    for got in steps(transformer, inputs("cuda", torch.bfloat16, (1, 9)), 3)[:1]:
+        assert torch.equal(got, expected)
+    assert transformer._step_graph.graph is not None

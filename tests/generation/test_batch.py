@@ -1,0 +1,588 @@
+"""Many prompts: pictures that depend on their row alone, a manifest to go on from, and failures that stay where they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import CHECKOUT
+from PIL import Image
+
+from ernie_image_nf4 import generate_batch, load
+from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.fast.prompt_enhancer import Decoder, enable_fast_decoding
+from ernie_image_nf4.generation import batch
+from ernie_image_nf4.generation.batch import (
+    MANIFEST,
+    MAX_BATCH,
+    Picture,
+    Record,
+    append,
+    choose_batch_size,
+    choose_writers,
+    dealt,
+    enhance,
+    enhance_all,
+    groups,
+    merge_manifests,
+    plan_pictures,
+    process_device,
+    read_manifest,
+    save_contact_sheet,
+    slug,
+    to_json,
+)
+from ernie_image_nf4.generation.prompt_file import Row
+from ernie_image_nf4.generation.single import Settings, draw, save_png
+from ernie_image_nf4.memory.offload import enable_offload
+from ernie_image_nf4.memory.placement import GIB
+from ernie_image_nf4.memory.tensor_arena import HostWeights
+
+DEFAULTS = Settings("", "", 32, 32, 2, 3.0, seed=0)
+ROWS = [
+    Row("a cat on a wooden desk"),
+    Row("一只橙色的小猫坐在木桌上", seed=7),
+    Row("a fox in the snow", width=48, name="fox"),
+    Row("two dogs", negative="cats", seed=3),
+    Row("一朵红花", guidance=1.0),
+    Row("a very long prompt that goes on and on about a lighthouse", steps=1),
+]
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that has the pipeline already")
+
+
+def run(pipe, folder: Path, rows=ROWS, **options) -> list[Record]:
+    return list(generate_batch(pipe, rows, folder, height=32, width=32, steps=2, guidance=3.0, **options))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.png")}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@contextmanager
+def broken(pipe, break_it):
+    """`break_it` sees what goes into the transformer, (batch, channels, height, width), and may raise."""
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, __, options: break_it(options["hidden_states"]), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, tmp_path_factory) -> Path:
+    """All rows, drawn in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(pipe, folder)
+    return folder
+
+
+# Pictures
+
+
+def test_each_picture_is_what_single_mode_draws_to_the_byte(pipe, whole, tmp_path):
+    for picture in plan_pictures(ROWS, DEFAULTS):
+        save_png(draw(pipe, picture.settings), tmp_path / picture.file, model="ERNIE-Tiny-NF4")
+    assert digests(tmp_path) == digests(whole)
+
+
+def test_names_are_numbered_and_readable(whole):
+    assert sorted(digests(whole)) == [
+        "0001-a-cat-on-a-wooden-desk.png",
+        "0002-一只橙色的小猫坐在木桌上.png",
+        "0003-fox.png",
+        "0004-two-dogs.png",
+        "0005-一朵红花.png",
+        "0006-a-very-long-prompt-that-goes-on-and-on.png",
+    ]
+
+
+def test_the_manifest_has_a_record_of_each_picture(whole):
+    records = read_manifest(whole / MANIFEST)
+    assert {record.file: record.sha256 for record in records} == digests(whole)
+    assert [record.settings for record in records] == [picture.settings for picture in plan_pictures(ROWS, DEFAULTS)]
+    assert all(record.revised_prompt and record.seconds > 0 and record.error is None for record in records)
+    assert sorted(path.name for path in whole.iterdir()) == sorted([*digests(whole), MANIFEST])
+
+
+def test_a_line_of_the_manifest_is_flat(whole):
+    line = json.loads((whole / MANIFEST).read_text(encoding="utf-8").splitlines()[1])
+    assert list(line) == [
+        "file", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "seed", "use_pe", "model",
+        "revised_prompt", "seconds", "batch_size", "sha256", "fp8", "error",
+    ]  # fmt: skip
+    assert (line["prompt"], line["seed"], line["model"]) == ("一只橙色的小猫坐在木桌上", 7, "ERNIE-Tiny-NF4")
+
+
+def test_order_and_company_make_no_difference(pipe, whole, tmp_path):
+    run(pipe, tmp_path, ROWS[:0:-1])
+    assert set(digests(tmp_path).values()) == set(digests(whole).values()) - {
+        digests(whole)["0001-a-cat-on-a-wooden-desk.png"]
+    }
+
+
+def test_larger_batches_differ_by_rounding_only(pipe, whole, tmp_path):
+    sizes = {record.file[:4]: record.batch_size for record in run(pipe, tmp_path, batch_size=4)}
+    assert sizes == {"0001": 3, "0002": 3, "0004": 3, "0003": 1, "0005": 1, "0006": 1}
+    prompts = [record.revised_prompt for record in read_manifest(tmp_path / MANIFEST)]
+    assert prompts == [record.revised_prompt for record in read_manifest(whole / MANIFEST)]
+    for name in digests(whole):
+        assert np.abs(pixels(tmp_path / name) - pixels(whole / name)).max() <= 1
+
+
+def test_several_pictures_a_row_count_their_seeds_up(pipe, tmp_path):
+    records = run(pipe, tmp_path, [Row("a cat", seed=5), Row("a dog")], count=2, seed=1, use_pe=False)
+    assert [(record.file, record.settings.seed) for record in records] == [
+        ("0001-a-cat.png", 5), ("0002-a-cat.png", 6), ("0003-a-dog.png", 1), ("0004-a-dog.png", 2),
+    ]  # fmt: skip
+    assert {record.revised_prompt for record in records} == {None}
+
+
+def test_the_pipeline_and_torch_are_left_as_they_were(pipe, tmp_path):
+    state, attributes, meanwhile = torch.get_rng_state(), set(vars(pipe)), set()
+    torch.set_num_threads(2)
+    try:
+        with broken(pipe, lambda _: meanwhile.add(torch.get_num_threads())):
+            run(pipe, tmp_path, ROWS[:1])
+        assert (meanwhile, torch.get_num_threads()) == ({1}, 2)  # threads would change how sums are rounded
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(vars(pipe)) - attributes <= {"_progress_bar_config", "_guidance_scale"}
+    assert not pipe._progress_bar_config.get("disable")
+
+
+def test_a_contact_sheet_shows_every_picture(whole):
+    path = save_contact_sheet(whole)
+    try:
+        assert pixels(path).shape == (2 * 256, 3 * 256, 3)
+        assert len({pixels(path)[y : y + 256, x : x + 256].sum() for y in (0, 256) for x in (0, 256, 512)}) == 6
+    finally:
+        path.unlink()
+
+
+# Going on
+
+
+def test_what_is_finished_is_not_drawn_again(pipe, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("*.png")}
+    assert run(pipe, whole) == []
+    assert {path: path.stat().st_mtime_ns for path in whole.glob("*.png")} == before
+
+
+def test_broken_missing_and_changed_ones_are(pipe, whole, tmp_path):
+    run(pipe, tmp_path, ROWS[:4])
+    broken_one, missing, *_ = sorted(tmp_path.glob("*.png"))
+    broken_one.write_bytes(broken_one.read_bytes()[:-1])
+    missing.unlink()
+    changed = [*ROWS[:3], Row("two dogs", negative="cats", seed=4)]
+    assert [record.file[:4] for record in run(pipe, tmp_path, changed)] == ["0001", "0002", "0004"]
+    assert run(pipe, tmp_path, changed) == []
+    assert digests(tmp_path).items() ^ {k: v for k, v in digests(whole).items() if k[:4] < "0005"}.items() == {
+        ("0004-two-dogs.png", digests(folder)["0004-two-dogs.png"]) for folder in (tmp_path, whole)
+    }
+
+
+def test_a_manifest_cut_short_costs_its_last_line(pipe, whole, tmp_path):
+    run(pipe, tmp_path)
+    text = (tmp_path / MANIFEST).read_bytes()
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / "manifest.3.jsonl").write_bytes(text[:-20])
+    (tmp_path / ".0001-a.png.123.tmp").write_text("half a picture")
+    assert [record.file[:4] for record in run(pipe, tmp_path)] == ["0006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*digests(whole), MANIFEST])
+
+
+def test_a_manifest_of_another_kind_is_left_alone(pipe, tmp_path):
+    (tmp_path / MANIFEST).write_text('{"name": "somebody else\'s"}\n')
+    with pytest.raises(InvalidSettings, match="line 1 is no record of a picture: move the file away"):
+        run(pipe, tmp_path)
+    assert (tmp_path / MANIFEST).read_text() == '{"name": "somebody else\'s"}\n'
+
+
+def test_manifests_of_several_processes_become_one(tmp_path):
+    records = [Record(f"000{number}.png", "mini", DEFAULTS, sha256=str(number)) for number in range(4)]
+    for record in records[::-1]:
+        append(tmp_path / f"manifest.{int(record.sha256) % 2}.jsonl", record)
+    append(tmp_path / "manifest.1.jsonl", Record("0003.png", "mini", DEFAULTS, error="bad luck"))
+    merge_manifests(tmp_path)
+    failed = Record("0003.png", "mini", DEFAULTS, error="bad luck")
+    assert read_manifest(tmp_path / MANIFEST) == [*records[:3], failed]
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+    merge_manifests(tmp_path, failed=False)
+    assert (tmp_path / MANIFEST).read_text() == "".join(f"{to_json(record)}\n" for record in records[:3])
+
+
+# What fails
+
+
+def test_a_picture_that_cannot_be_written_is_recorded_and_the_rest_goes_on(pipe, whole, tmp_path):
+    (tmp_path / "0002-一只橙色的小猫坐在木桌上.png").mkdir()
+    records = {record.file[:4]: record for record in run(pipe, tmp_path)}
+    assert "could not be written" in records["0002"].error
+    assert records["0002"].sha256 is None
+    (tmp_path / "0002-一只橙色的小猫坐在木桌上.png").rmdir()
+    assert digests(tmp_path).items() < digests(whole).items()
+    assert [record.file[:4] for record in run(pipe, tmp_path)] == ["0002"]
+    assert digests(tmp_path) == digests(whole)
+
+
+def test_a_picture_that_cannot_be_drawn_spoils_no_other_of_its_batch(pipe, tmp_path):
+    noise = torch.randn((pipe.transformer.config.in_channels, 2, 2), generator=torch.Generator().manual_seed(7))
+
+    def fail(latents):
+        if any(torch.equal(one, noise.to(one.dtype)) for one in latents):
+            raise ValueError("seven is unlucky")
+
+    with broken(pipe, fail):
+        records = run(pipe, tmp_path, [Row("a", seed=6), Row("b", seed=7), Row("c", seed=8)], batch_size=3)
+    assert [(record.file, record.error) for record in records] == [
+        ("0001-a.png", None), ("0002-b.png", "ValueError: seven is unlucky"), ("0003-c.png", None),
+    ]  # fmt: skip
+
+
+def test_out_of_memory_halves_the_batch(pipe, tmp_path):
+    tried = []
+
+    def fail(latents):
+        tried.append(len(latents))
+        if len(latents) > 4:  # with guidance, two pictures
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    rows = [Row("a cat", seed=seed) for seed in range(12)]
+    with broken(pipe, fail):
+        records = run(pipe, tmp_path, rows, batch_size=8, use_pe=False)
+    assert {(record.batch_size, record.error) for record in records} == {(2, None)}
+    assert tried == [16, 8] + [4] * 2 * 2 + [8] + [4] * 2 * 2 + [4] * 2 * 2
+
+
+def test_a_picture_too_large_says_what_to_do(pipe, tmp_path):
+    def fail(latents):
+        if latents.shape[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with broken(pipe, fail):
+        small, large = run(pipe, tmp_path, [Row("small"), Row("large", width=48)], batch_size=2)
+    assert small.error is None
+    assert large.error.startswith("The memory of cpu ran out at 48x32: draw a smaller size")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "0 is too few for the batch size"),
+        ({"seed": 2**63 - 1, "count": 2}, "is out of range"),
+        ({"rows": [Row("a", seed=2**63 - 1)], "count": 2}, "is out of range"),
+        ({"rows": [Row("a"), Row("b", height=100)]}, "Row 2, height: Height 100 is not"),
+        ({"rows": [Row("a", name="x"), Row("b", name="X")]}, "Row 2, name: 'X' was used before"),
+    ],
+)
+def test_rows_and_settings_that_cannot_work(pipe, tmp_path, options, message):
+    with pytest.raises(InvalidSettings, match=message):
+        generate_batch(pipe, options.pop("rows", ROWS), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(pipe, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InvalidSettings, match="can't be made"):
+        generate_batch(pipe, ROWS, tmp_path / "out")
+
+
+# Decisions
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("An Orange  cat, on_a desk!", "an-orange-cat-on-a-desk"),
+        ("一只橙色的小猫,坐在木桌上", "一只橙色的小猫-坐在木桌上"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("🐱", ""),
+        ("word " * 20, "word-word-word-word-word-word-word-word"),
+        ("字" * 50, "字" * 40),
+    ],
+)
+def test_slugs(prompt, expected):
+    assert slug(prompt) == expected
+
+
+def test_a_prompt_without_words_leaves_the_number():
+    assert [picture.file for picture in plan_pictures([Row("🐱")], DEFAULTS)] == ["0001.png"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("memory", ["resident", pytest.param("offload", marks=pytest.mark.gpu)])
+def test_texts_written_together_are_those_of_single_mode(repository, monkeypatch, device, memory):
+    if device == "cpu" and memory != "resident":
+        pytest.skip("a CPU has no offloading")
+    pipe = load(repository, device=device, memory=memory)
+    if device == "cpu":
+        enable_fast_decoding(pipe.pe)
+    rows = [Row("a cat", seed=3), Row("一只猫", seed=4), Row("a dog", seed=3), Row("a very long prompt " * 9, seed=9)]
+    settings = [
+        picture.settings for picture in plan_pictures(rows, Settings("", "", 64, 64, 1, 1.0, seed=0, use_pe=True))
+    ]
+    settings.insert(2, replace(settings[0], use_pe=False))
+    expected = [enhance(pipe, each) for each in settings]
+    calls, together = [], Decoder.generate_together
+    monkeypatch.setattr(Decoder, "generate_together", lambda *args: calls.append(args) or together(*args))
+    monkeypatch.setattr(batch, "find_writers", lambda pipe: 3)
+    assert enhance_all(pipe, settings) == expected
+    assert expected[2] is None
+    assert len(set(expected)) == len(expected)
+    assert [len(requests) for _, requests, _, _ in calls] == [4]
+
+
+def test_texts_are_written_one_by_one_where_several_take_too_much_memory(repository, monkeypatch):
+    pipe = load(repository, device="cpu")
+    enable_fast_decoding(pipe.pe)
+    settings = [Settings("a cat", "", 64, 64, 1, 1.0, seed=seed, use_pe=True) for seed in range(2)]
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(batch, "find_writers", lambda pipe: 2)
+    monkeypatch.setattr(Decoder, "generate_together", out_of_memory)
+    assert enhance_all(pipe, settings) == [enhance(pipe, each) for each in settings]
+
+
+@pytest.mark.parametrize(("free_gib", "count"), [(0.5, 1), (1.9, 1), (2.2, 2), (80, 4)])
+def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
+    assert choose_writers(free_gib * GIB) == count
+    assert choose_writers(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "free", "expected"),
+    [
+        (512, None, 1),
+        (512, 60 * GIB, MAX_BATCH),
+        (512, 3 * GIB, 4),
+        (1024, 6 * GIB, 2),
+        (1024, 1 * GIB, 1),
+        (512, 0, 1),
+    ],
+)
+def test_a_batch_fits_the_memory(side, free, expected):
+    assert choose_batch_size(side * side, free) == expected
+
+
+def shaped(number: int, height: int) -> Picture:
+    return Picture(f"{number}.png", Settings("", "", height, 32, 1, 1.0, seed=number))
+
+
+def test_batches_are_of_one_shape_and_groups_of_several_batches():
+    pictures = [shaped(number, 32 if number % 3 else 16) for number in range(10)]
+    found = [[[p.file[0] for p in batch] for batch in group] for group in groups(pictures, lambda _: 2, least=4)]
+    assert found == [[["0", "3"], ["6", "9"]], [["1", "2"], ["4", "5"]], [["7", "8"]]]
+
+
+def test_every_process_gets_its_share_of_each_size():
+    order = dealt([shaped(number, 16 if number < 5 else 32) for number in range(10)], 2)
+    assert [picture.settings.height for picture in order[:5]] == [16, 16, 16, 32, 32]
+    assert [picture.settings.height for picture in order[5:]] == [16, 16, 32, 32, 32]
+
+
+def test_one_process_draws_on_the_device_that_was_asked_for():
+    assert process_device("cpu") == "cpu"
+
+
+# The command
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{key: value for key, value in vars(row).items() if value is not None} for row in ROWS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+OPTIONS = ("--height", 32, "--width", 32, "--guidance", 3, "--device", "cpu")
+
+
+def test_the_command_draws_a_file_of_prompts(command, repository, prompts, whole, tmp_path):
+    options = ("--prompts-file", prompts, "--out-dir", tmp_path / "out", "-m", repository, *OPTIONS, "--steps", 2)
+    result = command("generate", *options, "--contact-sheet")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'out'}: 6 pictures, 0 failed, see manifest.jsonl\n")
+    assert digests(tmp_path / "out").items() > digests(whole).items()
+    assert (tmp_path / "out" / "contact-sheet.png").exists()
+    (tmp_path / "out" / "0003-fox.png").unlink()
+    (tmp_path / "out" / "0003-fox.png").mkdir()
+    result = command("generate", *options)
+    assert (result.code, result.out) == (1, f"{tmp_path / 'out'}: 5 pictures, 1 failed, see manifest.jsonl\n")
+    assert "  0003-fox.png: " in result.err
+
+
+def test_usage_errors_exit_with_two(command, prompts, tmp_path):
+    assert command("generate", "a cat", "--prompts-file", prompts, "--out-dir", tmp_path).code == 2
+    assert command("generate", "--prompts-file", prompts).code == 2
+    assert command("generate", "a cat", "--out-dir", tmp_path).code == 2
+
+
+# Several processes
+
+
+def forked(target, *arguments, rank: int | None = None, port: int | None = None) -> multiprocessing.Process:
+    """A process that has the pipeline already, and that accelerate takes for one of two if it has a rank."""
+
+    def work():
+        if rank is not None:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+            PartialState._reset_state()
+        target(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+@needs_fork
+def test_killed_at_any_moment_it_goes_on_and_draws_nothing_twice(pipe, whole, tmp_path):
+    for seed in range(4):
+        process = forked(run, pipe, tmp_path)
+        time.sleep(random.Random(seed).uniform(0, 0.6))
+        process.kill()
+        process.join()
+        lines = [line for part in tmp_path.glob("manifest*.jsonl") for line in read_manifest(part, unfinished=True)]
+        finished = {record.file: (tmp_path / record.file).stat().st_ino for record in lines}
+        assert {record.file: record.sha256 for record in lines}.items() <= digests(whole).items()
+    run(pipe, tmp_path)
+    assert {name: (tmp_path / name).stat().st_ino for name in finished} == finished
+    assert digests(tmp_path) == digests(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@needs_fork
+def test_a_process_that_dies_does_not_lose_the_pictures_of_the_other(pipe, whole, tmp_path):
+    def two() -> list[multiprocessing.Process]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        return [forked(run, pipe, tmp_path, rank=rank, port=port) for rank in range(2)]
+
+    first, second = two()
+    while second.is_alive() and not (tmp_path / "manifest.1.jsonl").exists():
+        time.sleep(0.01)
+    second.kill()
+    first.join()
+    assert first.exitcode != 0
+    assert len(read_manifest(tmp_path / "manifest.0.jsonl")) == 3  # its share, to the end
+    finished = {
+        record.file: (tmp_path / record.file).stat().st_ino
+        for part in tmp_path.glob("manifest.*.jsonl")
+        for record in read_manifest(part, unfinished=True)
+    }
+
+    for process in two():
+        process.join()
+        assert process.exitcode == 0
+    assert digests(tmp_path) == digests(whole)
+    assert {name: (tmp_path / name).stat().st_ino for name in finished} == finished
+    assert [record.file for record in read_manifest(tmp_path / MANIFEST)] == sorted(digests(whole))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo")
+def test_the_command_under_accelerate_launch_gives_the_same_bytes(repository, prompts, whole, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    command = [
+        "-m",
+        "ernie_image_nf4",
+        "generate",
+        "--prompts-file",
+        prompts,
+        "--out-dir",
+        tmp_path / "out",
+        "-m",
+        repository,
+    ]
+    arguments = [sys.executable, *map(str, (*launch, *command, *OPTIONS, "--steps", 2))]
+    result = subprocess.run(arguments, cwd=CHECKOUT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("6 pictures, 0 failed") == 1
+    assert digests(tmp_path / "out") == digests(whole)
+    assert {record.sha256 for record in read_manifest(tmp_path / "out" / MANIFEST)} == set(digests(whole).values())
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeypatch, device):
+    offloaded = load(repository, device=device, memory="auto" if device == "cpu" else "offload")
+    if device == "cpu":
+        enable_offload(offloaded, torch.device("cpu"))
+    arrivals = []
+    names = {
+        id(getattr(offloaded, name)._hf_hook.weights): name for name in ("pe", "text_encoder", "transformer", "vae")
+    }
+    prefetch = HostWeights.prefetch
+
+    def recorded(weights: HostWeights, stream: torch.cuda.Stream | None) -> None:
+        if not weights.on_device:
+            arrivals.append(names[id(weights)])
+        prefetch(weights, stream)
+
+    monkeypatch.setattr(HostWeights, "prefetch", recorded)
+    records = run(offloaded, tmp_path, [Row("a cat", seed=seed) for seed in range(6)], batch_size=2)
+    assert {record.batch_size for record in records} == {2}
+    assert arrivals == ["pe", "text_encoder", "transformer", "vae"]
+    assert {parameter.device.type for parameter in offloaded.transformer.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu
+def test_under_accelerate_launch_each_gpu_draws_its_share(repository, prompts, tmp_path):
+    count = torch.cuda.device_count()
+    command = ["-m", "ernie_image_nf4", "generate", "--prompts-file", prompts, "-m", repository, "--batch-size", 1]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", count, "--main_process_port", 0]
+    launch += ["--multi_gpu"] if count > 1 else []
+    options = [option for option in OPTIONS if option not in ("--device", "cpu")]
+    output = {}
+    for name, starter in (("one", ()), ("each", launch)):
+        arguments = [sys.executable, *starter, *command, *options, "--steps", 2, "--out-dir", tmp_path / name]
+        result = subprocess.run(list(map(str, arguments)), cwd=CHECKOUT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        output[name] = result.stdout + result.stderr
+    assert digests(tmp_path / "each") == digests(tmp_path / "one")
+    assert len(read_manifest(tmp_path / "each" / MANIFEST)) == len(ROWS)
+    for number in range(count):
+        assert f"on cuda:{number}" in output["each"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["resident", "offload"])
+def test_in_batches_of_one_a_gpu_draws_what_single_mode_draws(repository, tmp_path, memory):
+    placed = load(repository, memory=memory)
+    run(placed, tmp_path, batch_size=1)
+    for picture in plan_pictures(ROWS, DEFAULTS):
+        image = np.asarray(draw(placed, picture.settings).image).astype(int)
+        assert np.array_equal(pixels(tmp_path / picture.file), image)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rows_share_a_batch(repository, tmp_path):
+    records = run(load(repository, memory="resident"), tmp_path, [Row("a cat", seed=seed) for seed in range(10)])
+    assert [record.batch_size for record in records] == [MAX_BATCH] * MAX_BATCH + [10 - MAX_BATCH] * (10 - MAX_BATCH)

@@ -1,0 +1,129 @@
+"""The mini's training: scenes, captions and prompts mean what they say, and the evaluation's scenes are really new."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.classifier import Seen, accuracies
+from training.prompts import EN_STYLE, ZH_STYLE, PromptWriter, caption_en, caption_zh
+from training.scenes import BACKGROUNDS, OBJECTS, PLACES, Scene, caption, is_held_out, render, sample_scene
+from training.vae import psnr, random_crops, reconstruction_loss, to_bytes, to_floats
+
+TRAINING = Path(__file__).parents[2] / "training"
+CAT = next(number for number, item in enumerate(OBJECTS) if item["code"] == "1F408")
+PAPER = next(number for number, item in enumerate(OBJECTS) if item["code"] == "1F4C4")
+
+
+@pytest.fixture(scope="module")
+def sprites() -> torch.Tensor:
+    """Premultiplied stand-ins for the emoji: each a square of its own colour."""
+    colors = torch.rand(len(OBJECTS), 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    sprites = torch.zeros(len(OBJECTS), 4, 32, 32)
+    sprites[:, :3, 2:-2, 2:-2] = colors
+    sprites[:, 3, 2:-2, 2:-2] = 1
+    return sprites
+
+
+def test_a_tenth_of_all_combinations_is_held_out_and_never_trained_on():
+    triples = [(o, b, p) for o in range(len(OBJECTS)) for b in range(len(BACKGROUNDS)) for p in range(len(PLACES))]
+    assert 0.09 < sum(map(is_held_out, triples)) / len(triples) < 0.11
+    rng = random.Random(0)
+    for held_out in (False, True):
+        for _ in range(300):
+            scene = sample_scene(rng, held_out=held_out)
+            assert {is_held_out(triple) for triple in scene.triples()} == {held_out}
+
+
+def test_captions_name_what_the_scene_shows():
+    scene = Scene(BACKGROUNDS.index("wooden desk"), (CAT, -1, PAPER))
+    rng = random.Random(1)
+    for _ in range(50):
+        english, chinese = caption(scene, "en", rng), caption(scene, "zh", rng)
+        assert "cat" in english
+        assert "left" in english or english.index("cat") < english.index("paper")
+        assert "wooden desk" in english
+        assert "猫" in chinese
+        assert "纸" in chinese
+        assert "木桌" in chinese
+
+
+def test_plain_captions_are_the_enhancers_answers():
+    assert caption_en([CAT, PAPER], "wooden desk") == (
+        "an orange cat on the left and a white sheet of paper on the right, on a wooden desk"
+    )
+    assert caption_zh([CAT], "white", "right") == "右边是橙色的猫,白色背景"
+
+
+def test_objects_are_150_to_250_and_no_name_is_used_twice():
+    assert 150 <= len(OBJECTS) <= 250
+    for language in ("en", "zh"):
+        names = [name for item in OBJECTS for name in item[language] + item[f"also_{language}"]]
+        assert len(names) == len(set(names))
+
+
+def test_prompts_are_messages_of_the_pipeline_and_hold_the_answers_object():
+    writer = PromptWriter({"en": ["zig"], "zh": ["啦"]}, random.Random(3))
+    hits = 0
+    for _ in range(500):
+        message, answer = writer.write()
+        message = json.loads(message)
+        assert set(message) == {"prompt", "width", "height"}
+        shown = [i for i in OBJECTS if i["en"][-1] in answer or i["zh"][-1] in answer]
+        names = [
+            name.lower()
+            for item in shown
+            for key in item
+            if key[-3:] in ("_en", "_zh", "en", "zh")
+            for name in item[key]
+            if isinstance(item[key], list)
+        ]
+        hits += any(name in message["prompt"].lower() for name in names)
+    assert hits / 500 > 0.9  # a few are meant to name nothing
+
+
+@pytest.mark.parametrize(("file", "count"), [("free_form_prompts.json", 50), ("free_form_prompts_dev.json", 100)])
+def test_hand_written_prompts_are_in_two_languages_with_known_objects(file: str, count: int):
+    entries = json.loads((TRAINING / file).read_text(encoding="utf-8"))
+    names = {item["en"][0] for item in OBJECTS}
+    assert len({entry["prompt"] for entry in entries}) == count
+    assert {entry["language"] for entry in entries} == {"en", "zh"}
+    assert all(set(entry["objects"]) <= names and entry["objects"] for entry in entries)
+    assert not {entry["prompt"] for entry in entries} & {*EN_STYLE, *ZH_STYLE}
+
+
+@pytest.mark.parametrize("background", range(len(BACKGROUNDS)))
+def test_rendering_puts_the_object_where_the_scene_says(sprites: torch.Tensor, background: int):
+    generator = torch.Generator().manual_seed(background)
+    for place in range(3):
+        objects = [-1, -1, -1]
+        objects[place] = 5
+        picture = render([Scene(background, tuple(objects))], sprites, 64, generator)[0]
+        assert picture.shape == (3, 64, 64)
+        assert picture.abs().max() <= 1
+        color = (sprites[5, :3, 16, 16] * 2 - 1).view(3, 1, 1)
+        near = (picture - color).abs().sum(0) < 0.05
+        columns = torch.nonzero(near)[:, 1].float()
+        assert abs(columns.mean() / 64 - (0.26, 0.5, 0.74)[place]) < 0.06
+
+
+def test_accuracies_count_background_place_and_object():
+    scenes = [Scene(0, (1, -1, 2)), Scene(3, (-1, 4, -1))]
+    seen = Seen([0, 2], [(1, -1, 7), (-1, 4, -1)])
+    assert accuracies(seen, scenes) == {"background": 0.5, "place": 1.0, "object": 2 / 3}
+    assert accuracies(Seen([0, 3], [(1, 5, 2), (-1, 4, -1)]), scenes)["place"] == 0.5
+
+
+def test_pictures_survive_bytes_and_the_loss_is_zero_only_for_equal_ones():
+    pool = torch.randint(0, 256, (4, 3, 160, 160), dtype=torch.uint8)
+    crops = random_crops(pool, 6)
+    assert crops.shape == (6, 3, 128, 128)
+    assert torch.equal(to_bytes(to_floats(crops)), crops)
+    target = to_floats(crops)
+    assert reconstruction_loss(target, target) == 0
+    assert reconstruction_loss(target.roll(1, -1), target) > 0.1
+    assert psnr(4e-3) == pytest.approx(30)
