@@ -36,8 +36,9 @@ from ernie_image_nf4.evaluation.run import (
     prediction_error,
 )
 from ernie_image_nf4.loading.pipeline import load
-from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, skeleton
+from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches
 from ernie_image_nf4.repository.components import COMPONENT
+from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.metadata import Recommended, installed_versions
 from ernie_image_nf4.repository.nf4_format import quantize_nf4, stored_specs
 

@@ -29,8 +29,8 @@ from transformers.generation import (
 from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.ministral3.modeling_ministral3 import Ministral3Model, Ministral3RMSNorm
 
-from ..memory.tensor_arena import tensors_of
 from .cuda_graphs import capture
+from .module_tensors import tensors_of
 from .ops import elementwise as kernels
 
 ARGUMENTS = {

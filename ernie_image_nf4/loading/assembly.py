@@ -20,8 +20,8 @@ import torch
 import transformers.modeling_utils
 from bitsandbytes.nn import Params4bit
 
-from ..quantization.layer_selection import upstream_lock
 from ..repository import nf4_format as nf4
+from ..repository.meta_model import upstream_lock
 from ..repository.safetensors_io import DTYPES, StoredTensor
 
 # Where each library calls what puts tensors into a model.

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from ..errors import InvalidRepository
+from ..fast.module_tensors import tensors_of
 from ..memory.pinned_memory import registered_memory
-from ..memory.tensor_arena import tensors_of
 from ..repository.safetensors_io import StoredTensor
 from ..repository.security import DOWNLOAD_AGAIN, unreadable
 

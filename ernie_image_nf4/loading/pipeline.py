@@ -30,11 +30,11 @@ from ..fast.products import check_fp8, enable_fp8
 from ..memory import placement
 from ..memory.host_embeddings import enable_host_embeddings, unused_modules
 from ..memory.placement import Placement
-from ..quantization.layer_selection import upstream_lock
 from ..repository import nf4_format as nf4
 from ..repository.chat_template import check_chat_template
 from ..repository.components import COMPONENT, MODEL_INDEX, PROMPT_ENHANCER, Component
 from ..repository.integrity import check_integrity
+from ..repository.meta_model import upstream_lock
 from ..repository.metadata import Recommended, read_metadata_if_ours
 from ..repository.resolve import check_repository, find_repository, is_quantized, weight_files
 from ..repository.safetensors_io import DTYPES, StoredTensor, find_tensors

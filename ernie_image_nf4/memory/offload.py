@@ -17,8 +17,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImagePipeline
 from torch import nn
 
+from ..fast.module_tensors import tensors_of
 from .pinned_memory import registered_memory
-from .tensor_arena import HostWeights, host_weights, tensors_of
+from .tensor_arena import HostWeights, host_weights
 
 PINNING_THREADS = 4  # copying to pinned memory is most of the time that loading takes here
 

@@ -6,12 +6,13 @@ come slowly; a few pinned blocks come at the speed of the bus.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+from ..fast.module_tensors import tensors_of
 
 # PyTorch rounds pinned allocations up to a power of two: blocks of one leave no more than a block's rest unused.
 BLOCK_BYTES = 128 * 1024**2
@@ -45,29 +46,6 @@ class Slot:
 
     def point_to(self, tensor: torch.Tensor) -> None:
         setattr(self.owner, self.attribute, tensor)
-
-
-def tensors_of(module: nn.Module, excluded: Iterable[nn.Module] = ()) -> Iterator[tuple[object, str]]:
-    """Owner and attribute of every distinct parameter, buffer and tensor of a quantization state below `module`.
-
-    Those of `excluded` modules are left out, unless they are another module's as well.
-    """
-    seen = set()
-    skipped = {id(part) for each in excluded for part in each.modules()}
-    for part in module.modules():
-        if id(part) in skipped:
-            continue
-        for tensor in itertools.chain(part.parameters(recurse=False), part.buffers(recurse=False)):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            yield tensor, "data"
-            state = getattr(tensor, "quant_state", None)
-            nested = getattr(state, "state2", None)
-            for owner, names in ((state, ("absmax", "code", "offset")), (nested, ("absmax", "code"))):
-                yield from (
-                    (owner, name) for name in names if owner is not None and torch.is_tensor(getattr(owner, name))
-                )
 
 
 def slots_of(module: nn.Module, excluded: Iterable[nn.Module] = ()) -> tuple[list[Slot], list[int]]:

@@ -32,9 +32,10 @@ from tqdm import tqdm
 from ..loading.pipeline import load
 from ..repository import nf4_format as nf4
 from ..repository.components import Component
+from ..repository.meta_model import skeleton
 from ..repository.metadata import Recommended
 from ..repository.safetensors_io import read_tensor
-from .layer_selection import WeightPlan, skeleton
+from .layer_selection import WeightPlan
 
 NF4Weight = tuple[torch.Tensor, QuantState]
 

@@ -7,9 +7,7 @@ config, followed by ``save_pretrained``, would give.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,12 +17,12 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..errors import InvalidRepository
 from ..repository import nf4_format as nf4
 from ..repository.components import Component
+from ..repository.meta_model import saved_names, skeleton, tied_weights, upstream_lock
 from ..repository.metadata import Quantization
 from ..repository.resolve import is_quantized, weight_files
 from ..repository.safetensors_io import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
@@ -38,9 +36,6 @@ DEFAULT_KEEP = (
     "transformer.text_proj",
     "transformer.time_embedding",
 )
-# Torch's device contexts and both libraries' loaders set global state and restore it: two threads at once would restore each
-# other's, and leave the process on the meta device.
-upstream_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -121,52 +116,6 @@ def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -
     return WeightPlan(model, tensors, frozenset(names[f"{name}.weight"] for name in replaced), kept)
 
 
-def skeleton(component: Component, folder: Path) -> torch.nn.Module:
-    """The model that a component's configs describe, on the meta device: names, shapes and configs without storage."""
-    if component.library == "diffusers":
-        model_class = getattr(diffusers, component.class_name)
-        with upstream_lock, torch.device("meta"), _without_warnings():
-            return model_class.from_config(model_class.load_config(folder))
-    model_class = getattr(transformers, component.class_name)
-    with upstream_lock, torch.device("meta"):
-        model = model_class(model_class.config_class.from_pretrained(folder))
-    if model.can_generate():
-        own = (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file()
-        model.generation_config = transformers.GenerationConfig.from_pretrained(
-            folder, **({} if own else {"config_file_name": component.config, "_from_model_config": True})
-        )
-    return model
-
-
-def saved_names(model: torch.nn.Module, stored: Container[str] = ()) -> dict[str, str]:
-    """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out.
-
-    A key that is among `stored` names is taken as it is, as both libraries do: transformers is slow at finding another one.
-    """
-    tied = tied_weights(model)
-    names = {key: key for key in state_tensors(model) if key not in tied}
-    keys = [key for key in names if key not in stored]
-    if not keys or not isinstance(model, transformers.PreTrainedModel):
-        return names
-    # All in one call, because each looks through all conversions anew. Each stand-in's length is
-    # the number of its key.
-    numbered = {key: torch.empty(number, device="meta") for number, key in enumerate(keys)}
-    saved = revert_weight_conversion(model, numbered)
-    names |= {keys[len(tensor)]: name for name, tensor in saved.items()}
-    return names if len(set(names.values())) == len(names) else saved_names(model)
-
-
-def state_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What ``model.state_dict()`` has, before it is quantized: the tensors themselves, which is faster."""
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    }
-
-
 def save_configs(model: torch.nn.Module, folder: Path) -> None:
     """Writes the config files that ``save_pretrained`` writes."""
     if not isinstance(model, transformers.PreTrainedModel):
@@ -213,22 +162,6 @@ def _replace_linear_layers(
     else:
         model.config.quantization_config = config
     return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keeps diffusers from saying that it ignores config keys, which the published configs have and it saves all the same."""
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
-
-
-def tied_weights(model: torch.nn.Module) -> dict[str, str]:
-    """State dict key of a tied weight -> key of the weight that it shares."""
-    return dict(getattr(model, "all_tied_weights_keys", {}))
 
 
 def _same_values(one: StoredTensor, other: StoredTensor) -> bool:

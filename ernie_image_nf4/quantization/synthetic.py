@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from ..errors import InvalidSettings
 from ..repository.components import COMPONENTS
+from ..repository.meta_model import saved_names, skeleton, tied_weights
 from ..repository.safetensors_io import DTYPE_NAMES, DTYPES, TensorSpec, TensorWriter
-from .layer_selection import saved_names, skeleton, tied_weights
 
 PRESETS = ("full", "tiny")
 DTYPE = torch.bfloat16

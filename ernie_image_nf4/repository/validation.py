@@ -28,9 +28,9 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..errors import InvalidRepository
 from ..loading.assembly import NF4Weight
-from ..quantization.layer_selection import saved_names, skeleton, state_tensors, tied_weights, upstream_lock
 from . import nf4_format as nf4
 from .components import Component
+from .meta_model import saved_names, skeleton, state_tensors, tied_weights, upstream_lock
 from .resolve import is_quantized, weight_files
 from .safetensors_io import DTYPES, StoredTensor, TensorSpec, read_chunks, read_header, read_tensor
 from .security import INDEX, library_reading, read_json

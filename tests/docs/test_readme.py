@@ -19,9 +19,10 @@ from typer.main import get_command
 from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.loading.pipeline import device_bytes
 from ernie_image_nf4.memory.placement import GIB, choose_memory, mode_bytes, working_bytes
-from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weights, skeleton
+from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weights
 from ernie_image_nf4.quantization.synthetic import tensor_specs
 from ernie_image_nf4.repository.components import COMPONENTS
+from ernie_image_nf4.repository.meta_model import skeleton
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")

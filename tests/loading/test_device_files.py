@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidRepository
+from ernie_image_nf4.fast.module_tensors import tensors_of
 from ernie_image_nf4.loading import device_reader as device_files
 from ernie_image_nf4.loading.device_reader import DeviceReader, FileOnDevice, plan_reads
 from ernie_image_nf4.loading.pipeline import _reading, device_tensors
 from ernie_image_nf4.memory.host_embeddings import unused_modules
 from ernie_image_nf4.memory.placement import Placement
-from ernie_image_nf4.memory.tensor_arena import tensors_of
 from ernie_image_nf4.repository.components import COMPONENT, METADATA, QUANTIZED
 from ernie_image_nf4.repository.resolve import weight_files
 from ernie_image_nf4.repository.safetensors_io import StoredTensor, TensorSpec, find_tensors

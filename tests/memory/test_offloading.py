@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ernie_image_nf4 import load
+from ernie_image_nf4.fast.module_tensors import tensors_of
 from ernie_image_nf4.fast.transformer import enable_fast_denoising
 from ernie_image_nf4.memory import tensor_arena as weight_blocks
 from ernie_image_nf4.memory.host_embeddings import enable_host_embeddings, unused_modules
 from ernie_image_nf4.memory.offload import StreamedBlocks, enable_offload, free_device
-from ernie_image_nf4.memory.tensor_arena import host_weights, tensors_of
+from ernie_image_nf4.memory.tensor_arena import host_weights
 from ernie_image_nf4.repository.components import COMPONENT
 
 

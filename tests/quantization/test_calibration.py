@@ -25,8 +25,9 @@ from ernie_image_nf4.loading.pipeline import DTYPE_ARGUMENT, _diffusers_nf4_on
 from ernie_image_nf4.quantization import gptq as calibration
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.gptq import calibrate_transformer, record_samples, round_layers, round_weight
-from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights, skeleton
+from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights
 from ernie_image_nf4.repository.components import COMPONENT
+from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.metadata import Recommended, read_metadata
 from ernie_image_nf4.repository.nf4_format import QUANT_STATE, quantize_nf4, stored_specs
 from ernie_image_nf4.repository.safetensors_io import find_tensors, read_tensor

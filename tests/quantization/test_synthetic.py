@@ -14,9 +14,10 @@ from diffusers import ErnieImagePipeline
 from safetensors.torch import load_file
 
 from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.quantization.layer_selection import plan_weights, skeleton
+from ernie_image_nf4.quantization.layer_selection import plan_weights
 from ernie_image_nf4.quantization.synthetic import synthesize, tensor_specs
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED, Component
+from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.resolve import weight_files
 from ernie_image_nf4.repository.safetensors_io import TensorSpec, file_bytes
 

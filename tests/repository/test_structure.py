@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import InvalidRepository
-from ernie_image_nf4.quantization import layer_selection as plan
-from ernie_image_nf4.quantization.layer_selection import saved_names, skeleton, state_tensors
+from ernie_image_nf4.repository import meta_model
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, METADATA, Component
+from ernie_image_nf4.repository.meta_model import saved_names, skeleton, state_tensors
 from ernie_image_nf4.repository.validation import structure_problems
 
 TRANSFORMER = COMPONENT["transformer"]
@@ -251,9 +251,9 @@ def test_names_are_asked_of_transformers_only_where_a_file_has_others(original: 
     assert renamed < every.keys()
     own = dict.fromkeys(every.keys() - renamed)
     asked = []
-    revert = plan.revert_weight_conversion
+    revert = meta_model.revert_weight_conversion
     monkeypatch.setattr(
-        plan, "revert_weight_conversion", lambda model, state: asked.append(set(state)) or revert(model, state)
+        meta_model, "revert_weight_conversion", lambda model, state: asked.append(set(state)) or revert(model, state)
     )
     assert saved_names(model, own) == every
     assert saved_names(model, every.keys()) == {key: key for key in every}
