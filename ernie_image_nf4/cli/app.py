@@ -129,7 +129,7 @@ def generate(
             prompts_file,
             out_dir,
             contact_sheet,
-            {"device": device, "memory": memory, "compile": compile, "fp8": fp8, "prompt_enhancer": not no_pe},
+            {"device": device, "memory": memory, "fp8": fp8, "prompt_enhancer": not no_pe},
             model=model,
             negative=negative,
             height=height,
@@ -150,7 +150,7 @@ def generate(
         check_output(path)
     from ..loading.pipeline import load
 
-    pipe = load(model, device=device, memory=memory, compile=compile, fp8=fp8, prompt_enhancer=not no_pe)
+    pipe = load(model, device=device, memory=memory, fp8=fp8, prompt_enhancer=not no_pe)
     for drawing, path in draw_and_save(
         pipe,
         paths,
@@ -416,7 +416,8 @@ def benchmark(
 def info(model: ModelArgument = None) -> None:
     """Say what a repository holds, without loading it."""
     from ..repository.describe import describe
+    from ..repository.record import open_repository
     from ..repository.resolve import find_repository
 
-    for line in describe(find_repository(model, weights=False)):
+    for line in describe(open_repository(find_repository(model, weights=False), weights=False)):
         typer.echo(line)

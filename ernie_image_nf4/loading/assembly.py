@@ -1,121 +1,140 @@
-"""NF4 weights put straight into the models that diffusers and transformers build.
+"""Models put together without ``from_pretrained``: built without storage, checked against the files, then given their tensors.
 
-Both libraries' ``from_pretrained`` build the model, load all other tensors and finish it, as ever. But each NF4 weight is six
-tensors, and what their Python does with each is much of the time that loading takes. Here the files are mapped once, and the weights are views of the mapping, made by bitsandbytes' own ``Params4bit.from_prequantized``.
+The library's own class builds the model, its own quantizer puts the NF4 layers there, and `repository.validation` finds the
+stored tensor for each of the model's. What is assigned is a view of the file, mapped to host memory, or of the device's memory
+where a `DeviceReader` reads to.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import diffusers.models.model_loading_utils
 import torch
-import transformers.modeling_utils
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
 
+from ..fast.module_tensors import tensors_of
 from ..repository import nf4_format as nf4
-from ..repository.meta_model import upstream_lock
-from ..repository.safetensors_io import DTYPES, StoredTensor
+from ..repository.meta_model import tied_weights
+from ..repository.record import StoredComponent
+from ..repository.safetensors_io import DTYPES, StoredTensor, read_tensor
+from ..repository.security import library_reading
+from ..repository.validation import StoredModel, StoredNF4, match_tensors
+from ..upstream.models_in_memory import finish_loading
+from .device_reader import DeviceReader
 
-# Where each library calls what puts tensors into a model.
-LOADERS = {
-    "diffusers": (diffusers.models.model_loading_utils, "load_model_dict_into_meta"),
-    "transformers": (transformers.modeling_utils, "convert_and_load_state_dict_in_model"),
-}
-
-
-@dataclass(frozen=True)
-class NF4Weight:
-    """A weight in NF4, as it is stored.
-
-    Attributes:
-        name: Of the weight in the file.
-        key: Of the weight in the model.
-        parts: Its tensors by the suffix to `name`, ``""`` for the codes.
-        settings: The JSON of its quantization state.
-    """
-
-    name: str
-    key: str
-    parts: dict[str, StoredTensor]
-    settings: dict[str, Any]
+STATE = f".{nf4.QUANT_STATE}"  # a tensor of JSON; `StoredNF4.settings` has its content
 
 
-@contextmanager
-def direct_loading(library: str, weights: Sequence[NF4Weight]) -> Iterator[None]:
-    """Let ``from_pretrained`` of a component, in this context and thread, leave NF4 weights to us. They come to be on the CPU.
+class TensorSource:
+    """Gives stored tensors: on the device where a reader reads them to, and all others as views of mapped files.
 
     Args:
-        library: The component's.
-        weights: All of its NF4 weights, checked to fit the model that is loaded. The list may be filled until the model is built.
+        reader: Has been started; None without one.
     """
-    module, name = LOADERS[library]
-    upstream = getattr(module, name, None)
-    if upstream is None or os.name == "nt":  # Windows sets memory aside for what is mapped
-        yield
-        return
-    thread = threading.get_ident()
 
-    @functools.wraps(upstream)
-    def load(model: torch.nn.Module, state_dict: dict[str, Any], *args, **kwargs):
-        if threading.get_ident() != thread:
-            return upstream(model, state_dict, *args, **kwargs)
-        # diffusers calls for one file after the other, among which the tensors of a weight may be split.
-        chosen = [weight for weight in weights if weight.name in state_dict]
-        names = {weight.name + suffix for weight in weights for suffix in weight.parts}
-        others = {name: tensor for name, tensor in state_dict.items() if name not in names}
-        result = upstream(model, others, *args, **kwargs)
-        put_into(model, chosen, of_transformers=library == "transformers")
-        if library == "transformers":  # returns what it hasn't found as an attribute, at first as its first value
-            getattr(result[0], "missing_keys", result[0]).difference_update(weight.key for weight in chosen)
-        elif (unexpected := kwargs.get("unexpected_keys")) is not None:  # of which diffusers takes out what it has used
-            unexpected[:] = [name for name in unexpected if name not in names]
-        return result
+    def __init__(self, reader: DeviceReader | None = None) -> None:
+        self._reader = reader
+        self._files: dict[Path, torch.Tensor] = {}
 
-    with upstream_lock:
-        setattr(module, name, load)
-        try:
-            yield
-        finally:
-            setattr(module, name, upstream)
+    def get(self, stored: StoredTensor) -> torch.Tensor:
+        """The tensor. On a device, its values are there after `wait`."""
+        view = self._reader.view(stored) if self._reader else None
+        return self._mapped(stored) if view is None else view
 
+    def wait(self) -> None:
+        """Wait for the reader."""
+        if self._reader:
+            self._reader.wait()
 
-def put_into(model: torch.nn.Module, weights: Sequence[NF4Weight], *, of_transformers: bool) -> None:
-    """Give layers of `model` their NF4 weights, as views of the mapped files, with the marks that transformers leaves."""
-    view, layers = mapped_files(), dict(model.named_modules(remove_duplicate=False))
-    for weight in weights:
-        layer = layers[weight.key.rpartition(".")[0]]
-        parts = {suffix.removeprefix("."): view(stored) for suffix, stored in weight.parts.items()}
-        del parts[nf4.QUANT_STATE]  # as a tensor of JSON; `settings` are its values
-        parameter = Params4bit.from_prequantized(
-            data=parts.pop(""),
-            quantized_stats=parts | weight.settings,
-            device="cpu",
-            module=layer if of_transformers else None,
-        )
-        if of_transformers:
-            layer._is_hf_initialized = parameter._is_hf_initialized = True
-        layer.weight = parameter
-
-
-def mapped_files() -> Callable[[StoredTensor], torch.Tensor]:
-    """A function that gives stored tensors as views of their files, each mapped once. Nothing is read before it is used."""
-    files: dict[Path, torch.Tensor] = {}
-
-    def view(stored: StoredTensor) -> torch.Tensor:
-        if stored.file not in files:
+    def _mapped(self, stored: StoredTensor) -> torch.Tensor:
+        """A view of a file that is mapped once. Nothing is read before it is used."""
+        if os.name == "nt":  # Windows sets memory aside for what is mapped
+            return read_tensor(stored)
+        if stored.file not in self._files:
             size = stored.file.stat().st_size
-            files[stored.file] = torch.from_file(str(stored.file), shared=False, size=size, dtype=torch.uint8)
-        data, dtype = files[stored.file][stored.offset : stored.offset + stored.spec.bytes], DTYPES[stored.spec.dtype]
+            self._files[stored.file] = torch.from_file(str(stored.file), shared=False, size=size, dtype=torch.uint8)
+        data = self._files[stored.file][stored.offset : stored.offset + stored.spec.bytes]
+        dtype = DTYPES[stored.spec.dtype]
         if data.storage_offset() % dtype.itemsize:  # no view can start there
             data = data.clone()
         return data.view(dtype).view(stored.spec.shape)
 
-    return view
+
+def assemble(part: StoredComponent, source: TensorSource, dtype: torch.dtype) -> nn.Module:
+    """The model of a component with its weights, wherever `source` has them, as ``from_pretrained`` would make it.
+
+    Args:
+        part: The component.
+        source: Where its tensors come from.
+        dtype: Of activations, and of floating point tensors that aren't NF4.
+
+    Raises:
+        InvalidRepository: Files and configuration don't fit each other.
+    """
+    with torch.inference_mode(False):
+        found = match_tensors(part, dtype)
+        with library_reading(part.folder):
+            _assign(found, source, dtype)
+            finish_loading(found.model, part.component.library, found.quantizer, part.folder, dtype)
+    return found.model
+
+
+def _assign(found: StoredModel, source: TensorSource, dtype: torch.dtype) -> None:
+    """Give the model its tensors."""
+    modules = dict(found.model.named_modules(remove_duplicate=False))
+    for key, weight in found.nf4.items():
+        layer = modules[key.rpartition(".")[0]]
+        layer.weight = _nf4_parameter(weight, source)
+        if found.of_transformers:
+            layer.quant_state = layer.weight.quant_state  # as its `from_pretrained` leaves it
+        layer.compute_dtype = dtype
+    # transformers leaves unquantized tensors of a quantized model as they are stored.
+    as_stored = found.of_transformers and found.quantizer is not None and dtype == torch.bfloat16
+    for key, stored in (found.plain | found.tied).items():
+        owner, _, name = key.rpartition(".")
+        tensor, old = source.get(stored), getattr(modules[owner], name)
+        if tensor.is_floating_point() and not as_stored:
+            tensor = tensor.to(dtype)
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        setattr(modules[owner], name, tensor)
+    if tied := tied_weights(found.model):
+        if found.tied:
+            source.wait()  # transformers compares values
+        # With `missing_keys`, transformers ties what no file has, and leaves apart what files have with other values.
+        found.model.tie_weights(missing_keys=set(tied) - set(found.tied), recompute_mapping=False)
+
+
+def _nf4_parameter(weight: StoredNF4, source: TensorSource) -> Params4bit:
+    """A layer's NF4 weight. It doesn't know its layer: the cycle would outlive the layer until a garbage collection."""
+    parts = {suffix.removeprefix("."): source.get(stored) for suffix, stored in weight.parts.items() if suffix != STATE}
+    codes = parts.pop("")
+    return Params4bit.from_prequantized(data=codes, quantized_stats=parts | weight.settings, device=codes.device)
+
+
+def move_rest(model: nn.Module, device: torch.device, excluded: Iterable[nn.Module] = ()) -> None:
+    """Move the tensors that aren't on the device yet: buffers, and what was converted to another dtype on the host.
+
+    Args:
+        model: The model.
+        device: The device.
+        excluded: Modules whose tensors stay where they are.
+    """
+    for owner, name in tensors_of(model, excluded):
+        tensor = getattr(owner, name)
+        if tensor.device != device:
+            setattr(owner, name, tensor.to(device))
+
+
+def keep_as_stored(model: nn.Module) -> None:
+    """Compute with NF4 weights as they lie in the file, on CPUs with AVX512-BF16 too.
+
+    There bitsandbytes would repack them in the first forward pass, with scales rounded to bfloat16, and save other scales
+    than it read.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

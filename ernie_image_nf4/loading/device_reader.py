@@ -1,90 +1,58 @@
 """Weight files read straight to a GPU, while Python builds the models that they are for.
 
-Python takes longer to build the full-size models than the weights take to be read, so both happen at once. Several threads
-read large pieces into page-locked buffers and send them, with few calls for each: after every call a thread takes Python's
-lock, and who builds the models waits. On Linux upstream meanwhile maps the same files into host memory, without reading them:
-where a tensor lies in the mapping says where it lies on the device. Tensors that aren't mapped are copied.
+Python takes longer to build the full-size models than the weights take to be read, so both happen at once: `DeviceReader.start`
+reserves a place on the device for each tensor, `view` gives the tensor there, and `wait` returns when all have arrived. Several
+threads read large ranges into page-locked staging buffers and send them, with few calls for each: a thread takes Python's lock
+after every call, and the thread that builds the models waits for it.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from torch import nn
 
 from ..errors import InvalidRepository
-from ..fast.module_tensors import tensors_of
-from ..memory.pinned_memory import registered_memory
-from ..repository.safetensors_io import StoredTensor
+from ..repository.safetensors_io import DTYPES, StoredTensor
 from ..repository.security import DOWNLOAD_AGAIN, unreadable
 
 READERS = 4
 BUFFER_BYTES = 32 * 1024**2  # of one reader; all are one pinned allocation, which PyTorch rounds up to a power of two
 ALIGNMENT = 256  # of tensors on the device
-PIECE_TENSORS = 1000  # parts of one read; systems take 1,024
-PIECE_BYTES = BUFFER_BYTES - PIECE_TENSORS * ALIGNMENT  # of a file that are read at once
-MAPS = Path("/proc/self/maps")  # what is mapped to where in this process; Linux alone has it
+RANGE_TENSORS = 1000  # parts of one read; systems take 1,024
+RANGE_BYTES = BUFFER_BYTES - RANGE_TENSORS * ALIGNMENT  # of a file that are read at once
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A range of a file without gaps.
+class ReadRange:
+    """A range of a file without gaps, which is read at once.
 
     Attributes:
-        start: Of its first byte in the file.
-        parts: Where the bytes go, in the file's order: first byte on the device, and count.
+        start: Its first byte in the file.
+        parts: Where its bytes go, in the file's order: first byte on the device, and number of bytes.
     """
 
     start: int
     parts: list[tuple[int, int]]
 
 
-@dataclass
-class FileOnDevice:
-    """A file's tensors on the device, or on their way there.
-
-    Attributes:
-        places: Offset of a tensor in the file -> its bytes and its first byte in `memory`.
-        memory: (bytes,) uint8.
-        reads: One for each piece.
-    """
-
-    places: dict[int, tuple[int, int]]
-    memory: torch.Tensor
-    reads: list[Future[None]] = field(default_factory=list)
-
-    def view(self, tensor: torch.Tensor, mappings: list[tuple[range, int]]) -> torch.Tensor | None:
-        """The tensor on the device, None if it doesn't lie in a mapping of the file, as it is there.
-
-        Args:
-            tensor: In host memory.
-            mappings: Addresses to which the file is mapped, and the offset in the file of the first.
-        """
-        address = tensor.data_ptr()
-        offset = next((address - each.start + first for each, first in mappings if address in each), None)
-        size, start = self.places.get(offset, (None, 0))
-        if size != tensor.nbytes or not tensor.is_contiguous():
-            return None
-        return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
-
-
 @dataclass(frozen=True)
-class Lane:
-    """What one read at a time takes to the device.
+class StagingBuffer:
+    """What one read at a time passes through on its way to the device.
 
     Attributes:
         memory: (BUFFER_BYTES,) uint8 on the host, page-locked where there is CUDA.
-        bytes: The same.
-        stream: The copies run on it; None where there is no CUDA.
+        bytes: The same memory.
+        stream: For the copies to the device; None where there is no CUDA.
     """
 
     memory: torch.Tensor
@@ -93,17 +61,19 @@ class Lane:
 
 
 class DeviceReader:
-    """Reads files to one device in threads of its own.
-
-    A context: what is under way when it ends is given up, and memory that no tensor lies in is given back.
-    """
+    """Reads tensors of files to one device, in threads of its own. A context: what is under way when it ends is given up."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.files: dict[Path, FileOnDevice] = {}
+        self._memory: dict[Path, torch.Tensor] = {}  # (bytes,) uint8 on the device
+        self._places: dict[
+            tuple[Path, int], int
+        ] = {}  # file and offset of a tensor -> its first byte in the file's memory
+        self._reads: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(READERS)
-        self._lanes: SimpleQueue[Lane] = SimpleQueue()
+        self._buffers: SimpleQueue[StagingBuffer] = SimpleQueue()
         self._open = ExitStack()  # the files
+        self._seeking = threading.Lock()
 
     def __enter__(self) -> DeviceReader:
         return self
@@ -111,123 +81,102 @@ class DeviceReader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._open.close()
-        self._lanes = SimpleQueue()
-        for read in self.files.values():  # an error's traceback may hold on to them
-            read.memory = torch.empty(0, dtype=torch.uint8)
-        self.files.clear()
+        self._reads.clear()
+        self._memory.clear()
+        self._buffers = SimpleQueue()
         if self.device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # since PyTorch 2.12
             torch.accelerator.empty_host_cache()
 
     def start(self, tensors: Iterable[StoredTensor]) -> None:
-        """Start reading these tensors, of one file or several. Called once. Does nothing where mappings can't be looked up.
+        """Start reading these tensors, of one file or several. To be called once.
 
         Raises:
             InvalidRepository: A file can't be opened.
         """
-        if not MAPS.exists():
-            return
         by_file: dict[Path, list[StoredTensor]] = defaultdict(list)
         for stored in tensors:
             by_file[stored.file].append(stored)
-        pieces: dict[Path, list[Piece]] = {}
-        for file, stored in by_file.items():
-            places, pieces[file], size = plan_reads(stored)
-            with torch.inference_mode(False):  # which threads don't inherit
-                self.files[file] = FileOnDevice(places, torch.empty(size, dtype=torch.uint8, device=self.device))
-        # Threads begin when all of it is there: while page-locked memory is allocated, other calls of CUDA wait, with Python's lock.
-        if pieces:
-            self._make_lanes()
-        for file, its_pieces in pieces.items():
-            read, stream = self.files[file], self._open.enter_context(opened(file))
-            for piece in its_pieces:
-                target = read.memory[piece.parts[0][0] : sum(piece.parts[-1])]
-                read.reads.append(self._pool.submit(self._read, stream, piece, target))
+        ranges: dict[Path, list[ReadRange]] = {}
+        for file, its_tensors in by_file.items():
+            places, ranges[file], size = plan_reads(its_tensors)
+            self._places |= {(file, offset): place for offset, place in places.items()}
+            with torch.inference_mode(False):  # inference tensors can't become parameters that are moved later
+                self._memory[file] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        # Before the threads start: while page-locked memory is allocated, other CUDA calls wait, holding Python's lock.
+        if ranges:
+            self._make_buffers()
+        for file, its_ranges in ranges.items():
+            memory, stream = self._memory[file], self._open.enter_context(opened(file))
+            for each in its_ranges:
+                target = memory[each.parts[0][0] : sum(each.parts[-1])]
+                self._reads.append(self._pool.submit(self._read, stream, each, target))
 
-    def _make_lanes(self) -> None:
-        on_gpu = self.device.type == "cuda"
-        with torch.inference_mode(False), registered_memory(self.device):
-            memory = torch.empty(READERS * BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
-        for part in memory.chunk(READERS):
-            stream = torch.cuda.Stream(self.device) if on_gpu else None
-            if stream:  # the device's memory may still be in use by work that was queued before it was freed
-                stream.wait_stream(torch.cuda.current_stream(self.device))
-            self._lanes.put(Lane(part, memoryview(part.numpy()), stream))
+    def view(self, stored: StoredTensor) -> torch.Tensor | None:
+        """The tensor on the device, None if it isn't among those that are read. Its values are there after `wait`."""
+        place = self._places.get((stored.file, stored.offset))
+        if place is None:
+            return None
+        data = self._memory[stored.file][place : place + stored.spec.bytes]
+        return data.view(DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
-    def place(self, module: nn.Module, files: Iterable[Path], excluded: Iterable[nn.Module] = ()) -> None:
-        """Let the tensors of `module`, mapped from `files` by upstream, be those on the device; others are copied there.
-
-        Args:
-            module: The module, on the CPU.
-            files: Its weight files.
-            excluded: Modules whose tensors stay where they are.
+    def wait(self) -> None:
+        """Wait until all tensors are on the device.
 
         Raises:
             InvalidRepository: A file couldn't be read.
         """
-        left = list(tensors_of(module, excluded))
-        for file in files:
-            if file not in self.files:  # nothing of it is wanted
-                continue
-            read = self.files[file]
-            for each in read.reads:
-                each.result()
-            mappings, rest = mappings_of(file), []
-            for owner, name in left:
-                view = read.view(getattr(owner, name), mappings)
-                if view is None:
-                    rest.append((owner, name))
-                else:
-                    setattr(owner, name, view)
-            left = rest
-            del read, self.files[file]  # before others are copied: if none is mapped, this gives memory back
-        for owner, name in left:
-            setattr(owner, name, getattr(owner, name).to(self.device))
+        for read in self._reads:
+            read.result()
 
-    def _read(self, file: FileIO, piece: Piece, target: torch.Tensor) -> None:
-        lane = self._lanes.get()
+    def _make_buffers(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        with torch.inference_mode(False):
+            memory = torch.empty(READERS * BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
+        for part in memory.chunk(READERS):
+            stream = torch.cuda.Stream(self.device) if on_gpu else None
+            if stream:  # work that was queued before may still use the memory that the tensors go to
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._buffers.put(StagingBuffer(part, memoryview(part.numpy()), stream))
+
+    def _read(self, file: FileIO, part: ReadRange, target: torch.Tensor) -> None:
+        buffer = self._buffers.get()
         try:
-            first = piece.parts[0][0]
-            read_into(file, piece.start, [lane.bytes[at - first : at - first + size] for at, size in piece.parts])
-            with torch.cuda.stream(lane.stream):  # None changes nothing
-                target.copy_(lane.memory[: len(target)], non_blocking=True)
-            if lane.stream:
-                lane.stream.synchronize()
+            first = part.parts[0][0]
+            views = [buffer.bytes[place - first : place - first + size] for place, size in part.parts]
+            read_into(file, part.start, views, self._seeking)
+            with torch.cuda.stream(buffer.stream):  # None changes nothing
+                target.copy_(buffer.memory[: len(target)], non_blocking=True)
+            if buffer.stream:
+                buffer.stream.synchronize()
         finally:
-            self._lanes.put(lane)
+            self._buffers.put(buffer)
 
 
-def plan_reads(tensors: Iterable[StoredTensor]) -> tuple[dict[int, tuple[int, int]], list[Piece], int]:
-    """Where tensors of one file go on the device, in which pieces they are read, and how much memory they take."""
-    places: dict[int, tuple[int, int]] = {}
-    pieces: list[Piece] = []
-    end = length = 0  # of the memory taken, and of the last piece
+def plan_reads(tensors: Iterable[StoredTensor]) -> tuple[dict[int, int], list[ReadRange], int]:
+    """Plan how tensors of one file are read to the device.
+
+    Returns:
+        Offset of each tensor in the file -> its first byte on the device; the ranges to read; the bytes needed on the device.
+    """
+    places: dict[int, int] = {}
+    ranges: list[ReadRange] = []
+    end = length = 0  # of the memory taken, and of the last range
     for stored in sorted(tensors, key=lambda stored: stored.offset):
         size = stored.spec.bytes
         if not size:
             continue
         end = -(-end // ALIGNMENT) * ALIGNMENT
-        places[stored.offset] = size, end
-        for start in range(0, size, PIECE_BYTES):
-            part = end + start, min(PIECE_BYTES, size - start)
-            follows = pieces and pieces[-1].start + length == stored.offset + start
-            if not follows or length + part[1] > PIECE_BYTES or len(pieces[-1].parts) == PIECE_TENSORS:
-                pieces.append(Piece(stored.offset + start, []))
+        places[stored.offset] = end
+        for start in range(0, size, RANGE_BYTES):
+            part = end + start, min(RANGE_BYTES, size - start)
+            follows = ranges and ranges[-1].start + length == stored.offset + start
+            if not follows or length + part[1] > RANGE_BYTES or len(ranges[-1].parts) == RANGE_TENSORS:
+                ranges.append(ReadRange(stored.offset + start, []))
                 length = 0
-            pieces[-1].parts.append(part)
+            ranges[-1].parts.append(part)
             length += part[1]
         end += size
-    return places, pieces, end
-
-
-def mappings_of(file: Path) -> list[tuple[range, int]]:
-    """Addresses to which a file is mapped in this process, and the offset in the file of the first of each range."""
-    path, found = os.path.realpath(file), []
-    for line in MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        addresses, _, offset, _, _, *name = line.split(maxsplit=5)
-        if name == [path]:
-            start, end = (int(number, 16) for number in addresses.split("-"))
-            found.append((range(start, end), int(offset, 16)))
-    return found
+    return places, ranges, end
 
 
 def opened(file: Path) -> FileIO:
@@ -242,15 +191,26 @@ def opened(file: Path) -> FileIO:
         raise unreadable(file, error) from error
 
 
-def read_into(file: FileIO, start: int, views: list[memoryview]) -> None:
+def read_into(file: FileIO, start: int, views: list[memoryview], seeking: threading.Lock) -> None:
     """Fill `views`, one after the other, with what a file has from `start` on.
+
+    Args:
+        file: The file, which other threads may read at the same time.
+        start: First byte to read.
+        views: Where to. The list is used up.
+        seeking: Held while the file's position is used, on systems without ``preadv`` (Windows).
 
     Raises:
         InvalidRepository: The file is shorter, or can't be read.
     """
     try:
         while views:
-            count = os.preadv(file.fileno(), views, start)
+            if hasattr(os, "preadv"):
+                count = os.preadv(file.fileno(), views, start)
+            else:
+                with seeking:
+                    file.seek(start)
+                    count = file.readinto(views[0])
             if not count:
                 raise InvalidRepository(f"{file.name} became shorter while it was read: {DOWNLOAD_AGAIN}.")
             start += count
@@ -259,4 +219,4 @@ def read_into(file: FileIO, start: int, views: list[memoryview]) -> None:
             if count:
                 views[0] = views[0][count:]
     except OSError as error:
-        raise unreadable(file.name, error) from error
+        raise unreadable(str(file.name), error) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import InvalidRepository
 from .components import COMPONENTS, METADATA, MODEL_INDEX, Component
 from .metadata import ComponentRecord, file_record, read_metadata
-from .resolve import check_component, component_class, read_model_index
+from .record import Repository, component_class, open_component, read_model_index
 from .security import DOWNLOAD_AGAIN
 from .validation import structure_problems
 
@@ -32,10 +32,11 @@ class ComponentReport:
 
 
 def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) -> list[ComponentReport]:
-    """Reads every component file of a repository.
+    """Read every component file of a repository and compare it with what it should be.
 
-    Where there is metadata, each file is compared with it. Then, and where there is none, weights are compared with their
-    configuration: every tensor there and none too many, each with its shape, dtype and whole quantization state, all values finite.
+    Where there is metadata, each file is compared with its recorded digest. Then weights are compared with their
+    configuration: every tensor there and none too many, each with its shape, dtype and whole quantization state, all values
+    finite.
 
     Args:
         folder: The repository.
@@ -45,8 +46,8 @@ def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) 
         A report for each of them that the repository has.
 
     Raises:
-        InvalidRepository: The folder can't be examined: it has no ``model_index.json`` (it isn't finished), or that or the metadata
-            can't be read.
+        InvalidRepository: The folder can't be examined: it has no ``model_index.json`` (it isn't finished), or that or the
+            metadata can't be read.
     """
     folder = Path(folder)
     index, metadata = read_model_index(folder), read_metadata(folder)
@@ -65,13 +66,25 @@ def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) 
     return reports
 
 
-def check_integrity(folder: Path, components: Sequence[Component]) -> None:
-    """`verify`, with an error instead of a report.
+def check_integrity(repository: Repository) -> None:
+    """`verify` of a repository that has been opened, with an error instead of a report.
 
     Raises:
         InvalidRepository: Something is wrong. The message has the first problem and the number of all.
     """
-    problems = [problem for report in verify(folder, components=components) for problem in report.problems]
+    if repository.metadata_problem:
+        raise repository.metadata_problem
+    problems = []
+    for part in repository.components.values():
+        if repository.metadata and not (record := repository.metadata.components.get(part.name)):
+            problems.append(f"{METADATA} says nothing of {part.name}.")
+            continue
+        found = (
+            _recorded_problems(repository.folder, repository.index, part.component, record)
+            if repository.metadata
+            else []
+        )
+        problems += found or structure_problems(part, values=True)
     if problems:
         more = f" (and {len(problems) - 1} more, see `ernie-image-nf4 verify`)" if len(problems) > 1 else ""
         raise InvalidRepository(f"{problems[0]}{more} {DOWNLOAD_AGAIN.capitalize()}.")
@@ -105,8 +118,7 @@ def _own_problems(folder: Path, index: dict, component: Component) -> list[str]:
     if component_class(index, component) is None:
         return [f"{MODEL_INDEX} has no line for {component.name}."]
     try:
-        check_component(folder, index, component)
-        return structure_problems(folder, component, values=True)
+        return structure_problems(open_component(folder, index, component), values=True)
     except InvalidRepository as error:
         return [str(error)]
 

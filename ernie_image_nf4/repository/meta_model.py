@@ -1,84 +1,134 @@
-"""The model that a component's configuration describes, without storage: names, shapes and configs.
+"""The model that a component's configuration describes, without storage: classes, names, shapes and configs.
 
-Which names weights have in files and which are tied are questions that diffusers and transformers answer themselves here.
+Which names weights have in files, and which are tied, are questions that diffusers and transformers answer themselves here.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import copy
+import inspect
+from collections.abc import Container
+from typing import Any
 
 import diffusers
 import torch
 import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..upstream.models_in_memory import persistent_tensors
 from .components import Component
 
-# Torch's device contexts and both libraries' loaders set global state and restore it: two threads at once would restore each
-# other's, and leave the process on the meta device.
-upstream_lock = threading.RLock()
+GENERATION_CONFIG = transformers.utils.GENERATION_CONFIG_NAME
 
 
-def skeleton(component: Component, folder: Path) -> torch.nn.Module:
-    """The model that a component's configs describe, on the meta device: names, shapes and configs without storage."""
-    if component.library == "diffusers":
-        model_class = getattr(diffusers, component.class_name)
-        with upstream_lock, torch.device("meta"), _without_warnings():
-            return model_class.from_config(model_class.load_config(folder))
-    model_class = getattr(transformers, component.class_name)
-    with upstream_lock, torch.device("meta"):
-        model = model_class(model_class.config_class.from_pretrained(folder))
+class TooManyParameters(Exception):
+    """A model under construction has more parameters than it may have."""
+
+
+class MetaParameters(TorchFunctionMode):
+    """While active, in this thread, modules get parameters without storage and without initial values; buffers are as ever.
+
+    PyTorch's layers make their parameters by ``torch.empty`` and fill them by ``torch.nn.init``. (``torch.device("meta")``
+    would take the values of buffers too, which no file has.)
+
+    Args:
+        limit: `TooManyParameters` is raised at the first parameter beyond so many: a number of layers may be in the billions.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        super().__init__()
+        self.limit, self.made = limit, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            self.made += 1
+            if self.limit is not None and self.made > self.limit:
+                raise TooManyParameters
+            return func(*args, **{**kwargs, "device": "meta"})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def meta_model(component: Component, settings: dict[str, dict[str, Any]], *, limit: int | None = None) -> nn.Module:
+    """Build the model of a component with its parameters on the meta device, and its buffers on the CPU.
+
+    Args:
+        component: The component.
+        settings: Content of the JSON files in its folder, by name.
+        limit: As for `MetaParameters`.
+
+    Raises:
+        TooManyParameters: See `limit`.
+        Exception: Whatever the libraries raise for a configuration that makes no sense.
+    """
+    config = copy.deepcopy(settings[component.config])
+    with torch.device("cpu"), MetaParameters(limit):
+        if component.library == "diffusers":
+            return _diffusers_model(getattr(diffusers, component.class_name), config)
+        model_class = getattr(transformers, component.class_name)
+        model = model_class(model_class.config_class.from_dict(config))
     if model.can_generate():
-        own = (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file()
-        model.generation_config = transformers.GenerationConfig.from_pretrained(
-            folder, **({} if own else {"config_file_name": component.config, "_from_model_config": True})
-        )
+        model.generation_config = _generation_config(component, settings)
     return model
 
 
-def saved_names(model: torch.nn.Module, stored: Container[str] = ()) -> dict[str, str]:
+def _diffusers_model(model_class: Any, config: dict[str, Any]) -> nn.Module:
+    """``model_class.from_config(config)``, without its warning about settings that it keeps and doesn't use."""
+    known = inspect.signature(model_class.__init__).parameters.keys()
+    unused = {key: config.pop(key) for key in [*config] if key not in known and not key.startswith("_")}
+    model = model_class.from_config(config)
+    model.register_to_config(**unused)
+    return model
+
+
+def _generation_config(component: Component, settings: dict[str, dict[str, Any]]) -> transformers.GenerationConfig:
+    if GENERATION_CONFIG in settings:
+        return transformers.GenerationConfig.from_dict(copy.deepcopy(settings[GENERATION_CONFIG]))
+    return transformers.GenerationConfig.from_model_config(copy.deepcopy(settings[component.config]))
+
+
+def saved_names(model: nn.Module, stored: Container[str] = ()) -> dict[str, str]:
     """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out.
 
     A key that is among `stored` names is taken as it is, as both libraries do: transformers is slow at finding another one.
     """
     tied = tied_weights(model)
-    names = {key: key for key in state_tensors(model) if key not in tied}
+    names = {key: key for key in persistent_tensors(model) if key not in tied}
     keys = [key for key in names if key not in stored]
     if not keys or not isinstance(model, transformers.PreTrainedModel):
         return names
-    # All in one call, because each looks through all conversions anew. Each stand-in's length is
-    # the number of its key.
+    # One call for all, because each call goes through all conversions anew. The length of a stand-in is the number of its key.
     numbered = {key: torch.empty(number, device="meta") for number, key in enumerate(keys)}
     saved = revert_weight_conversion(model, numbered)
     names |= {keys[len(tensor)]: name for name, tensor in saved.items()}
     return names if len(set(names.values())) == len(names) else saved_names(model)
 
 
-def state_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What ``model.state_dict()`` has, before it is quantized: the tensors themselves, which is faster."""
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    }
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keeps diffusers from saying that it ignores config keys, which the published configs have and it saves all the same."""
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
-
-
-def tied_weights(model: torch.nn.Module) -> dict[str, str]:
+def tied_weights(model: nn.Module) -> dict[str, str]:
     """State dict key of a tied weight -> key of the weight that it shares."""
     return dict(getattr(model, "all_tied_weights_keys", {}))
+
+
+# SHIMS, to go
+import threading  # noqa: E402
+
+from ..upstream.models_in_memory import persistent_tensors as state_tensors  # noqa: E402, F401
+
+upstream_lock = threading.RLock()
+
+
+def skeleton(component: Component, folder: Any) -> nn.Module:
+    import json
+
+    return meta_model(
+        component,
+        {
+            f.name: json.loads(f.read_text())
+            for f in folder.glob("*.json")
+            if f.name in (component.config, "generation_config.json")
+        },
+    )

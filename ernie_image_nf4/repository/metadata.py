@@ -11,19 +11,21 @@ import importlib.metadata
 import json
 import logging
 import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import InvalidRepository
 from .components import COMPONENT, METADATA, PIXELS_PER_PATCH
-from .security import is_plain_name, read_json
+from .security import DOWNLOAD_AGAIN, is_plain_name, read_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # Of recommended settings: pixels a side, and denoising steps.
 MAX_SIZE, MAX_STEPS = 8192, 1000
+# For pydantic: no unknown fields, no conversion of types.
+STRICT = {"extra": "forbid", "strict": True}
 VERSIONED_PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "safetensors")
 
 
@@ -35,6 +37,8 @@ class FileRecord:
         bytes: Size in bytes.
         sha256: Lower-case hexadecimal SHA-256 digest of the content.
     """
+
+    __pydantic_config__ = STRICT
 
     bytes: int
     sha256: str
@@ -49,6 +53,8 @@ class Source:
         revision: Commit of the Hub repository, None for a folder.
         license: SPDX-like identifier as on the Hub, None if unknown.
     """
+
+    __pydantic_config__ = STRICT
 
     repository: str
     revision: str | None = None
@@ -68,6 +74,8 @@ class Quantization:
         scale_search: Whether each block's scale was searched for the least squared error.
         calibration_prompts: How many prompts the transformer's codes were calibrated with, 0 if they weren't.
     """
+
+    __pydantic_config__ = STRICT
 
     method: str = "bitsandbytes"
     quant_type: str = "nf4"
@@ -92,6 +100,8 @@ class ComponentRecord:
         relative_weight_error: Norm of the quantized weights' error over the norm of those weights, None if unquantized.
     """
 
+    __pydantic_config__ = STRICT
+
     class_name: str
     quantized: bool
     files: dict[str, FileRecord]
@@ -105,6 +115,8 @@ class ComponentRecord:
 class Recommended:
     """Call settings that suit the model: sizes in pixels, guidance scale without unit."""
 
+    __pydantic_config__ = STRICT
+
     height: int = 1024
     width: int = 1024
     num_inference_steps: int = 50
@@ -114,6 +126,8 @@ class Recommended:
 @dataclass(frozen=True)
 class Metadata:
     """The whole of ``quantization_metadata.json``."""
+
+    __pydantic_config__ = STRICT
 
     name: str
     source: Source
@@ -147,25 +161,14 @@ def read_metadata(folder: Path) -> Metadata | None:
     """The metadata of a repository folder, or None if it has no ``quantization_metadata.json``.
 
     Raises:
-        InvalidRepository: The file isn't JSON, has another format version, or a field is missing or of a wrong type.
+        InvalidRepository: As `parse_metadata`, or the file isn't JSON.
     """
     path = folder / METADATA
-    if not path.exists():
-        return None
-    value = read_json(folder, path)
-    version = value.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InvalidRepository(
-            f"{path} has format version {version!r}, this package reads {FORMAT_VERSION}: "
-            "update the package (pip install -U) or make the repository again."
-        )
-    metadata = _parse(Metadata, value, METADATA)
-    _check(metadata)
-    return metadata
+    return parse_metadata(read_json(folder, path), path) if path.exists() else None
 
 
 def read_metadata_if_ours(folder: Path) -> Metadata | None:
-    """`read_metadata`, but a file of another form counts as none: that is no reason not to draw from the weights."""
+    """`read_metadata`, but a file of another format counts as none: that is no reason not to draw from the weights."""
     try:
         return read_metadata(folder)
     except InvalidRepository as error:
@@ -173,8 +176,38 @@ def read_metadata_if_ours(folder: Path) -> Metadata | None:
         return None
 
 
+def parse_metadata(value: dict[str, Any], path: Path) -> Metadata:
+    """The content of ``quantization_metadata.json`` as a record.
+
+    Args:
+        value: The JSON object.
+        path: Where it stands, for messages.
+
+    Raises:
+        InvalidRepository: It has another format version, a field is missing, unknown or of a wrong type, or what it says makes
+            no sense.
+    """
+    from pydantic import TypeAdapter, ValidationError  # 60 ms, which `--help` does without
+
+    version = value.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InvalidRepository(
+            f"{path} has format version {version!r}, this package reads {FORMAT_VERSION}: "
+            "update the package (pip install -U) or make the repository again."
+        )
+    try:
+        metadata = TypeAdapter(Metadata).validate_json(json.dumps(value))  # strict mode takes objects from JSON only
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ": ".join(map(str, first["loc"]))
+        found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:60]!r})"
+        raise InvalidRepository(f"{METADATA}: {field}: {first['msg']}{found}: {DOWNLOAD_AGAIN}.") from error
+    _check(metadata)
+    return metadata
+
+
 def _check(metadata: Metadata) -> None:
-    """Refuse what has the right types and makes no sense: a repository's metadata is no more to be trusted than the rest of it."""
+    """Refuse what has the right types and makes no sense: metadata is no more to be trusted than the rest of a repository."""
     if unknown := sorted(metadata.components.keys() - COMPONENT.keys()):
         raise InvalidRepository(f"{METADATA}: components: there is no component {unknown[0]!r}.")
     for component, record in metadata.components.items():
@@ -187,37 +220,3 @@ def _check(metadata: Metadata) -> None:
         raise InvalidRepository(f"{METADATA}: recommended: {settings.width}x{settings.height} is no size of a picture.")
     if not 0 < settings.num_inference_steps <= MAX_STEPS or not math.isfinite(settings.guidance_scale):
         raise InvalidRepository(f"{METADATA}: recommended: no picture is drawn with {settings}.")
-
-
-def _parse(kind: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    """`value` (from JSON) as `kind` (a dataclass, dict, list, union or plain type), or InvalidRepository naming the field."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise InvalidRepository(f"{where}: expected an object, found {type(value).__name__}.")
-        hints = typing.get_type_hints(kind)
-        fields = {item.name: item for item in dataclasses.fields(kind)}
-        if unknown := sorted(set(value) - set(fields)):
-            raise InvalidRepository(f"{where}: unknown field {unknown[0]!r}.")
-        for name, item in fields.items():
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if required and name not in value:
-                raise InvalidRepository(f"{where}: field {name!r} is missing.")
-        return kind(**{name: _parse(hints[name], inner, f"{where}: {name}") for name, inner in value.items()})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InvalidRepository(f"{where}: expected an object, found {type(value).__name__}.")
-        return {name: _parse(arguments[1], inner, f"{where}: {name}") for name, inner in value.items()}
-    if origin is list:
-        if not isinstance(value, list):
-            raise InvalidRepository(f"{where}: expected a list, found {type(value).__name__}.")
-        return [_parse(arguments[0], inner, f"{where}[{index}]") for index, inner in enumerate(value)]
-    if type(None) in arguments:
-        if value is None:
-            return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise InvalidRepository(f"{where}: expected {kind.__name__}, found {type(value).__name__}.")
-    return value

@@ -1,33 +1,17 @@
-"""A model argument (None, a folder, or a Hub id) -> a local folder that is known to be a sound ERNIE-Image repository.
-
-Finding and checking read headers and small JSON files only, so that every complaint comes before a weight is loaded.
-"""
+"""A model argument (None, a folder, or a Hub id) becomes a local folder; a Hub repository is downloaded first."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import InvalidRepository, InvalidSettings, RepositoryNotFound
-from .components import COMPONENT, COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS, PROMPT_ENHANCER, Component
-from .security import (
-    DOWNLOAD_AGAIN,
-    INDEX,
-    WEIGHTS,
-    check_files,
-    first_line,
-    is_plain_name,
-    read_json,
-    refuse_lfs_pointer,
-)
+from ..errors import InvalidSettings, RepositoryNotFound
+from .components import COMPONENTS, METADATA, MODEL_INDEX
+from .security import first_line
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Tokenizers come as tokenizer.json, or as a SentencePiece model or BPE merges beside it; chat templates as .jinja.
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHT_PATTERN = "*.safetensors"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def find_repository(
@@ -53,7 +37,7 @@ def find_repository(
         local_files_only: Take what the Hub cache holds, without any network call. ``HF_HUB_OFFLINE=1`` does the same.
 
     Returns:
-        The folder; `check_repository` tells whether it is complete.
+        The folder; `record.open_repository` tells whether it is complete.
 
     Raises:
         RepositoryNotFound: No such folder or Hub repository, or the Hub can't be reached.
@@ -79,151 +63,6 @@ def find_repository(
             "drop the revision, check it out there with git, or name a Hub id instead."
         )
     return folder
-
-
-def check_repository(folder: Path, *, prompt_enhancer: bool = True) -> tuple[Component, ...]:
-    """Check that a folder holds all that the pipeline needs, and say which components it has.
-
-    Reads ``model_index.json``, the presence of configurations, and the header of every weight file against its size.
-
-    Args:
-        folder: A repository folder, as from `find_repository`.
-        prompt_enhancer: Whether the prompt enhancer is wanted. Without it its files are not looked at.
-
-    Returns:
-        The components to load, in the order of the layout. The prompt enhancer is left out if the repository has none.
-
-    Raises:
-        InvalidRepository: A part is missing, truncated, corrupt, a Git LFS pointer, a pickle, of another pipeline, or holds what
-            `guard` refuses.
-    """
-    index = read_model_index(folder)
-    present = []
-    for component in COMPONENTS:
-        if component.optional and not prompt_enhancer:
-            continue
-        if component_class(index, component) is not None:
-            check_component(folder, index, component)
-            present.append(component)
-        elif not component.optional:
-            raise InvalidRepository(f"{folder / MODEL_INDEX} names no {component.name!r}: {DOWNLOAD_AGAIN}.")
-    enhancer = [component.name for component in present if component.optional]
-    if prompt_enhancer and enhancer and len(enhancer) < len(PROMPT_ENHANCER):
-        raise InvalidRepository(
-            f"Of {' and '.join(PROMPT_ENHANCER)}, {folder / MODEL_INDEX} names only {enhancer[0]!r}: "
-            f"load without the prompt enhancer (prompt_enhancer=False, --no-pe), or {DOWNLOAD_AGAIN}."
-        )
-    return tuple(present)
-
-
-def check_component(folder: Path, index: dict, component: Component) -> None:
-    """Check one component: its line in ``model_index.json``, its files, and the headers of its weights.
-
-    Args:
-        folder: A repository folder.
-        index: Its ``model_index.json``.
-        component: One that is not left out.
-
-    Raises:
-        InvalidRepository: As `check_repository`.
-    """
-    place, entry = folder / component.name, index.get(component.name)
-    tokenizer = component.config == TOKENIZER_CONFIG and "Token" in str(entry[1])
-    if entry[0] != component.library or (entry[1] != component.class_name and not tokenizer):
-        raise InvalidRepository(
-            f"{folder / MODEL_INDEX}: {component.name} is {entry}, expected {[component.library, component.class_name]}: "
-            "only the classes of ERNIE-Image are loaded, and no code from a repository."
-        )
-    if not place.is_dir():
-        raise InvalidRepository(f"Folder {place} is missing: {DOWNLOAD_AGAIN}.")
-    config = read_json(folder, place / component.config)
-    if (
-        config.get("_class_name", component.class_name) != component.class_name
-    ):  # diffusers; transformers has architectures
-        raise InvalidRepository(
-            f"{place / component.config} is of a {config['_class_name']}, expected {component.class_name}: {DOWNLOAD_AGAIN}."
-        )
-    if component.config == TOKENIZER_CONFIG:
-        tokenizer_files = [place / name for name in TOKENIZER_FILES if (place / name).is_file()]
-        if not tokenizer_files:
-            raise InvalidRepository(f"File {place / TOKENIZER_FILES[0]} is missing: {DOWNLOAD_AGAIN}.")
-        for path in tokenizer_files:
-            refuse_lfs_pointer(path)
-    check_files(folder, place)
-    if component.weights is None:
-        return
-    files = weight_files(folder, component)
-    if not files:
-        pickles = sorted(path.name for path in place.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise InvalidRepository(
-                f"{place} has its weights as a pickle only ({pickles[0]}), which can run code when loaded: "
-                f"expected {component.weights}; use a safetensors release, or convert it with save_pretrained."
-            )
-        raise InvalidRepository(f"Weight file {place / component.weights} is missing: {DOWNLOAD_AGAIN}.")
-    from .safetensors_io import read_header  # needs torch, which finding a repository does without
-
-    for path in files:
-        read_header(path)
-
-
-def read_model_index(folder: Path) -> dict:
-    """``model_index.json`` of a repository, known to be of an ``ErnieImagePipeline``.
-
-    Raises:
-        InvalidRepository: It is missing, not JSON, or of another pipeline class.
-    """
-    path = folder / MODEL_INDEX
-    if not path.is_file():
-        raise InvalidRepository(f"{folder} has no {MODEL_INDEX}: name a folder or Hub id of an {PIPELINE_CLASS}.")
-    index = read_json(folder, path)
-    if (found := index.get("_class_name")) != PIPELINE_CLASS:
-        raise InvalidRepository(
-            f"{path} is of a {found}, this package loads {PIPELINE_CLASS}: "
-            "name an ERNIE-Image repository, or load this one with diffusers.DiffusionPipeline."
-        )
-    unknown = [name for name, entry in index.items() if isinstance(entry, list) and name not in COMPONENT]
-    if unknown:  # the libraries would import what it names
-        raise InvalidRepository(f"{path} has a component {unknown[0]!r}, {PIPELINE_CLASS} has none: remove that line.")
-    return index
-
-
-def component_class(index: dict, component: Component) -> str | None:
-    """The class that ``model_index.json`` names for a component, None if it was left out (``[null, null]``, or no line)."""
-    entry = index.get(component.name)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-
-
-def weight_files(folder: Path, component: Component) -> list[Path]:
-    """The safetensors files of a component: the one file, or the shards that its index names. Empty if there are none.
-
-    Raises:
-        InvalidRepository: The index of the shards isn't one, names files elsewhere, or stands beside the one file.
-    """
-    if component.weights is None:
-        return []
-    single = folder / component.name / component.weights
-    index = single.with_name(f"{single.name}{INDEX}")
-    if not index.exists():
-        return [single] if single.exists() else []
-    if single.exists():  # transformers would read the one, diffusers the other
-        raise InvalidRepository(f"{single} stands beside {index.name}: remove the one that isn't meant.")
-    weight_map = read_json(folder, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InvalidRepository(f"{index} lists no weight files: {DOWNLOAD_AGAIN}.")
-    if strange := [name for name in weight_map.values() if not is_plain_name(name) or not name.endswith(WEIGHTS)]:
-        raise InvalidRepository(f"{index} names {strange[0]!r}, expected a {WEIGHTS} file beside it: {DOWNLOAD_AGAIN}.")
-    return [single.with_name(name) for name in sorted(set(weight_map.values()))]
-
-
-def total_bytes(files: Iterable[Path]) -> int:
-    """Size of some files together."""
-    return sum(path.stat().st_size for path in files)
-
-
-def is_quantized(folder: Path, component: Component) -> bool:
-    """Whether a component's configuration says that its weights are stored quantized."""
-    return "quantization_config" in read_json(folder, folder / component.name / component.config)
 
 
 def _own_repository() -> Path:
@@ -307,3 +146,26 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
         raise RepositoryNotFound(
             f"Downloading {repo_id}{at_revision} failed ({first_line(error)}): try again, what is there is kept."
         ) from error
+
+
+# SHIMS, to go
+def check_repository(folder, *, prompt_enhancer=True):
+    from .record import open_repository
+
+    return tuple(p.component for p in open_repository(folder, prompt_enhancer=prompt_enhancer).components.values())
+
+
+def _open(folder, component, weights):
+    from .record import StoredComponent
+    from .security import read_component_files
+
+    place = folder / component.name
+    return StoredComponent(component, place, component.class_name, read_component_files(folder, place))
+
+
+def weight_files(folder, component):
+    return list(_open(folder, component, False).weight_files()) if component.weights else []
+
+
+def is_quantized(folder, component):
+    return _open(folder, component, False).quantized

@@ -1,7 +1,7 @@
 """What is refused of a folder before a library reads it: code, paths that lead out of it, files of absurd size.
 
 A repository may come from a stranger, and diffusers and transformers read more of it than this package names: any of several
-JSON files of a component, templates, adapters, shards. So every file of a component is looked at, not just those expected.
+JSON files of a component, templates, adapters, shards. So every file of a component is checked, not just those expected.
 """
 
 from __future__ import annotations
@@ -61,16 +61,20 @@ def read_json(folder: Path, path: Path) -> dict[str, Any]:
     return value
 
 
-def check_files(folder: Path, place: Path) -> None:
-    """Look at every file of a component.
+def read_component_files(folder: Path, place: Path) -> dict[str, dict[str, Any]]:
+    """Check every file of a component, and read its JSON files.
 
     Args:
         folder: The repository.
         place: The component's folder in it.
 
+    Returns:
+        Content of each JSON file but vocabularies, by its path in `place`.
+
     Raises:
-        InvalidRepository: One leads out of the folder, is code, names code or other files, or is absurdly large.
+        InvalidRepository: A file leads out of the repository, is code, names code or other files, or is absurdly large.
     """
+    settings = {}
     for path in sorted(place.rglob("*")):
         check_inside(folder, path)
         if not path.exists():
@@ -85,7 +89,8 @@ def check_files(folder: Path, place: Path) -> None:
         elif path.suffix == ".jinja":
             _check_size(path, MAX_TEMPLATE)
         elif path.suffix == ".json":
-            _check_settings(path, read_json(folder, path))
+            settings[path.relative_to(place).as_posix()] = _checked_settings(path, read_json(folder, path))
+    return settings
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -96,7 +101,7 @@ def check_inside(folder: Path, path: Path) -> None:
     Raises:
         InvalidRepository: It lies elsewhere.
     """
-    # not Path.resolve, which fails at links in a circle
+    # Path.resolve raises for links in a circle.
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     allowed = [home]
     if home.parent.name == "snapshots":
@@ -132,9 +137,9 @@ def refuse_lfs_pointer(path: Path) -> None:
 def library_reading(place: Path) -> Iterator[None]:
     """Turn whatever a library raises while it reads `place` into one clear error.
 
-    The only place where every exception is caught. What diffusers, transformers, tokenizers and bitsandbytes raise for settings
-    that make no sense is nowhere documented and of any kind (KeyError, ZeroDivisionError, AttributeError ...), so no list
-    of them could hold. Only calls into those libraries may stand inside; the original is kept as the cause.
+    The only place where every exception is caught: what diffusers, transformers, tokenizers and bitsandbytes raise for
+    senseless settings is undocumented and of any type (KeyError, ZeroDivisionError, AttributeError ...). Only calls into
+    those libraries may stand inside; the original error is kept as the cause.
 
     Raises:
         InvalidRepository: The library raised something.
@@ -144,7 +149,7 @@ def library_reading(place: Path) -> Iterator[None]:
     except (ErnieImageNF4Error, MemoryError):
         raise
     except Exception as error:
-        # torch.OutOfMemoryError, by name: this module does without torch
+        # torch.OutOfMemoryError, by name: this module doesn't import torch.
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise InvalidRepository(
@@ -165,10 +170,10 @@ def _check_size(path: Path, limit: int) -> None:
         )
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse settings that name code or other files, and numbers no model has."""
+def _checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, known to name no code, no files elsewhere, and no number that no model has."""
     if path.name.endswith(INDEX):
-        return  # its keys are names of tensors
+        return settings  # keys are names of tensors
     pending: list[tuple[str, Any]] = list(settings.items())
     while pending:
         key, value = pending.pop()
@@ -192,6 +197,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
             pending += value.items()
         elif isinstance(value, list):
             pending += [(key, item) for item in value if isinstance(item, dict | int) and not isinstance(item, bool)]
+    return settings
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,7 +1,7 @@
 """Whether the weight files of a component hold exactly the tensors that its configuration asks for, each in its form.
 
-The model is built without storage from the configuration, the headers of the files are read, and both are compared. That takes no
-weights and no metadata, so it is done before the model gets any; a configuration of absurd size ends here.
+The model is built without storage from the configuration and compared with the headers of the files. That needs no weights and
+no metadata, so it is done before a weight is read; a configuration of absurd size ends here.
 """
 
 from __future__ import annotations
@@ -10,35 +10,28 @@ import contextlib
 import itertools
 import json
 import math
-import threading
-from collections.abc import Container, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Any
 
-import diffusers
 import torch
 import transformers
 from bitsandbytes.functional import get_4bit_type
 from bitsandbytes.nn import Linear4bit
-from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers.initialization import no_init_weights
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from torch import nn
 
 from ..errors import InvalidRepository
-from ..loading.assembly import NF4Weight
+from ..upstream.models_in_memory import exchange_layers, nf4_quantizer, persistent_tensors
 from . import nf4_format as nf4
-from .components import Component
-from .meta_model import saved_names, skeleton, state_tensors, tied_weights, upstream_lock
-from .resolve import is_quantized, weight_files
-from .safetensors_io import DTYPES, StoredTensor, TensorSpec, read_chunks, read_header, read_tensor
-from .security import INDEX, library_reading, read_json
+from .meta_model import MetaParameters, TooManyParameters, meta_model, saved_names, tied_weights
+from .record import StoredComponent
+from .safetensors_io import DTYPES, StoredTensor, TensorSpec, read_chunks, read_tensor
+from .security import library_reading
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those bitsandbytes has
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
 FLOATS = ("bfloat16", "float16", "float32")
-# What a component's configuration has to say about its quantization; other settings don't matter to weights that are quantized.
-NF4_SETTINGS = {
+# What a configuration has to say of its quantization; other settings don't matter to weights that are quantized already.
+NF4_SETTINGS: dict[str, tuple[Any, ...]] = {
     "quant_method": ("bitsandbytes",),
     "load_in_4bit": (True,),
     "bnb_4bit_quant_type": ("nf4",),
@@ -46,7 +39,7 @@ NF4_SETTINGS = {
     "bnb_4bit_quant_storage": ("uint8", None),
 }
 MAX_SETTINGS = 4096  # bytes of a quantization state's settings; real ones have some 200
-MAX_TIED = 16  # parameters that are registered, but share another one's storage
+MAX_TIED = 16  # parameters of a model that no file has, because they are tied to another one
 
 
 @dataclass(frozen=True)
@@ -66,224 +59,158 @@ class Expected:
     quantized: bool
 
 
-def check_structure(folder: Path, component: Component) -> None:
-    """Refuse a component whose files and configuration don't fit each other. Reads headers and quantization settings only.
+@dataclass(frozen=True)
+class StoredNF4:
+    """A weight in NF4, as it is stored.
+
+    Attributes:
+        parts: Its tensors by the suffix of their name, ``""`` for the codes.
+        settings: The JSON of its quantization state.
+    """
+
+    parts: dict[str, StoredTensor]
+    settings: dict[str, Any]
+
+
+@dataclass
+class StoredModel:
+    """Which stored tensors go where in a component's model.
+
+    Attributes:
+        model: The model, on the meta device.
+        quantizer: That put its NF4 layers there, None without any.
+        nf4: Weights of these layers, by state dict key.
+        plain: All other tensors, by state dict key.
+        tied: Tensors that files have for keys that are tied to another one.
+        problems: Where files and configuration don't fit each other, a sentence each.
+    """
+
+    model: nn.Module
+    quantizer: Any
+    nf4: dict[str, StoredNF4] = field(default_factory=dict)
+    plain: dict[str, StoredTensor] = field(default_factory=dict)
+    tied: dict[str, StoredTensor] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def of_transformers(self) -> bool:
+        return isinstance(self.model, transformers.PreTrainedModel)
+
+
+def check_structure(part: StoredComponent) -> None:
+    """Refuse a component whose files and configuration don't fit each other.
 
     Raises:
-        InvalidRepository: They don't, or one of them can't be read. The message has the first problem.
+        InvalidRepository: They don't. The message has the first problem.
     """
-    _refuse(structure_problems(folder, component))
+    match_tensors(part)
 
 
-def structure_problems(folder: Path, component: Component, *, values: bool = False) -> list[str]:
+def structure_problems(part: StoredComponent, *, values: bool = False) -> list[str]:
     """Where the files of a component differ from what its configuration asks for, a sentence each.
 
     Args:
-        folder: The repository.
-        component: Its component. One without weights has no problems.
+        part: The component. One without weights has no problems.
         values: Whether to read all values as well, and look for NaN, infinity and a strange NF4 table.
 
     Raises:
         InvalidRepository: The configuration describes no model, or a file can't be read.
     """
-    if component.weights is None:
+    if part.component.weights is None:
         return []
-    stored, problems = _stored_tensors(folder, component)
-    problems += _differences(folder, component, _built_model(folder, component, len(stored)), stored)
-    if values and not problems:
-        problems += _value_problems(stored)
-    return problems
+    problems = [*part.problems, *_matched(part).problems]
+    return problems if problems or not values else _value_problems(part.tensors)
 
 
-@contextmanager
-def checked_loading(folder: Path, component: Component) -> Iterator[list[NF4Weight]]:
-    """Let ``from_pretrained`` of a quantized component, in this context and thread, take weights only if they fit its model.
-
-    Finds what `check_structure` finds, in the model that upstream builds, before it has storage: a second one would take Python as long.
-
-    Yields:
-        The component's NF4 weights; empty until they have been checked.
-
-    Raises:
-        InvalidRepository: As `check_structure`.
-    """
-    stored, problems = _stored_tensors(folder, component)
-    _refuse(problems)
-    quantizer_class, _, _ = _quantizer(folder, component)
-    thread, weights = threading.get_ident(), []
-    with upstream_lock, ExitStack() as building:
-        own, upstream = vars(quantizer_class).get("preprocess_model"), quantizer_class.preprocess_model
-        building.enter_context(_at_most(len(stored) + MAX_TIED, folder / component.name / component.config))
-
-        def preprocess_model(self, model, *args, **kwargs):
-            if threading.get_ident() != thread:
-                return upstream(self, model, *args, **kwargs)
-            building.close()  # its layers are replaced now, whose parameters count anew
-            result = upstream(self, model, *args, **kwargs)
-            _refuse(_differences(folder, component, model, stored, weights))
-            return result
-
-        quantizer_class.preprocess_model = preprocess_model
-        try:
-            yield weights
-        finally:
-            if own is None:
-                del quantizer_class.preprocess_model
-            else:
-                quantizer_class.preprocess_model = own
-
-
-@contextmanager
-def bounded_loading(folder: Path, component: Component) -> Iterator[None]:
-    """Give up a model that upstream builds in this context and thread if it has more parameters than a component's files.
-
-    Raises:
-        InvalidRepository: It has, or the files can't be read.
-    """
-    stored, problems = _stored_tensors(folder, component)
-    _refuse(problems)
-    with _at_most(len(stored) + MAX_TIED, folder / component.name / component.config):
-        yield
-
-
-def check_model(folder: Path, component: Component, model: torch.nn.Module) -> None:
-    """As `check_structure`, by a model that has been loaded and isn't quantized."""
-    stored, problems = _stored_tensors(folder, component)
-    _refuse(problems + _differences(folder, component, model, stored))
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise InvalidRepository(f"{problems[0]} Download the repository again, both configuration and weights.")
-
-
-def _stored_tensors(folder: Path, component: Component) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors in the files of a component, and where its index of shards is wrong about them."""
-    files = weight_files(folder, component)
-    stored, problems = {}, []
-    for file in files:
-        tensors = read_header(file)
-        problems += [f"{file}: tensor {name} is in another file as well." for name in sorted(stored.keys() & tensors)]
-        stored |= tensors
-    index = folder / component.name / f"{component.weights}{INDEX}"
-    if index.exists():
-        listed = read_json(folder, index)["weight_map"]
-        if listed != {name: tensor.file.name for name, tensor in stored.items()}:
-            problems.append(f"{index} doesn't list the tensors of its files.")
-    return stored, problems
-
-
-def _built_model(folder: Path, component: Component, count: int) -> torch.nn.Module:
-    """The model of a component without storage, as the libraries build it before they load weights.
+def match_tensors(part: StoredComponent, dtype: torch.dtype = torch.bfloat16) -> StoredModel:
+    """Build the model of a component without storage, and find what is stored for each of its tensors.
 
     Args:
-        folder: The repository.
-        component: Its component.
-        count: How many tensors it has. A model of more parameters is given up while it is built.
-    """
-    place = folder / component.name
-    with upstream_lock, no_init_weights():  # which takes time even without storage
-        with library_reading(place / component.config), _at_most(count + MAX_TIED, place / component.config):
-            model = skeleton(component, place)
-        if is_quantized(folder, component):
-            quantizer_class, config_class, settings = _quantizer(folder, component)
-            with library_reading(place / component.config):
-                quantizer = quantizer_class(config_class.from_dict(settings), pre_quantized=True)
-                quantizer.preprocess_model(
-                    model, config=model.config, dtype=torch.bfloat16, device_map=None, keep_in_fp32_modules=[]
-                )
-    return model
-
-
-def _quantizer(folder: Path, component: Component) -> tuple[type, type, dict]:
-    """The classes of quantizer and settings by which a component's library loads NF4, and the settings.
+        part: The component, with weights.
+        dtype: That the model will compute in.
 
     Raises:
-        InvalidRepository: They ask for something else than NF4.
+        InvalidRepository: Files and configuration don't fit each other. The message has the first problem.
     """
-    file = folder / component.name / component.config
-    settings = read_json(folder, file)["quantization_config"]
-    if not isinstance(settings, dict) or any(settings.get(key) not in values for key, values in NF4_SETTINGS.items()):
-        raise InvalidRepository(f"{file} is quantized in another way than NF4: make an NF4 repository with `quantize`.")
-    if component.library == "diffusers":
-        return BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig, settings
-    return Bnb4BitHfQuantizer, transformers.BitsAndBytesConfig, settings
+    problems = [*part.problems]
+    if not problems:
+        found = _matched(part, dtype)
+        problems = found.problems
+    if problems:
+        raise InvalidRepository(f"{problems[0]} Download the repository again, both configuration and weights.")
+    return found
 
 
-def _differences(
-    folder: Path,
-    component: Component,
-    model: torch.nn.Module,
-    stored: dict[str, StoredTensor],
-    weights: list[NF4Weight] | None = None,
-) -> list[str]:
-    """Where stored tensors differ from those that a model without storage asks for. NF4 weights are added to `weights`."""
-    place = folder / component.name
-    with library_reading(place / component.config):
-        expected, tied = _expected_tensors(model, stored)
-    settings = _read_settings(stored)
-    used, problems = set(tied), []
-    for name in sorted(tied.keys() & stored):
-        problems += _plain_problems(name, tied[name], stored[name])
-    for name, tensor in expected.items():
+def _matched(part: StoredComponent, dtype: torch.dtype = torch.bfloat16) -> StoredModel:
+    """As `match_tensors`, with all problems in the result."""
+    model, quantizer = _built_model(part, dtype)
+    with library_reading(part.config_file):
+        expected, tied = _expected_tensors(model, part.tensors)
+    settings, stored = _read_settings(part.tensors), part.tensors
+    found = StoredModel(model, quantizer, tied={key: stored[key] for key in sorted(tied.keys() & stored)})
+    used = set(tied)
+    for key, tensor in found.tied.items():
+        found.problems += _plain_problems(key, tied[key], tensor)
+    for name, wanted in expected.items():
         if name not in stored:
-            problems.append(f"{place} has no tensor {name}.")
-            continue
-        if tensor.quantized:
-            parts = {other.removeprefix(name): stored[other] for other in _with_state(name, stored)}
+            found.problems.append(f"{part.folder} has no tensor {name}.")
+        elif wanted.quantized:
+            parts = {suffix: stored[name + suffix] for suffix in nf4.SUFFIXES if name + suffix in stored}
             its_settings = settings.get(f"{name}.{nf4.QUANT_STATE}")
-            problems += _nf4_problems(name, tensor, parts, its_settings)
-            if weights is not None:
-                weights.append(NF4Weight(name, tensor.key, parts, its_settings))
+            found.problems += _nf4_problems(name, wanted, parts, its_settings)
+            found.nf4[wanted.key] = StoredNF4(parts, its_settings or {})
             used |= {name + suffix for suffix in parts}
         else:
-            problems += _plain_problems(name, tensor, stored[name])
+            found.problems += _plain_problems(name, wanted, stored[name])
+            found.plain[wanted.key] = stored[name]
             used.add(name)
-    return [
-        *problems,
-        *(f"{stored[name].file}: tensor {name} belongs to no layer." for name in sorted(stored.keys() - used)),
+    found.problems += [
+        f"{stored[name].file}: tensor {name} belongs to no layer." for name in sorted(stored.keys() - used)
     ]
+    return found
 
 
-def _expected_tensors(
-    model: torch.nn.Module, stored: Container[str]
-) -> tuple[dict[str, Expected], dict[str, Expected]]:
-    """What a model asks for, by the names that are stored or else those under which it is saved, and tied weights, which may be left out."""
-    state = state_tensors(model)
+def _built_model(part: StoredComponent, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """The model of a component on the meta device, and the quantizer that put its NF4 layers there.
+
+    A model of more parameters than the files have tensors is given up while it is built.
+    """
+    settings = _quantization_settings(part) if part.quantized else None
+    with library_reading(part.config_file):
+        try:
+            model = meta_model(part.component, part.settings, limit=len(part.tensors) + MAX_TIED)
+        except TooManyParameters:
+            raise InvalidRepository(
+                f"{part.config_file} asks for more tensors than the weight files have: download both again."
+            ) from None
+        if settings is None:
+            return model, None
+        quantizer = nf4_quantizer(part.component.library, settings)
+        with MetaParameters():
+            exchange_layers(model, quantizer, dtype)
+    return model, quantizer
+
+
+def _quantization_settings(part: StoredComponent) -> dict[str, Any]:
+    settings = part.config["quantization_config"]
+    if not isinstance(settings, dict) or any(settings.get(key) not in values for key, values in NF4_SETTINGS.items()):
+        raise InvalidRepository(
+            f"{part.config_file} is quantized in another way than NF4: make an NF4 repository with `quantize`."
+        )
+    return dict(settings)
+
+
+def _expected_tensors(model: nn.Module, stored: Container[str]) -> tuple[dict[str, Expected], dict[str, Expected]]:
+    """What a model asks for, by the names that are stored or else those under which it is saved, and tied weights, which may be
+    left out."""
+    tensors = persistent_tensors(model)
     quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
     def expected(key: str) -> Expected:
-        tensor = state[key]
-        return Expected(key, tuple(tensor.shape), tensor.is_floating_point(), key in quantized)
+        return Expected(key, tuple(tensors[key].shape), tensors[key].is_floating_point(), key in quantized)
 
     names = saved_names(model, stored)
     return {names[key]: expected(key) for key in names}, {key: expected(key) for key in tied_weights(model)}
-
-
-@contextmanager
-def _at_most(count: int, config: Path) -> Iterator[None]:
-    """Give up building a model, in this thread, at the first parameter beyond `count`: a number of layers may be in the billions."""
-    thread, seen = threading.get_ident(), 0
-
-    def look(*_: object) -> None:
-        nonlocal seen
-        if threading.get_ident() == thread:
-            seen += 1
-            if seen > count:
-                raise InvalidRepository(
-                    f"{config} asks for more tensors than the weight files have: download both again."
-                )
-
-    hook = register_module_parameter_registration_hook(look)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _with_state(name: str, stored: dict[str, StoredTensor]) -> list[str]:
-    """The names of a weight and of its quantization state, as far as they are there."""
-    return [name + suffix for suffix in nf4.SUFFIXES if name + suffix in stored]
 
 
 def _plain_problems(name: str, tensor: Expected, found: StoredTensor) -> list[str]:

@@ -1,0 +1,161 @@
+"""`build_pipeline`: the components of a repository, loaded and put together as a pipeline."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import transformers
+from torch import nn
+
+from ..errors import InvalidRepository
+from ..fast.ops.elementwise import prepare_triton
+from ..memory.host_embeddings import enable_host_embeddings, unused_modules
+from ..memory.placement import Placement
+from ..repository import nf4_format as nf4
+from ..repository.chat_template import check_chat_template
+from ..repository.record import Repository, StoredComponent
+from ..repository.safetensors_io import DTYPES, StoredTensor
+from ..repository.security import library_reading
+from .assembly import TensorSource, assemble, keep_as_stored, move_rest
+from .device_reader import DeviceReader
+from .from_pretrained import load_plain
+
+logger = logging.getLogger(__name__)
+
+
+def build_pipeline(repository: Repository, where: Placement) -> diffusers.ErnieImagePipeline:
+    """Load all components of a repository and make a pipeline of them.
+
+    The quantized components are on the device if ``where.memory`` is ``"resident"``, all others on the CPU.
+
+    Raises:
+        InvalidRepository: A component is damaged, can't be loaded, or doesn't fit the others.
+    """
+    with ThreadPoolExecutor(2) as pool, _tensor_source(repository, where) as source:
+        if where.fast:
+            pool.submit(prepare_triton)
+        parts: dict[str, Any] = {}
+        template = None
+        if pe_tokenizer := repository.components.get("pe_tokenizer"):
+            parts["pe_tokenizer"] = _load_tokenizer(pe_tokenizer)
+            # Renders in a process of its own, for which there is no need to wait.
+            template = pool.submit(check_chat_template, parts["pe_tokenizer"])
+        for name, part in repository.components.items():
+            if name not in parts:
+                parts[name] = _load_component(part, where, source)
+        source.wait()
+        pipe = diffusers.ErnieImagePipeline(**parts)
+        if template:
+            template.result()
+    pipe.register_to_config(_name_or_path=str(repository.folder))
+    _check_agreement(pipe, repository)
+    return pipe
+
+
+@contextmanager
+def _tensor_source(repository: Repository, where: Placement) -> Iterator[TensorSource]:
+    """Where tensors come from. Weights that go to the device without upstream's help are on their way there at once."""
+    if not where.moves:
+        yield TensorSource()
+        return
+    with DeviceReader(where.device) as reader:
+        reader.start(
+            stored
+            for part in repository.components.values()
+            if part.component.quantized
+            for stored in _to_be_read(part, where)
+        )
+        yield TensorSource(reader)
+
+
+def _to_be_read(part: StoredComponent, where: Placement) -> list[StoredTensor]:
+    """The tensors of a component that come to the device as they are stored; others are converted on the host first."""
+    of_nf4 = {
+        name.removesuffix(".absmax") + suffix
+        for name in part.tensors
+        if name.endswith(".absmax")
+        for suffix in nf4.SUFFIXES
+    }
+    return [
+        stored
+        for name, stored in part.device_tensors(where.fast).items()
+        if name in of_nf4 or DTYPES[stored.spec.dtype] == where.dtype
+    ]
+
+
+def _load_component(part: StoredComponent, where: Placement, source: TensorSource) -> Any:
+    """One component. Models with NF4 weights are on the device that they are loaded to, all else is on the CPU."""
+    component = part.component
+    if component.weights is None:
+        return _load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
+    if component.quantized and not part.quantized:
+        logger.warning(
+            "%s is not quantized: it is loaded in %s and takes about four times the memory of NF4.",
+            part.folder,
+            where.dtype,
+        )
+    if component.quantized and where.load_device.type != "cpu":
+        return load_plain(part, where)
+    model = assemble(part, source, where.dtype)
+    if where.device.type == "cpu":
+        keep_as_stored(model)
+    if where.fast and component.quantized:
+        _leave_unused_on_host(model, part, where)
+    return model
+
+
+def _leave_unused_on_host(model: nn.Module, part: StoredComponent, where: Placement) -> None:
+    """Move all of a model to the device that isn't there yet, but what text-to-image doesn't need there."""
+    unused: list[nn.Module] = []
+    if part.component.unused:
+        enable_host_embeddings(model, part.component.unused)
+        unused = unused_modules(model, part.component.unused)
+    if where.moves:
+        move_rest(model, where.device, unused)
+
+
+def _load_tokenizer(part: StoredComponent) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer by the class that ``model_index.json`` names, as diffusers would load it."""
+    with library_reading(part.folder):
+        return getattr(transformers, part.class_name).from_pretrained(part.folder, local_files_only=True)
+
+
+def _load_scheduler(part: StoredComponent) -> Any:
+    with library_reading(part.folder):
+        return getattr(diffusers, part.class_name).from_config(part.config)
+
+
+def _check_agreement(pipe: diffusers.ErnieImagePipeline, repository: Repository) -> None:
+    """Refuse components that are sound by themselves, but don't fit each other.
+
+    Raises:
+        InvalidRepository: A size differs, or a tokenizer has more tokens than its model.
+    """
+    sizes = {
+        "values a token of the text": (
+            pipe.text_encoder.config.text_config.hidden_size,
+            pipe.transformer.config.text_in_dim,
+        ),
+        "channels of the latents": (
+            pipe.vae.config.latent_channels * math.prod(pipe.vae.config.patch_size),
+            pipe.transformer.config.in_channels,
+        ),
+    }
+    for what, (given, taken) in sizes.items():
+        if given != taken:
+            raise InvalidRepository(
+                f"{repository.folder}: of {what}, the transformer takes {taken} and is given {given}: "
+                "use components of one release."
+            )
+    for tokenizer, model in ((pipe.tokenizer, pipe.text_encoder), (pipe.pe_tokenizer, pipe.pe)):
+        if model is not None and len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
+            raise InvalidRepository(
+                f"{tokenizer.name_or_path} has {len(tokenizer)} tokens, its model knows {rows}: "
+                "use components of one release."
+            )

@@ -1,0 +1,59 @@
+"""Components through upstream's own ``from_pretrained``, straight to a GPU: what ``load(fast=False)`` promises."""
+
+from __future__ import annotations
+
+import importlib
+
+import bitsandbytes
+import diffusers
+import torch
+from torch import nn
+
+from ..memory.placement import Placement
+from ..repository.record import StoredComponent
+from ..repository.security import library_reading
+from ..repository.validation import check_structure
+
+# diffusers renamed torch_dtype to dtype in 0.40, as transformers had, and warns about the old name since.
+DTYPE_ARGUMENT = {
+    "transformers": "dtype",
+    "diffusers": "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype",
+}
+
+
+def load_plain(part: StoredComponent, where: Placement) -> nn.Module:
+    """A component on ``where.load_device``, loaded as in the model card's demo.
+
+    Raises:
+        InvalidRepository: Its files don't fit its configuration, or upstream can't load them.
+    """
+    check_structure(part)
+    component = part.component
+    dtype = torch.get_default_dtype()
+    try:
+        with library_reading(part.folder):
+            model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
+                part.folder,
+                device_map={"": where.load_device},
+                use_safetensors=True,
+                local_files_only=True,
+                **{DTYPE_ARGUMENT[component.library]: where.dtype},
+            )
+    finally:
+        torch.set_default_dtype(dtype)  # diffusers leaves its own behind if building a model fails
+    if where.dtype != torch.bfloat16:  # which the files are made for
+        _convert(model, where.dtype)
+    return model
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the products of NF4 layers and the unquantized weights of a model another dtype.
+
+    The configuration says bfloat16 for the products, and transformers leaves the other weights as they are in the file.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

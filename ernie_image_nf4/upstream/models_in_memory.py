@@ -1,0 +1,79 @@
+"""Private parts of torch's modules, and of the quantizers that put NF4 layers into a model."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from torch import nn
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+# diffusers' quantizer makes layers in accelerate's `init_empty_weights`, which replaces `nn.Module.register_parameter` for all
+# threads and then restores what it found: two of them at once would leave the replacement behind.
+layer_exchange = threading.Lock()
+
+
+def persistent_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by state dict key, those that are shared under each of their keys.
+
+    Reaches for ``_parameters``, ``_buffers`` and ``_non_persistent_buffers_set`` (torch 2.11 to 2.14): `state_dict` of a model
+    with thousands of tensors takes 20 times as long, and asks NF4 layers for states that they don't have yet.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def nf4_quantizer(library: str, settings: dict[str, Any], *, pre_quantized: bool = True) -> Any:
+    """The quantizer by which a library loads (or makes) NF4 weights.
+
+    Args:
+        library: ``"diffusers"`` or ``"transformers"``.
+        settings: The configuration's ``quantization_config``.
+        pre_quantized: Whether the weights are NF4 already.
+    """
+    if library == "diffusers":
+        config = diffusers.BitsAndBytesConfig.from_dict(settings)
+        return BnB4BitDiffusersQuantizer(config, pre_quantized=pre_quantized)
+    config = transformers.BitsAndBytesConfig.from_dict(settings)
+    return Bnb4BitHfQuantizer(config, pre_quantized=pre_quantized)
+
+
+def exchange_layers(model: nn.Module, quantizer: Any, dtype: torch.dtype) -> None:
+    """Let a quantizer replace the linear layers that it converts by ``Linear4bit``, on the meta device."""
+    with layer_exchange:
+        quantizer.preprocess_model(model, config=model.config, dtype=dtype, device_map=None, keep_in_fp32_modules=[])
+
+
+def finish_loading(model: nn.Module, library: str, quantizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Leave the marks that ``from_pretrained`` leaves on a model: where it is from, its dtype, how it is quantized.
+
+    Args:
+        model: The model, with its weights.
+        library: ``"diffusers"`` or ``"transformers"``.
+        quantizer: As from `nf4_quantizer`, None without one.
+        folder: Of the component.
+        dtype: Of the model.
+    """
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+    if library == "diffusers":
+        model.register_to_config(_name_or_path=folder)
+        if quantizer is not None:
+            settings = quantizer.quantization_config
+            model.register_to_config(quantization_config=settings, _pre_quantization_dtype=dtype)
+    else:
+        model.name_or_path = model.config.name_or_path = str(folder)
+        for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+            config.dtype = dtype
+    model.eval()
