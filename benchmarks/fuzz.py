@@ -33,6 +33,7 @@ from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import ErnieImageNF4Error
 from ernie_image_nf4.repository.components import COMPONENTS, METADATA
 from ernie_image_nf4.repository.describe import describe
+from ernie_image_nf4.repository.record import open_repository
 from ernie_image_nf4.repository.metadata import installed_versions
 
 SECONDS = 20
@@ -299,7 +300,7 @@ def check(original: Path, folder: Path, result: Result) -> None:
 
     functions = {
         "verify": verify_it,
-        "info": lambda: bool(describe(folder)),
+        "info": lambda: bool(describe(open_repository(folder, weights=False))),
         "load": lambda: load(folder, device="cpu") is not None,
     }
     for name, function in functions.items():

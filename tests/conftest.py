@@ -15,6 +15,8 @@ from diffusers import ErnieImagePipeline
 from ernie_image_nf4 import cli, load
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.synthetic import synthesize
+from ernie_image_nf4.repository.components import Component
+from ernie_image_nf4.repository.record import StoredComponent, open_component, read_model_index
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -52,6 +54,15 @@ def copy(repository: Path, tmp_path: Path) -> Path:
 def pipe(repository: Path) -> ErnieImagePipeline:
     """`repository`, loaded on the CPU. Not to be changed."""
     return load(repository, device="cpu")
+
+
+def stored(folder: Path, component: Component) -> StoredComponent:
+    """A component of a repository that has been opened."""
+    return open_component(folder, read_model_index(folder), component)
+
+
+def weight_files(folder: Path, component: Component) -> list[Path]:
+    return list(stored(folder, component).files)
 
 
 class Run(NamedTuple):

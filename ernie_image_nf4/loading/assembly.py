@@ -25,6 +25,7 @@ from ..repository.validation import StoredModel, StoredNF4, match_tensors
 from ..upstream.models_in_memory import finish_loading
 from .device_reader import DeviceReader
 
+MAPS_FILES = os.name != "nt"  # Windows sets memory aside for what is mapped
 STATE = f".{nf4.QUANT_STATE}"  # a tensor of JSON; `StoredNF4.settings` has its content
 
 
@@ -51,7 +52,7 @@ class TensorSource:
 
     def _mapped(self, stored: StoredTensor) -> torch.Tensor:
         """A view of a file that is mapped once. Nothing is read before it is used."""
-        if os.name == "nt":  # Windows sets memory aside for what is mapped
+        if not MAPS_FILES:
             return read_tensor(stored)
         if stored.file not in self._files:
             size = stored.file.stat().st_size
@@ -74,7 +75,8 @@ def assemble(part: StoredComponent, source: TensorSource, dtype: torch.dtype) ->
     Raises:
         InvalidRepository: Files and configuration don't fit each other.
     """
-    with torch.inference_mode(False):
+    # Whatever the caller has set: inference tensors can't be moved later, and small tensors are made on the default device.
+    with torch.inference_mode(False), torch.device("cpu"):
         found = match_tensors(part, dtype)
         with library_reading(part.folder):
             _assign(found, source, dtype)

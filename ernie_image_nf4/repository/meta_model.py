@@ -70,7 +70,7 @@ def meta_model(component: Component, settings: dict[str, dict[str, Any]], *, lim
         if component.library == "diffusers":
             return _diffusers_model(getattr(diffusers, component.class_name), config)
         model_class = getattr(transformers, component.class_name)
-        model = model_class(model_class.config_class.from_dict(config))
+        model = model_class(model_class.config_class.from_dict(_without_dtypes(config)))
     if model.can_generate():
         model.generation_config = _generation_config(component, settings)
     return model
@@ -83,6 +83,15 @@ def _diffusers_model(model_class: Any, config: dict[str, Any]) -> nn.Module:
     model = model_class.from_config(config)
     model.register_to_config(**unused)
     return model
+
+
+def _without_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that names no dtype, for which transformers would change torch's default, in all threads."""
+    return {
+        key: _without_dtypes(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("dtype", "torch_dtype")
+    }
 
 
 def _generation_config(component: Component, settings: dict[str, dict[str, Any]]) -> transformers.GenerationConfig:

@@ -50,10 +50,14 @@ def read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidRepository(f"File {path} is missing: {DOWNLOAD_AGAIN}.")
     check_inside(folder, path)
-    refuse_lfs_pointer(path)
     _check_size(path, MAX_JSON)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    _refuse_pointer(path, data)
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
         raise InvalidRepository(f"{path} is not JSON ({error}): {DOWNLOAD_AGAIN}.") from error
     if not isinstance(value, dict):
@@ -126,7 +130,11 @@ def refuse_lfs_pointer(path: Path) -> None:
             start = file.read(len(GIT_LFS_POINTER))
     except OSError as error:
         raise unreadable(path, error) from error
-    if start == GIT_LFS_POINTER:
+    _refuse_pointer(path, start)
+
+
+def _refuse_pointer(path: Path, content: bytes) -> None:
+    if content.startswith(GIT_LFS_POINTER):
         raise InvalidRepository(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs install && git lfs pull` there, "
             "or get the repository with `hf download`."

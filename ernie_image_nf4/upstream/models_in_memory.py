@@ -1,21 +1,18 @@
-"""Private parts of torch's modules, and of the quantizers that put NF4 layers into a model."""
+"""What loading takes over from ``from_pretrained``: names of tensors, exchange of layers, the marks left on a model."""
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from torch import nn
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-# diffusers' quantizer makes layers in accelerate's `init_empty_weights`, which replaces `nn.Module.register_parameter` for all
-# threads and then restores what it found: two of them at once would leave the replacement behind.
-layer_exchange = threading.Lock()
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -49,9 +46,41 @@ def nf4_quantizer(library: str, settings: dict[str, Any], *, pre_quantized: bool
 
 
 def exchange_layers(model: nn.Module, quantizer: Any, dtype: torch.dtype) -> None:
-    """Let a quantizer replace the linear layers that it converts by ``Linear4bit``, on the meta device."""
-    with layer_exchange:
+    """Replace the linear layers that a quantizer converts by ``Linear4bit`` on the meta device, and note it in the config.
+
+    transformers' quantizer does it. diffusers' makes its layers in accelerate's ``init_empty_weights``, which replaces
+    ``nn.Module.register_parameter`` in all threads: whatever parameters another thread made or assigned meanwhile would lose
+    their storage. So its ``preprocess_model`` is imitated here (diffusers 0.38 to 0.42).
+    """
+    if isinstance(quantizer, Bnb4BitHfQuantizer):
         quantizer.preprocess_model(model, config=model.config, dtype=dtype, device_map=None, keep_in_fp32_modules=[])
+        return
+    settings = quantizer.quantization_config
+    skipped = settings.llm_int8_skip_modules or []
+    quantizer.modules_to_not_convert = [*skipped]
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or _is_skipped(name, skipped):
+            continue
+        replacement = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            settings.bnb_4bit_compute_dtype,
+            compress_statistics=settings.bnb_4bit_use_double_quant,
+            quant_type=settings.bnb_4bit_quant_type,
+            quant_storage=settings.bnb_4bit_quant_storage,
+            device="meta",
+        )
+        replacement.source_cls = type(layer)
+        model.set_submodule(name, replacement.requires_grad_(False))
+    model.is_quantized = model.is_loaded_in_4bit = True
+    model.quantization_method = settings.quant_method
+    model.config.quantization_config = settings
+
+
+def _is_skipped(name: str, skipped: Sequence[str]) -> bool:
+    """Whether a layer keeps its precision: one of the names is its own, or that of a module above it."""
+    return name.rpartition(".")[2] in skipped or any(f"{key}." in name or key == name for key in skipped)
 
 
 def finish_loading(model: nn.Module, library: str, quantizer: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from ernie_image_nf4.errors import InvalidRepository
 from ernie_image_nf4.repository.components import COMPONENTS, QUANTIZED
-from ernie_image_nf4.repository.resolve import check_repository
+from ernie_image_nf4.repository.record import open_repository
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4146045428\n"
 AGAIN = "download the repository again"
@@ -20,7 +20,7 @@ PARTS_WITH_WEIGHTS = [component for component in COMPONENTS if component.weights
 
 def problem(folder: Path, prompt_enhancer: bool = True) -> str:
     with pytest.raises(InvalidRepository) as caught:
-        check_repository(folder, prompt_enhancer=prompt_enhancer)
+        open_repository(folder, prompt_enhancer=prompt_enhancer)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -34,8 +34,8 @@ def edit_index(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def test_a_sound_repository_has_no_problem(repository):
-    assert check_repository(repository) == COMPONENTS
-    assert [c.name for c in check_repository(repository, prompt_enhancer=False)] == [
+    assert [*open_repository(repository).components] == [c.name for c in COMPONENTS]
+    assert [*open_repository(repository, prompt_enhancer=False).components] == [
         c.name for c in COMPONENTS if not c.optional
     ]
 
@@ -78,7 +78,7 @@ def test_a_shard_is_missing_or_truncated(copy):
     weights.rename(shard)
     index = weights.with_name(f"{weights.name}.index.json")
     index.write_text(json.dumps({"weight_map": {"a": shard.name}}))
-    check_repository(copy)
+    open_repository(copy)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "truncated or corrupt" in problem(copy)
     shard.unlink()
@@ -144,4 +144,4 @@ def test_a_model_index_without_a_component(copy):
 def test_half_a_prompt_enhancer(copy):
     edit_index(copy, lambda index: index.pop("pe_tokenizer"))
     assert "names only 'pe': load without the prompt enhancer" in problem(copy)
-    check_repository(copy, prompt_enhancer=False)
+    open_repository(copy, prompt_enhancer=False)

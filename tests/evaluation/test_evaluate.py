@@ -14,6 +14,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
+from conftest import weight_files
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +34,6 @@ from ernie_image_nf4.evaluation.run import (
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.metadata import Recommended
-from ernie_image_nf4.repository.resolve import weight_files
 from ernie_image_nf4.repository.safetensors_io import find_tensors
 
 SMALL = {"height": 32, "width": 48, "steps": 2, "guidance": 2.0, "device": "cpu"}

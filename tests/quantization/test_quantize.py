@@ -20,6 +20,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from conftest import weight_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -47,7 +48,6 @@ from ernie_image_nf4.repository.components import (
 from ernie_image_nf4.repository.integrity import verify
 from ernie_image_nf4.repository.metadata import Recommended, file_record, read_metadata
 from ernie_image_nf4.repository.nf4_format import QUANT_STATE
-from ernie_image_nf4.repository.resolve import weight_files
 from ernie_image_nf4.repository.safetensors_io import StoredTensor, find_tensors, read_chunks
 
 quantized_components = pytest.mark.parametrize("component", QUANTIZED, ids=lambda component: component.name)

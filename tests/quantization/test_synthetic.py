@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import weight_files
 from diffusers import ErnieImagePipeline
 from safetensors.torch import load_file
 
@@ -18,7 +19,6 @@ from ernie_image_nf4.quantization.layer_selection import plan_weights
 from ernie_image_nf4.quantization.synthetic import synthesize, tensor_specs
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED, Component
 from ernie_image_nf4.repository.meta_model import skeleton
-from ernie_image_nf4.repository.resolve import weight_files
 from ernie_image_nf4.repository.safetensors_io import TensorSpec, file_bytes
 
 # Published byte counts of the weight files: baidu/ERNIE-Image in bfloat16, and its NF4 release.

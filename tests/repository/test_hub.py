@@ -17,7 +17,8 @@ from hub_server import Hub, serve
 
 from ernie_image_nf4.errors import InvalidSettings, RepositoryNotFound
 from ernie_image_nf4.repository.components import COMPONENTS, METADATA, MODEL_INDEX, PROMPT_ENHANCER
-from ernie_image_nf4.repository.resolve import check_repository, find_repository, read_model_index
+from ernie_image_nf4.repository.record import open_repository, read_model_index
+from ernie_image_nf4.repository.resolve import find_repository
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = "http://127.0.0.1:9"  # the discard port: connections are refused
@@ -127,7 +128,7 @@ def needed(folder: Path) -> set[str]:
 def test_a_hub_id_is_downloaded_without_what_the_pipeline_does_not_need(hub, repository, tmp_path):
     folder = find(endpoint=hub.endpoint, model="user/model", cache_dir=tmp_path)
     assert names(folder) == needed(repository)
-    assert check_repository(Path(folder)) == COMPONENTS
+    assert [*open_repository(Path(folder)).components] == [component.name for component in COMPONENTS]
 
 
 def test_without_prompt_enhancer_its_files_stay_on_the_hub(hub, repository, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import stored
 from safetensors.torch import load_file, save_file
 
 from ernie_image_nf4 import load, verify
@@ -66,8 +67,8 @@ def check(folder: Path, message: str) -> None:
 def test_quantized_and_original_components_have_what_they_should(
     component: Component, original: Path, repository: Path
 ) -> None:
-    assert structure_problems(original, component, values=True) == []
-    assert structure_problems(repository, component, values=True) == []
+    assert structure_problems(stored(original, component), values=True) == []
+    assert structure_problems(stored(repository, component), values=True) == []
 
 
 def test_a_tensor_is_missing(unrecorded: Path) -> None:
