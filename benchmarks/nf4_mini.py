@@ -4,7 +4,7 @@
 
 ORIGINAL is the folder of the mini in original precision, as training/ makes it. The captions are held-out scenes, half of them
 in each language, with a fixed seed for each; calibration uses captions of other scenes. `--peers` adds other libraries'
-formats, `--classifier FILE` the accuracy of what is drawn. The table that it prints is the README's.
+formats, `--classifier FILE` the accuracy of what is drawn. The table that it prints is that of docs/fidelity.md.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""The headline figures of all measurements here, as one flat object in ``summary.json``, and as tables in the README.
+"""The headline figures of all measurements here: as one flat object in ``summary.json``, in tables, and as a chart.
 
     python -m benchmarks.summary
 
-Every figure is read from the JSON of the run that measured it; what wasn't measured yet is left out. In the README each table stands
-between comments, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+Every figure is read from the JSON of the run that measured it; what was not measured is left out. Each table stands on
+its page between two comments, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,27 @@ from ernie_image_nf4.benchmarking import run as benchmark
 from ernie_image_nf4.evaluation.report import markdown_table
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parent / "README.md"
+CHECKOUT = FOLDER.parent
+CHART = FOLDER / "benchmark_h100.png"
+# Table -> the page it stands on.
+PAGES = {
+    "headline": "README.md",
+    "summary": "docs/figures.md",
+    "mini-figures": "docs/mini.md",
+    "speed": "docs/speed.md",
+    "large": "docs/speed.md",
+    "growth": "docs/speed.md",
+    "formats": "docs/fidelity.md",
+}
+# Arm of the benchmark -> its name in the README, whose table and chart have these rows.
+HEADLINES = {
+    "original, CPU offload": "original in bfloat16, with diffusers' CPU offload",
+    "demo": "NF4 by plain diffusers calls",
+    "resident": "`resident`",
+    "resident, fp8": "`resident`, `fp8=True`",
+    "offload": "`offload`",
+    "stream": "`stream`",
+}
 VARIANTS = ("stock", "scale_search", "default", "calibrated")
 FORMATS = {
     "original": "bfloat16 original",
@@ -34,12 +53,11 @@ FORMATS = {
     "gguf-q4_0": "GGUF Q4_0",
 }
 TEXTS = {
-    "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over that of the plain calls",
-    "h100.time_vs_demo.resident_compiled": "... with `compile=True`",
+    "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over the plain calls'",
     "h100.pe_ms_per_token": "prompt enhancer, milliseconds a token",
     "h100.step_ms.eager_512": "denoising step with guidance at 512x512, ms",
-    "h100.step_ms.compiled_512": "... with `compile=True`",
-    "h100.step_vs_demo.compiled_1024": "step at 1024x1024 with `compile=True`: time over that of the plain calls",
+    "h100.step_vs_demo.resident_512": "... time over that of the plain calls",
+    "h100.step_vs_demo.resident_1024": "... at 1024x1024",
     "h100.peak_gib.resident_512": "peak reserved memory at 512x512, loading included, GiB: `resident`",
     "h100.peak_gib.offload_512": "... `offload`",
     "h100.peak_gib.stream_512": "... `stream`",
@@ -48,7 +66,7 @@ TEXTS = {
     "h100.time_vs_resident.offload": "time of a picture over that in `resident`: `offload`",
     "h100.time_vs_resident.stream": "... `stream`",
     "h100.load_time_vs_demo": "loading, `resident`: time over that of the plain calls",
-    "h100.prediction_error.resident_compiled": "largest relative difference of a prediction to that of the plain calls",
+    "h100.prediction_error.resident": "largest relative difference of a prediction to that of the plain calls",
     "h100.time_vs_demo.resident_fp8": "with `fp8=True`: time of a picture over that of the plain calls",
     "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",
     "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
@@ -57,12 +75,13 @@ TEXTS = {
     "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
     "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",
     "fp8.prediction_error.bfloat16": "... in bfloat16",
-    "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the enhancer, in "
-    "batches of 8: seconds a picture, `resident`",
+    "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the "
+    "enhancer, in batches of 8: seconds a picture, `resident`",
     "batch.h100_s.resident_single": "... one by one",
     "batch.h100_s.offload": "... in batches of 8, `offload`",
     "batch.h100_s.offload_single": "... one by one",
-    "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page cache, s",
+    "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page cache, "
+    "s",
     "quantize.h100_conventional_s": "... the same by `from_pretrained` and `save_pretrained`, s",
     "quantize.peak_host_gib": "... peak host memory of `quantize` without page cache, GiB",
     "quantize.peak_gpu_gib": "... peak GPU memory of `quantize`, GiB",
@@ -70,11 +89,12 @@ TEXTS = {
     "quantize.bytes.transformer": "... bytes of the stock NF4 file: transformer",
     "quantize.bytes.text_encoder": "... text encoder",
     "quantize.bytes.pe": "... prompt enhancer",
-    "quantize.cpu_vs_bitsandbytes": "two CPU cores, `quantize --no-scale-search --no-default-keep` as a whole: speed over that of "
-    "bitsandbytes' `quantize_4bit` on the same weights in memory",
+    "quantize.cpu_vs_bitsandbytes": "two CPU cores, `quantize --no-scale-search --no-default-keep` as a whole: speed "
+    "over that of bitsandbytes' `quantize_4bit` on the same weights in memory",
     "quantize.cpu_projected_s": "... seconds that the full-size model would take at that speed, from the page cache",
     "nf4.cpu_time_vs_stock": "... time of the scale search over stock NF4",
-    "nf4.error_vs_stock.mini": "squared weight error with scale search over stock NF4's, at the same bytes: the mini's transformer",
+    "nf4.error_vs_stock.mini": "squared weight error with scale search over stock NF4's, at the same bytes: the mini's "
+    "transformer",
     "nf4.error_vs_stock.normal": "... random normal weights",
     "nf4.psnr_db.stock": "the mini's pictures against its bfloat16 original's, PSNR in dB: stock NF4",
     "nf4.psnr_db.scale_search": "... scale search",
@@ -82,20 +102,41 @@ TEXTS = {
     "nf4.psnr_db.calibrated": "... calibrated as well",
 }
 
+MINI_TEXTS = {
+    "vae_psnr_db": "VAE, 512 new scenes encoded and decoded: PSNR in dB",
+    "background_accuracy": "400 English captions at 256x256: background right",
+    "place_accuracy": "... objects at the places asked for, and nowhere else",
+    "object_accuracy": "... the right object, of all objects asked for",
+    "object_accuracy_zh": "400 Chinese captions: the right object",
+    "object_accuracy_512": "120 English captions at 512x512: the right object",
+    "enhancer_card_prompts": "the enhancer on two prompts about a cat, a desk and a sheet of paper, ten seeds each: "
+    "all three drawn",
+    "enhancer_free_form": "... on 50 prompts written by hand: the right object",
+    "weights_mb": "all weight files, MB",
+}
+
 
 def main() -> None:
     (FOLDER / "summary.json").write_text(json.dumps(summary(), indent=2) + "\n", encoding="utf-8")
-    text = README.read_text(encoding="utf-8")
     for name, table in tables().items():
-        text = replaced(text, name, table)
-    README.write_text(text, encoding="utf-8")
+        page = CHECKOUT / PAGES[name]
+        page.write_text(replaced(page.read_text(encoding="utf-8"), name, table), encoding="utf-8")
+    if run := read_benchmark():
+        draw_chart(run, CHART)
 
 
 def summary() -> dict[str, float]:
     """All headline figures by key."""
     figures: dict[str, float] = {}
-    if run := read("benchmark_h100.json"):
+    if run := read_benchmark():
+        arms = {arm["name"]: arm for arm in run["arms"]}
+        demo, resident = arms["demo"], arms["resident"]
         figures |= benchmark.summary(run)
+        figures |= {
+            "h100.step_vs_demo.resident_512": rounded(resident["step_ms"] / demo["step_ms"]),
+            "h100.step_vs_demo.resident_1024": rounded(resident["large"]["step_ms"] / demo["large"]["step_ms"]),
+            "h100.prediction_error.resident": rounded(resident["prediction_error"]),
+        }
     for memory in ("resident", "offload"):
         if run := read(f"batch_h100_{memory}.json"):
             figures[f"batch.h100_s.{memory}"] = run[memory]["batch"]["seconds_a_picture"]
@@ -127,18 +168,108 @@ def summary() -> dict[str, float]:
 
 
 def tables() -> dict[str, str]:
-    """The README's tables by name, those of runs that are there."""
-    makers: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-        "speed": ("benchmark_h100.json", benchmark_report.arms_table),
-        "formats": ("nf4_mini.json", formats_table),
-    }
+    """The tables by name, those of runs that are there."""
     made = {"summary": summary_table(summary())}
-    return made | {name: make(run) for name, (file, make) in makers.items() if (run := read(file))}
+    if run := read("../training/report.json"):
+        made["mini-figures"] = mini_table(run["figures"])
+    if run := read_benchmark():
+        made |= {
+            "headline": headline_table(run),
+            "speed": benchmark_report.arms_table(run),
+            "large": large_table(run),
+            "growth": growth_table(run),
+        }
+    if run := read("nf4_mini.json"):
+        made["formats"] = formats_table(run)
+    return made
 
 
 def summary_table(figures: dict[str, float]) -> str:
     rows = [f"| `{key}` | {text} | {number(figures[key])} |" for key, text in TEXTS.items() if key in figures]
     return "\n".join(["| figure | what | value |", "|---|---|---:|", *rows])
+
+
+def mini_table(figures: dict[str, float]) -> str:
+    """What the mini draws, by the classifier's judgement."""
+    rows = [f"| `{key}` | {text} | {number(figures[key])} |" for key, text in MINI_TEXTS.items()]
+    return "\n".join(["| figure | what | value |", "|---|---|---:|", *rows])
+
+
+def headline_table(run: dict[str, Any]) -> str:
+    """Ways to run the full-size model, from the slowest to the one for the smallest cards."""
+    columns = ["load (s)", "first picture (s)", "each after it (s)", "a step (ms)", "GPU memory (GiB)"]
+    rows = []
+    for name, arm in headline_arms(run).items():
+        memory = max(arm["loading_peak_reserved_gib"], arm["peak_reserved_gib"])
+        times = [f"{arm[key]:.1f}" for key in ("load_s", "first_s", "seconds")]
+        rows.append([name, *times, f"{arm['step_ms']:.0f}", f"{memory:.1f}"])
+    return markdown_table(["", *columns], rows)
+
+
+def large_table(run: dict[str, Any]) -> str:
+    """Step time and memory of every arm at the large size."""
+    rows = [
+        [arm["name"], f"{arm['large']['step_ms']:.1f}", f"{arm['large']['peak_reserved_gib']:.2f}"]
+        for arm in run["arms"]
+        if "large" in arm
+    ]
+    return markdown_table(["", "step (ms)", "peak reserved (GiB)"], rows)
+
+
+def growth_table(run: dict[str, Any]) -> str:
+    """How a step's time grows with size and batch."""
+    rows = [
+        [
+            f"{row['size']}x{row['size']}, {row['batch']}",
+            f"{row['step_ms']:.1f}",
+            f"{row['tflop']:.1f}",
+            f"{row['over_floor']:.2f}",
+        ]
+        for row in run["growth"]["rows"]
+    ]
+    return markdown_table(["size, pictures", "step (ms)", "TFLOP", "over the floor"], rows)
+
+
+def headline_arms(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name in the README -> the arm's figures."""
+    arms = {arm["name"]: arm for arm in run["arms"] if "error" not in arm}
+    return {title: arms[name] for name, title in HEADLINES.items() if name in arms}
+
+
+def chart_values(run: dict[str, Any]) -> dict[str, list[float]]:
+    """What the chart's bars show: row -> seconds a picture and peak reserved GiB, rounded as they are written there."""
+    return {
+        name.replace("`", ""): [round(arm["seconds"], 1), round(arm["peak_reserved_gib"], 1)]
+        for name, arm in headline_arms(run).items()
+    }
+
+
+def draw_chart(run: dict[str, Any], path: Path) -> None:
+    """Draw seconds a picture and memory of the headline arms. The PNG's text ``Description`` keeps the values."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display
+
+    values = chart_values(run)
+    ours = [arm["way"] == "ours" for arm in headline_arms(run).values()]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    workload = run["workload"]
+    titles = (
+        f"seconds a picture ({workload['size']}x{workload['size']}, {workload['steps']} steps)",
+        "GPU memory at its peak (GiB)",
+    )
+    for index, (axes, title) in enumerate(zip(figure.subplots(1, 2, sharey=True), titles, strict=True)):
+        bars = axes.barh(
+            list(values),
+            [row[index] for row in values.values()],
+            color=["#3b76af" if own else "#999999" for own in ours],
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.set_title(title, fontsize="medium")
+        axes.margins(x=0.12)
+        axes.xaxis.set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path, format="png", dpi=120, metadata={"Description": json.dumps(values)})
 
 
 def formats_table(run: dict[str, Any]) -> str:
@@ -166,8 +297,13 @@ def formats_table(run: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """A figure as the README has it."""
+    """A figure as the tables have it."""
     return f"{value:g}" if value < 1e5 else f"{value:,}"
+
+
+def rounded(value: float) -> float:
+    """To four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def replaced(text: str, name: str, table: str) -> str:
@@ -179,6 +315,12 @@ def replaced(text: str, name: str, table: str) -> str:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, after = text.index(begin) + len(begin), text.index(end)
     return f"{text[:before]}\n{table.strip()}\n{text[after:]}"
+
+
+def read_benchmark() -> dict[str, Any] | None:
+    """The benchmark's run without the arms that compiled the transformer's blocks, an option of `load` that is gone."""
+    run = read("benchmark_h100.json")
+    return run and run | {"arms": [arm for arm in run["arms"] if not arm["options"].get("compile")]}
 
 
 def read(name: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""benchmarks/summary.json holds what the runs beside it measured, and the README's table is of the same figures."""
+"""benchmarks/summary.json holds what the runs beside it measured; tables and chart show the same figures."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import summary
 from ernie_image_nf4.evaluation.baselines import PEERS
 
 FORMATS = ["original", *summary.VARIANTS, *(name for name in PEERS if name != "nf4-stock")]
 CHECKOUT = Path(__file__).parents[2]
-README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 FIGURES = json.loads((CHECKOUT / "benchmarks" / "summary.json").read_text(encoding="utf-8"))
+REPORT = json.loads((CHECKOUT / "training" / "report.json").read_text(encoding="utf-8"))
+TABLES = summary.tables()
+
+
+def read(page: str) -> str:
+    return (CHECKOUT / page).read_text(encoding="utf-8")
 
 
 def test_the_summary_is_what_the_runs_measured():
@@ -23,16 +29,45 @@ def test_the_summary_is_what_the_runs_measured():
     assert all(type(value) in (int, float) for value in FIGURES.values())
 
 
-def test_the_readmes_tables_agree_with_the_runs():
-    table = README.split("<!-- summary -->")[1].split("<!-- /summary -->")[0]
-    rows = dict(re.findall(r"`([\w.]+)` \| [^|]+ \| ([\d.,]+)", table))
-    assert rows == {key: f"{value:g}" if value < 1e5 else f"{value:,}" for key, value in FIGURES.items()}
-    for name, table in summary.tables().items():
-        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in README
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_the_runs(name: str):
+    table = f"<!-- {name} -->\n{TABLES[name]}\n<!-- /{name} -->"
+    assert table in read(summary.PAGES[name]), "run: python -m benchmarks.summary"
 
 
-def test_every_figure_has_its_words():
-    assert FIGURES.keys() <= summary.TEXTS.keys()
+def test_every_table_is_made():
+    assert TABLES.keys() == summary.PAGES.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("summary", FIGURES), ("mini-figures", REPORT["figures"])], ids=["summary", "mini"]
+)
+def test_every_figure_has_a_row(name: str, figures: dict[str, float]):
+    rows = dict(re.findall(r"`([\w.]+)` \| [^|]+ \| ([\d.,]+)", TABLES[name]))
+    assert rows == {key: f"{value:g}" if value < 1e5 else f"{value:,}" for key, value in figures.items()}
+
+
+def test_the_chart_shows_the_figures_of_the_run():
+    """The values lie in the file: pixels depend on fonts and the version of matplotlib."""
+    with Image.open(summary.CHART) as chart:
+        assert json.loads(chart.text["Description"]) == summary.chart_values(summary.read_benchmark())
+
+
+def test_a_chart_can_be_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    run = summary.read_benchmark()
+    summary.draw_chart(run, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert json.loads(chart.text["Description"]) == summary.chart_values(run)
+        assert chart.width > 1000
+
+
+@pytest.mark.parametrize("name", ["headline", "speed", "large", "summary"])
+def test_arms_of_an_option_that_is_gone_are_left_out(name: str):
+    assert "compile" not in TABLES[name]
+
+
+def test_every_format_has_its_words():
     assert set(FORMATS) <= summary.FORMATS.keys()
 
 
@@ -43,6 +78,21 @@ def test_formats_that_ran_have_a_row_and_what_was_not_measured_a_dash():
     assert len(table) == 3
     assert "ST-LPIPS" in table[0]
     assert row == "| stock NF4 | 4.16 | – | 0.1375 | 28.58 | – | 0.0200 | – |"
+
+
+def test_memory_in_the_headlines_is_the_larger_peak_of_loading_and_drawing():
+    arm = {
+        "name": "resident",
+        "options": {},
+        "load_s": 1.0,
+        "first_s": 2.0,
+        "seconds": 3.04,
+        "step_ms": 71.7,
+        "loading_peak_reserved_gib": 9.14,
+        "peak_reserved_gib": 8.0,
+    }
+    *_, row = summary.headline_table({"arms": [arm, {"name": "stream", "error": "no room"}]}).splitlines()
+    assert row == "| `resident` | 1.0 | 2.0 | 3.0 | 72 | 9.1 |"
 
 
 def test_a_table_is_replaced_between_its_comments():
