@@ -1,4 +1,4 @@
-"""README and training notes: valid for the Hub, and every figure in them is that of a file beside them."""
+"""README and docs/: valid for the Hub, short, and true of the code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from doc_pages import blocks, read
 from huggingface_hub import ModelCard
-from test_synthetic import hollow_file
 from typer.main import get_command
 
+import ernie_image_nf4
 from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.loading.pipeline import device_bytes
 from ernie_image_nf4.memory.placement import GIB, choose_memory, mode_bytes, working_bytes
@@ -23,17 +24,12 @@ from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weig
 from ernie_image_nf4.quantization.synthetic import tensor_specs
 from ernie_image_nf4.repository.components import COMPONENTS
 from ernie_image_nf4.repository.meta_model import skeleton
+from ernie_image_nf4.repository.safetensors_io import TensorSpec
 
-CHECKOUT = Path(__file__).parents[2]
-README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-REPORT = json.loads((CHECKOUT / "training" / "report.json").read_text(encoding="utf-8"))
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+README = read("README.md")
 
 
-def test_front_matter_is_a_model_card_of_the_hub():
+def test_front_matter_is_a_model_card_of_the_hub() -> None:
     data = ModelCard(README).data
     assert data.license == "apache-2.0"
     assert data.library_name == "diffusers"
@@ -41,52 +37,83 @@ def test_front_matter_is_a_model_card_of_the_hub():
     assert data.base_model is None, "the mini is not derived from ERNIE-Image"
 
 
-def test_the_minis_figures_are_those_of_the_report():
-    table = README.split("<!-- mini-figures -->")[1].split("<!-- /mini-figures -->")[0]
-    rows = dict(re.findall(r"`(\w+)` \| [^|]+ \| ([\d.]+)", table))
-    assert rows == {key: f"{value:g}" for key, value in REPORT["figures"].items()}
+def test_it_fits_a_card() -> None:
+    assert len(README.splitlines()) <= 220
 
 
-def test_the_table_of_memory_is_what_auto_takes_at_full_size(tmp_path: Path):
+def hollow_file(file: Path, specs: dict[str, TensorSpec]) -> None:
+    """A safetensors file of these tensors with a hole in place of the values: full size, but no bytes on the disk."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, spec in specs.items():
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (end, end + spec.bytes)}
+        end += spec.bytes
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def full_size_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Component -> bytes of its weights on the device, of the full-size model as `quantize` makes it."""
+    folder = tmp_path_factory.mktemp("full-size")
     with as_file(files("ernie_image_nf4") / "quantization" / "configs" / "full") as configs:
-        shutil.copytree(configs, tmp_path, dirs_exist_ok=True)
+        shutil.copytree(configs, folder, dirs_exist_ok=True)
     weights = {}
     for component in COMPONENTS:
         if component.weights:
-            file = tmp_path / component.name / component.weights
-            hollow_file(file, tensor_specs(skeleton(component, tmp_path / component.name), duplicate_lm_head=False))
+            file = folder / component.name / component.weights
+            hollow_file(file, tensor_specs(skeleton(component, folder / component.name), duplicate_lm_head=False))
             if component.quantized:
-                hollow_file(file, plan_weights(tmp_path, component, DEFAULT_KEEP).specs())
-            weights[component.name] = device_bytes(tmp_path, component, fast=True)
-    rows = re.findall(r"^\| ([\d.]+) GiB \([^|]*\) \| `(\w+)` \| ([^|]*) \|$", README, re.MULTILINE)
-    assert [mode for _, mode, _ in rows] == ["resident", "offload", "stream"]
+                hollow_file(file, plan_weights(folder, component, DEFAULT_KEEP).specs())
+            weights[component.name] = device_bytes(folder, component, fast=True)
+    return weights
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/memory-modes.md"])
+def test_the_tables_of_cards_are_what_auto_takes_at_full_size(page: str, full_size_weights: dict[str, int]) -> None:
+    rows = re.findall(r"^\| ([\d.]+) GiB[^|]* \| `(\w+)` \|", read(page), re.MULTILINE)
+    assert [mode for _, mode in rows] == ["resident", "offload", "stream"]
     room = working_bytes(1024**2, fast=True)
-    for free, mode, host in rows:
-        least = (mode_bytes(weights)[mode] + room) / GIB
+    for free, mode in rows:
+        least = (mode_bytes(full_size_weights)[mode] + room) / GIB
         assert least <= float(free) < least + 0.1
         chosen, _ = choose_memory(
-            "auto", torch.device("cuda", 0), weight_bytes=weights, free_bytes=int(float(free) * GIB), working_bytes=room
+            "auto",
+            torch.device("cuda", 0),
+            weight_bytes=full_size_weights,
+            free_bytes=int(float(free) * GIB),
+            working_bytes=room,
         )
         assert chosen == mode
-        assert mode == "resident" or host == f"{sum(weights.values()) / GIB:.1f} GiB, pinned"
-    assert f"saves {weights['pe'] / GIB:.1f} GiB in `resident`" in README
 
 
-def test_sample_grid_and_linked_files_exist():
-    for target in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
-        assert (CHECKOUT / target).exists(), target
+def test_host_memory_is_that_of_the_weights(full_size_weights: dict[str, int]) -> None:
+    total, enhancer = sum(full_size_weights.values()) / GIB, full_size_weights["pe"] / GIB
+    assert README.count(f"| {total:.1f} GiB, pinned |") == 2
+    assert f"saves {enhancer:.1f} GiB in `resident`" in README
+    modes = " ".join(read("docs/memory-modes.md").split())
+    assert f"that is {total:.1f} GiB, or {total - enhancer:.1f} GiB with `prompt_enhancer=False`" in modes
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_examples_are_python(code: str):
-    ast.parse(code)
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_python_examples_are_python(page: str, code: str) -> None:
+    ast.parse(code, page)
 
 
-def test_commands_in_the_readme_exist_with_their_options():
+def test_commands_exist_with_their_options() -> None:
     commands = get_command(app).commands
-    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    lines = [part for _, text in blocks("bash") for line in text.splitlines() for part in line.split("&&")]
     ours = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("ernie-image-nf4 ")]
-    assert len(ours) >= 6
+    assert len(ours) >= 15
     for _, name, *arguments in ours:
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert {argument for argument in arguments if argument.startswith("-")} <= known
+
+
+def test_what_examples_import_is_there() -> None:
+    lines = [
+        line for _, code in blocks("python") for line in code.splitlines() if line.startswith("from ernie_image_nf4")
+    ]
+    names = {alias.name for line in lines for alias in ast.parse(line).body[0].names}
+    assert {"load", "generate_batch"} <= names <= set(ernie_image_nf4.__all__)
