@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -107,7 +108,7 @@ def _assign(found: StoredModel, source: TensorSource, dtype: torch.dtype) -> Non
         if found.tied:
             source.wait()  # transformers compares values
         # With `missing_keys`, transformers ties what no file has, and leaves apart what files have with other values.
-        found.model.tie_weights(missing_keys=set(tied) - set(found.tied), recompute_mapping=False)
+        cast(Any, found.model).tie_weights(missing_keys=set(tied) - set(found.tied), recompute_mapping=False)
 
 
 def _nf4_parameter(weight: StoredNF4, source: TensorSource) -> Params4bit:

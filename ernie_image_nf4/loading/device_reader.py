@@ -22,7 +22,7 @@ from queue import SimpleQueue
 import torch
 
 from ..errors import InvalidRepository
-from ..repository.safetensors_io import DTYPES, StoredTensor
+from ..repository.safetensors_io import DTYPES, StoredTensor, host_bytes
 from ..repository.security import DOWNLOAD_AGAIN, unreadable
 
 READERS = 4
@@ -136,7 +136,7 @@ class DeviceReader:
             stream = torch.cuda.Stream(self.device) if on_gpu else None
             if stream:  # work that was queued before may still use the memory that the tensors go to
                 stream.wait_stream(torch.cuda.current_stream(self.device))
-            self._buffers.put(StagingBuffer(part, memoryview(part.numpy()), stream))
+            self._buffers.put(StagingBuffer(part, host_bytes(part), stream))
 
     def _read(self, file: FileIO, part: ReadRange, target: torch.Tensor) -> None:
         buffer = self._buffers.get()

@@ -1,18 +1,18 @@
 """Whether the prompt enhancer's chat template, a program from the repository, comes to an end.
 
 transformers renders it in a sandbox of Jinja, which keeps it from files and from Python, but not from looping for ever or from
-filling the memory. Neither can be read off the text, nor interrupted from a thread. So `load` renders it once in a process of its
-own, as transformers would, where time and memory are bounded.
+filling the memory. Neither can be seen from the text, nor interrupted from a thread. So `load` has it rendered once in a
+process of its own, where time and memory are bounded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidRepository
@@ -21,8 +21,9 @@ from .security import MAX_TEMPLATE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SCRIPT = Path(__file__).with_name("render_template.py")
 SECONDS = 5
-MEMORY = 1 << 30
+MEMORY = 1 << 30  # bytes
 MAX_RENDERED = 1 << 16  # characters, of a prompt of a few words
 # What the pipeline sends: one message, a JSON text.
 MESSAGES = [{"role": "user", "content": json.dumps({"prompt": "a cat", "width": 1024, "height": 1024})}]
@@ -31,7 +32,7 @@ MESSAGES = [{"role": "user", "content": json.dumps({"prompt": "a cat", "width": 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer whose chat template can't be rendered within bounds.
 
-    What it does for a prompt of the pipeline's form is seen, not what it might do for another one.
+    What the template does with a prompt of the pipeline's form is tried, not what it might do with another one.
 
     Raises:
         InvalidRepository: There is no template, it is too long, fails, or takes too much time or memory.
@@ -52,12 +53,17 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 @functools.lru_cache(maxsize=64)
 def _problem(template: str, special_tokens: str) -> str | None:
     """What goes wrong when the template is rendered, None if nothing does."""
-    job = {"template": template, "special_tokens": json.loads(special_tokens)}
+    job = {
+        "template": template,
+        "special_tokens": json.loads(special_tokens),
+        "messages": MESSAGES,
+        "memory": MEMORY,
+    }
     try:
         result = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, SCRIPT],
             input=json.dumps(job),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             capture_output=True,
             text=True,
             timeout=SECONDS,
@@ -70,51 +76,3 @@ def _problem(template: str, special_tokens: str) -> str | None:
     if int(result.stdout) > MAX_RENDERED:
         return f"makes {int(result.stdout):,} characters of a short prompt"
     return None
-
-
-def _render_job() -> None:
-    """Render the template of a job from standard input, and print the length of what came out."""
-    from datetime import datetime
-
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # Windows has no such limits, and macOS takes none for memory: there the time alone is bounded.
-    with contextlib.suppress(ImportError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-    class Generation(Extension):
-        """``{% generation %}`` of transformers, which marks a part for training and renders as if it weren't there."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: object, **options: object) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    job = json.load(sys.stdin)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    template = environment.from_string(job["template"])
-    unused = {"tools": None, "documents": None, "add_generation_prompt": False}
-    rendered = template.render(messages=MESSAGES, **unused, **job["special_tokens"])
-    print(len(rendered))
-
-
-if __name__ == "__main__":
-    _render_job()

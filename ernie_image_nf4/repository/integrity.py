@@ -76,14 +76,11 @@ def check_integrity(repository: Repository) -> None:
         raise repository.metadata_problem
     problems = []
     for part in repository.components.values():
-        if repository.metadata and not (record := repository.metadata.components.get(part.name)):
+        record = repository.metadata.components.get(part.name) if repository.metadata else None
+        if repository.metadata and not record:
             problems.append(f"{METADATA} says nothing of {part.name}.")
             continue
-        found = (
-            _recorded_problems(repository.folder, repository.index, part.component, record)
-            if repository.metadata
-            else []
-        )
+        found = _recorded_problems(repository.folder, repository.index, part.component, record) if record else []
         problems += found or structure_problems(part, values=True)
     if problems:
         more = f" (and {len(problems) - 1} more, see `ernie-image-nf4 verify`)" if len(problems) > 1 else ""

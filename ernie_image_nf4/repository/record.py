@@ -180,8 +180,9 @@ def open_component(
     """
     place, entry = folder / component.name, index.get(component.name)
     is_tokenizer = component.config == TOKENIZER_CONFIG
-    known = isinstance(entry, list) and len(entry) == 2 and entry[0] == component.library
-    if not known or (entry[1] != component.class_name and not (is_tokenizer and "Token" in str(entry[1]))):
+    library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    known = class_name == component.class_name or (is_tokenizer and "Token" in str(class_name))
+    if library != component.library or not known:
         raise InvalidRepository(
             f"{folder / MODEL_INDEX}: {component.name} is {entry}, expected "
             f"{[component.library, component.class_name]}: only the classes of ERNIE-Image are loaded, and no code from "
@@ -199,7 +200,7 @@ def open_component(
         )
     if is_tokenizer:
         _check_tokenizer_files(place)
-    stored = StoredComponent(component, place, entry[1], settings)
+    stored = StoredComponent(component, place, str(class_name), settings)
     return _with_headers(stored) if component.weights and weights else stored
 
 

@@ -1,13 +1,13 @@
 """safetensors files, read and written one tensor at a time, so that no file ever has to fit in memory.
 
-The ``safetensors`` package reads through a memory map and writes only whole files. Here a header is read by itself, tensors
-are read with plain reads (a file shorter than its header says is found out before the first of them), and a file is written
-tensor by tensor. What comes out is what ``safetensors.torch.save_file`` writes for the same tensors, byte for byte.
+The ``safetensors`` package maps a file to read it, tells no offsets, and writes whole files only. Here the header is read by
+itself, with a limit of its size and a check that the tensors fill the file without gaps; tensors are read with plain reads, by
+offset, to wherever they are wanted; and a file is written tensor by tensor. What comes out is what
+``safetensors.torch.save_file`` writes for the same tensors, byte for byte.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import struct
 import threading
@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from ..errors import InvalidRepository
-from .security import DOWNLOAD_AGAIN, refuse_lfs_pointer
+from .security import DOWNLOAD_AGAIN, GIT_LFS_POINTER, refuse_pointer, unreadable
 
 # In the order in which safetensors lays a file out: widest first, so that every tensor is aligned.
 DTYPES: dict[str, torch.dtype] = {
@@ -70,22 +71,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     if not file.is_file():
         raise InvalidRepository(f"Weight file {file} is missing: {DOWNLOAD_AGAIN}.")
-    refuse_lfs_pointer(file)
-    stat = file.stat()
-    return dict(_parse_header(file, stat.st_size, stat.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=64)  # several checks ask for the same one, each of some 1,000 lines of JSON
-def _parse_header(file: Path, size: int, mtime_ns: int) -> dict[str, StoredTensor]:
+    size = file.stat().st_size
     broken = InvalidRepository(
         f"{file} ({size} bytes) is truncated or corrupt, not a whole safetensors file: {DOWNLOAD_AGAIN}."
     )
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(MAX_HEADER, size - 8):
-            raise broken
-        text = stream.read(length)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(GIT_LFS_POINTER))
+            refuse_pointer(file, start)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
+            if length > min(MAX_HEADER, size - 8):
+                raise broken
+            stream.seek(8)
+            text = stream.read(length)
+    except OSError as error:
+        raise unreadable(file, error) from error
     tensors, spans = {}, []
     try:
         header = json.loads(text)
@@ -122,7 +122,7 @@ def read_tensor(stored: StoredTensor, *, pinned: bool = False) -> torch.Tensor:
     buffer = torch.empty(stored.spec.bytes, dtype=torch.uint8, pin_memory=pinned)
     with stored.file.open("rb", buffering=0) as stream:
         stream.seek(stored.offset)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = host_bytes(buffer), 0
         while done < len(view):
             count = stream.readinto(view[done:])
             if not count:
@@ -141,7 +141,12 @@ def read_chunks(stored: StoredTensor, chunk_bytes: int = 1 << 26) -> Iterator[to
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a tensor, as they are stored."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return host_bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a flat uint8 tensor on the host."""
+    return memoryview(cast(Any, tensor.numpy()))
 
 
 def file_bytes(specs: dict[str, TensorSpec]) -> int:

@@ -55,7 +55,7 @@ def read_json(folder: Path, path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
-    _refuse_pointer(path, data)
+    refuse_pointer(path, data)
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
@@ -130,10 +130,15 @@ def refuse_lfs_pointer(path: Path) -> None:
             start = file.read(len(GIT_LFS_POINTER))
     except OSError as error:
         raise unreadable(path, error) from error
-    _refuse_pointer(path, start)
+    refuse_pointer(path, start)
 
 
-def _refuse_pointer(path: Path, content: bytes) -> None:
+def refuse_pointer(path: Path, content: bytes) -> None:
+    """Refuse a file that git left as a pointer, by how it begins.
+
+    Raises:
+        InvalidRepository: It is one.
+    """
     if content.startswith(GIT_LFS_POINTER):
         raise InvalidRepository(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs install && git lfs pull` there, "

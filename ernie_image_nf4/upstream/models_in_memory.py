@@ -45,7 +45,7 @@ def nf4_quantizer(library: str, settings: dict[str, Any], *, pre_quantized: bool
     return Bnb4BitHfQuantizer(config, pre_quantized=pre_quantized)
 
 
-def exchange_layers(model: nn.Module, quantizer: Any, dtype: torch.dtype) -> None:
+def exchange_layers(model: Any, quantizer: Any, dtype: torch.dtype) -> None:
     """Replace the linear layers that a quantizer converts by ``Linear4bit`` on the meta device, and note it in the config.
 
     transformers' quantizer does it. diffusers' makes its layers in accelerate's ``init_empty_weights``, which replaces
@@ -83,7 +83,7 @@ def _is_skipped(name: str, skipped: Sequence[str]) -> bool:
     return name.rpartition(".")[2] in skipped or any(f"{key}." in name or key == name for key in skipped)
 
 
-def finish_loading(model: nn.Module, library: str, quantizer: Any, folder: Path, dtype: torch.dtype) -> None:
+def finish_loading(model: Any, library: str, quantizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Leave the marks that ``from_pretrained`` leaves on a model: where it is from, its dtype, how it is quantized.
 
     Args:
