@@ -76,8 +76,7 @@ def assemble(part: StoredComponent, source: TensorSource, dtype: torch.dtype) ->
     Raises:
         InvalidRepository: Files and configuration don't fit each other.
     """
-    # Whatever the caller has set: inference tensors can't be moved later, and small tensors are made on the default device.
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.inference_mode(False):  # inference tensors can't be moved later
         found = match_tensors(part, dtype)
         with library_reading(part.folder):
             _assign(found, source, dtype)

@@ -23,12 +23,19 @@ from .components import Component
 GENERATION_CONFIG = transformers.utils.GENERATION_CONFIG_NAME
 
 
+# By which modules make their buffers.
+FACTORIES = {torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros}
+
+
+INITIALIZERS = ("torch.nn.init", "transformers.initialization")  # the latter takes the former's place while it is used
+
+
 class TooManyParameters(Exception):
     """A model under construction has more parameters than it may have."""
 
 
 class MetaParameters(TorchFunctionMode):
-    """While active, in this thread, modules get parameters without storage and without initial values; buffers are as ever.
+    """While active, in this thread, modules get parameters without storage and without initial values, and buffers on the CPU.
 
     PyTorch's layers make their parameters by ``torch.empty`` and fill them by ``torch.nn.init``. (``torch.device("meta")``
     would take the values of buffers too, which no file has.)
@@ -48,8 +55,10 @@ class MetaParameters(TorchFunctionMode):
             if self.limit is not None and self.made > self.limit:
                 raise TooManyParameters
             return func(*args, **{**kwargs, "device": "meta"})
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) in INITIALIZERS:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func in FACTORIES and kwargs.get("device") is None:  # whatever the caller's default device is
+            kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
 
 
@@ -66,7 +75,7 @@ def meta_model(component: Component, settings: dict[str, dict[str, Any]], *, lim
         Exception: Whatever the libraries raise for a configuration that makes no sense.
     """
     config = copy.deepcopy(settings[component.config])
-    with torch.device("cpu"), MetaParameters(limit):
+    with MetaParameters(limit):
         if component.library == "diffusers":
             return _diffusers_model(getattr(diffusers, component.class_name), config)
         model_class = getattr(transformers, component.class_name)
