@@ -1,4 +1,4 @@
-"""benchmarks/summary.json holds what the runs beside it measured, and the README's table is of the same figures."""
+"""benchmarks/summary.json has the figures of the runs beside it, and the README's tables have the same figures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import summary
-from ernie_image_nf4.evaluation.baselines import PEERS
+from ernie_image_nf4.evaluation.baselines import BASELINES
 
-FORMATS = ["original", *summary.VARIANTS, *(name for name in PEERS if name != "nf4-stock")]
+FORMATS = ["original", *summary.VARIANTS, *(name for name in BASELINES if name != "nf4-stock")]
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 FIGURES = json.loads((CHECKOUT / "benchmarks" / "summary.json").read_text(encoding="utf-8"))
@@ -59,4 +59,4 @@ def test_every_run_says_how_it_was_made(file: Path):
     text = file.read_text(encoding="utf-8")
     run = json.loads(text)
     assert "python" in run["command"]
-    assert re.search(r'"torch": "\d', text)  # versions
+    assert re.search(r'"torch": "\d', text)  # Versions
