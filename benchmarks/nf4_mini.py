@@ -1,11 +1,10 @@
 """Fidelity of the mini's NF4 formats (stock, scale search, layers kept, calibration) and of other libraries' formats.
 
-    python benchmarks/nf4_mini.py ORIGINAL --work /tmp/nf4-mini --output benchmarks/nf4_mini.json --device cuda --batch
-    50
+    python benchmarks/nf4_mini.py ORIGINAL --work /tmp/nf4-mini --device cuda --batch 50
 
 ORIGINAL is the folder of the mini in original precision, as training/ makes it. The captions are held-out scenes, half
 in each language, each with a fixed seed; calibration uses captions of other scenes. `--baselines` adds other libraries'
-formats, `--classifier FILE` the accuracy of what is drawn. The printed table is the README's.
+formats, `--classifier FILE` the accuracy of what is drawn. The printed table is that of docs/fidelity.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Headline figures of all runs in this folder: a flat object in ``summary.json``, and tables in the README.
+"""The headline figures of all measurements here, as one flat object in ``summary.json``, and as tables in the README.
 
     python -m benchmarks.summary
 
-Each figure is read from the JSON of the run that measured it; figures of runs that are missing are left out. In the
-README a table stands between the comments ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+Every figure is read from the JSON of the run that measured it; what wasn't measured yet is left out. In the README each table stands
+between comments, ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_image_nf4.benchmarking import report as benchmark_report
-from ernie_image_nf4.benchmarking import summary as benchmark_summary
+from ernie_image_nf4.benchmarking import summary as benchmark
 from ernie_image_nf4.evaluation.report import markdown_table
 
 FOLDER = Path(__file__).parent
@@ -34,10 +34,12 @@ FORMATS = {
     "gguf-q4_0": "GGUF Q4_0",
 }
 TEXTS = {
-    "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over that of the plain "
-    "calls",
+    "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over that of the plain calls",
+    "h100.time_vs_demo.resident_compiled": "... with `compile=True`",
     "h100.pe_ms_per_token": "prompt enhancer, milliseconds a token",
     "h100.step_ms.eager_512": "denoising step with guidance at 512x512, ms",
+    "h100.step_ms.compiled_512": "... with `compile=True`",
+    "h100.step_vs_demo.compiled_1024": "step at 1024x1024 with `compile=True`: time over that of the plain calls",
     "h100.peak_gib.resident_512": "peak reserved memory at 512x512, loading included, GiB: `resident`",
     "h100.peak_gib.offload_512": "... `offload`",
     "h100.peak_gib.stream_512": "... `stream`",
@@ -46,6 +48,7 @@ TEXTS = {
     "h100.time_vs_resident.offload": "time of a picture over that in `resident`: `offload`",
     "h100.time_vs_resident.stream": "... `stream`",
     "h100.load_time_vs_demo": "loading, `resident`: time over that of the plain calls",
+    "h100.prediction_error.resident_compiled": "largest relative difference of a prediction to that of the plain calls",
     "h100.time_vs_demo.resident_fp8": "with `fp8=True`: time of a picture over that of the plain calls",
     "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",
     "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
@@ -54,13 +57,12 @@ TEXTS = {
     "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
     "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",
     "fp8.prediction_error.bfloat16": "... in bfloat16",
-    "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the "
-    "enhancer, in batches of 8: seconds a picture, `resident`",
+    "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the enhancer, in "
+    "batches of 8: seconds a picture, `resident`",
     "batch.h100_s.resident_single": "... one by one",
     "batch.h100_s.offload": "... in batches of 8, `offload`",
     "batch.h100_s.offload_single": "... one by one",
-    "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page "
-    "cache, s",
+    "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page cache, s",
     "quantize.h100_conventional_s": "... the same by `from_pretrained` and `save_pretrained`, s",
     "quantize.peak_host_gib": "... peak host memory of `quantize` without page cache, GiB",
     "quantize.peak_gpu_gib": "... peak GPU memory of `quantize`, GiB",
@@ -68,12 +70,11 @@ TEXTS = {
     "quantize.bytes.transformer": "... bytes of the stock NF4 file: transformer",
     "quantize.bytes.text_encoder": "... text encoder",
     "quantize.bytes.pe": "... prompt enhancer",
-    "quantize.cpu_vs_bitsandbytes": "two CPU cores, `quantize --no-scale-search --no-default-keep` as a whole: speed "
-    "over that of bitsandbytes' `quantize_4bit` on the same weights in memory",
+    "quantize.cpu_vs_bitsandbytes": "two CPU cores, `quantize --no-scale-search --no-default-keep` as a whole: speed over that of "
+    "bitsandbytes' `quantize_4bit` on the same weights in memory",
     "quantize.cpu_projected_s": "... seconds that the full-size model would take at that speed, from the page cache",
     "nf4.cpu_time_vs_stock": "... time of the scale search over stock NF4",
-    "nf4.error_vs_stock.mini": "squared weight error with scale search over stock NF4's, at the same bytes: the mini's "
-    "transformer",
+    "nf4.error_vs_stock.mini": "squared weight error with scale search over stock NF4's, at the same bytes: the mini's transformer",
     "nf4.error_vs_stock.normal": "... random normal weights",
     "nf4.psnr_db.stock": "the mini's pictures against its bfloat16 original's, PSNR in dB: stock NF4",
     "nf4.psnr_db.scale_search": "... scale search",
@@ -94,7 +95,7 @@ def summary() -> dict[str, float]:
     """All headline figures by key."""
     figures: dict[str, float] = {}
     if run := read("benchmark_h100.json"):
-        figures |= benchmark_summary.summary(run)
+        figures |= benchmark.summary(run)
     for memory in ("resident", "offload"):
         if run := read(f"batch_h100_{memory}.json"):
             figures[f"batch.h100_s.{memory}"] = run[memory]["batch"]["seconds_a_picture"]
@@ -126,7 +127,7 @@ def summary() -> dict[str, float]:
 
 
 def tables() -> dict[str, str]:
-    """Name -> table of the README, for the runs that exist."""
+    """The README's tables by name, those of runs that are there."""
     makers: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "speed": ("benchmark_h100.json", benchmark_report.arms_table),
         "formats": ("nf4_mini.json", formats_table),
@@ -136,13 +137,12 @@ def tables() -> dict[str, str]:
 
 
 def summary_table(figures: dict[str, float]) -> str:
-    """All headline figures with their descriptions."""
     rows = [f"| `{key}` | {text} | {number(figures[key])} |" for key, text in TEXTS.items() if key in figures]
     return "\n".join(["| figure | what | value |", "|---|---|---:|", *rows])
 
 
 def formats_table(run: dict[str, Any]) -> str:
-    """Size and fidelity of our formats and of other libraries' formats, on the mini."""
+    """What the formats of other libraries and ours cost and give on the mini."""
     measured = [result for result in run["results"].values() if "error" not in result]
     lpips = "lpips" if any(result.get("lpips") is not None for result in measured) else "st_lpips"
     columns = {
@@ -166,12 +166,12 @@ def formats_table(run: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """A figure as the README shows it."""
+    """A figure as the README has it."""
     return f"{value:g}" if value < 1e5 else f"{value:,}"
 
 
 def replaced(text: str, name: str, table: str) -> str:
-    """A text with the table between the comments of a name exchanged.
+    """`text` with another table between the comments of that name.
 
     Raises:
         ValueError: There are no such comments.
@@ -182,7 +182,6 @@ def replaced(text: str, name: str, table: str) -> str:
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """The JSON of a run, None if there is none."""
     path = FOLDER / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 

@@ -1,4 +1,4 @@
-"""benchmarks/summary.json has the figures of the runs beside it, and the README's tables have the same figures."""
+"""benchmarks/summary.json holds what the runs beside it measured, and the README's table is of the same figures."""
 
 from __future__ import annotations
 
@@ -59,4 +59,4 @@ def test_every_run_says_how_it_was_made(file: Path):
     text = file.read_text(encoding="utf-8")
     run = json.loads(text)
     assert "python" in run["command"]
-    assert re.search(r'"torch": "\d', text)  # Versions
+    assert re.search(r'"torch": "\d', text)  # versions
