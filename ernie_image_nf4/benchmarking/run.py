@@ -29,7 +29,7 @@ from .worker import measure_arm
 def benchmark(
     model: str | Path,
     original: str | Path | None,
-    work: str | Path,
+    work: Path,
     *,
     arms: Sequence[Arm] = ARMS,
     workload: Workload = DEFAULT_WORKLOAD,
@@ -58,13 +58,9 @@ def benchmark(
         DeviceUnavailable: There is no such device.
     """
     find_device(device)
-    work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
     run = functools.partial(in_own_process, process_context(device))
-    result: dict[str, Any] = run(describe_machine, device)
-    if "error" in result:
-        raise DeviceUnavailable(f"Processes of their own can't use {device}: {result['error']}")
-    result |= {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
+    result = _machine(run, device) | {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
     remove_predictions(work)
 
     def measure(arm: Arm, pictures: int | None = None) -> dict[str, Any]:
@@ -105,6 +101,14 @@ def make_synthetic(folder: str | Path) -> tuple[Path, Path]:
     if not nf4.exists():  # Gets its name once it is finished
         quantize(original, nf4)
     return nf4, original
+
+
+def _machine(run: Callable[..., dict[str, Any]], device: str) -> dict[str, Any]:
+    """As `describe_machine`, from a process of its own, which shows whether such processes can use the device."""
+    machine = run(describe_machine, device)
+    if "error" in machine:
+        raise DeviceUnavailable(f"Processes of their own can't use {device}: {machine['error']}")
+    return machine
 
 
 def _take_median_load(row: dict[str, Any], again: Sequence[dict[str, Any]]) -> None:

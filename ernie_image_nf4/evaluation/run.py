@@ -31,7 +31,7 @@ from ..repository.resolve import check_repository, find_repository
 from .baselines import BASELINES, baseline_version, load_baseline
 from .environment import device_name, library_versions
 from .measure import Reference, Work, measure_candidate, measure_reference
-from .metrics import find_metrics
+from .metrics import MetricStatus, find_metrics
 from .records import Evaluation, Result
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,9 @@ def evaluate(
 
     Args:
         reference: Folder or Hub id, usually of the original.
-        candidates: Folders, Hub ids, or names of `BASELINES`, which are made from the reference. A folder with the name
-            of a baseline is written ``./NAME``.
+        candidates: Folders, Hub ids, or names of `BASELINES`, made from the reference. ``./NAME`` is always a folder.
         prompts: What to draw, as from `read_prompts`; only prompt and seed may be set. None takes `DEFAULT_PROMPTS`.
-        height: Pixels. Here and for the next three, None takes what the first repository recommends that has metadata.
+        height: Pixels. None takes what the first repository with metadata recommends, as for the next three.
         width: Pixels.
         steps: Denoising steps.
         guidance: Guidance scale.
@@ -111,23 +110,9 @@ def evaluate(
     folders = {name: _find(name) for name in map(str, candidates) if name not in BASELINES}
     settings = _choose_settings([original, *folders.values()], height, width, steps, guidance)
     metrics, statuses = find_metrics(options.device, len(rows), download_metrics)
-    seeds = [seed + number if row.seed is None else row.seed for number, row in enumerate(rows)]
-
     with tqdm(total=len(rows) * (1 + len(candidates)), unit="picture", disable=not progress) as bar:
-        work = Work([row.prompt for row in rows], settings, seeds, batch_size, metrics, bar)
-        evaluation = Evaluation(
-            settings=settings,
-            prompts=work.prompts,
-            seeds=seeds,
-            metrics=statuses,
-            results=[],
-            device=device_name(options.device),
-            dtype="",  # Known once the reference is loaded
-            versions=library_versions(),
-            command=command,
-            batch_size=batch_size,
-        )
-        measured = _evaluate_reference(evaluation, str(reference), original, options, work)
+        work = Work([row.prompt for row in rows], settings, _seeds(rows, seed), batch_size, metrics, bar)
+        evaluation, measured = _evaluate_reference(str(reference), original, options, work, statuses, command)
         yield evaluation
         for candidate in map(str, candidates):
             clear_device_cache(garbage_collection=True)  # Free the previous pipeline
@@ -141,9 +126,8 @@ def _check(rows: Sequence[Row], candidates: Sequence[object], batch_size: int) -
     if not rows:
         raise InvalidSettings("There are no prompts: name a prompt file that has some.")
     if not candidates:
-        raise InvalidSettings(
-            f"There is nothing to compare: name a folder, a Hub id, or one of {', '.join(BASELINES)}."
-        )
+        names = ", ".join(BASELINES)
+        raise InvalidSettings(f"There is nothing to compare: name a folder, a Hub id, or one of {names}.")
     if batch_size < 1:
         raise InvalidSettings(f"{batch_size} is too few for the batch size: use 1 or more.")
     if twice := {str(each) for each in candidates if list(map(str, candidates)).count(str(each)) > 1}:
@@ -178,17 +162,37 @@ def _choose_settings(
     )
 
 
+def _seeds(rows: Sequence[Row], first: int) -> list[int]:
+    """Each row's own seed, else one that counts up from the first."""
+    return [first + number if row.seed is None else row.seed for number, row in enumerate(rows)]
+
+
 def _evaluate_reference(
-    evaluation: Evaluation, source: str, folder: Path, options: LoadOptions, work: Work
-) -> Reference:
-    """Add the reference to an evaluation. An error ends the evaluation: there is nothing to compare with."""
+    source: str,
+    folder: Path,
+    options: LoadOptions,
+    work: Work,
+    statuses: dict[str, MetricStatus],
+    command: str | None,
+) -> tuple[Evaluation, Reference]:
+    """An evaluation of the reference alone, and what to compare with. Errors aren't caught: they end the evaluation."""
     pipe = _load(folder, options)
     result = Result(described_model(pipe)[1], "reference", source, _format(folder))
     reference = measure_reference(result, pipe, work)
-    evaluation.results.append(result)
-    evaluation.pictures[result.name] = reference.pictures
-    evaluation.dtype = str(pipe.transformer.dtype).removeprefix("torch.")
-    return reference
+    evaluation = Evaluation(
+        settings=work.settings,
+        prompts=work.prompts,
+        seeds=work.seeds,
+        metrics=statuses,
+        results=[result],
+        device=device_name(options.device),
+        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+        versions=library_versions(),
+        command=command,
+        batch_size=work.batch_size,
+        pictures={result.name: reference.pictures},
+    )
+    return evaluation, reference
 
 
 def _evaluate_candidate(
