@@ -203,7 +203,10 @@ def _fixed_length(pipe: ErnieImagePipeline, tokens: int) -> Iterator[None]:
 
 @contextmanager
 def _first_encoding(pipe: ErnieImagePipeline, device: str) -> Iterator[list[float]]:
-    """Note when the text encoder is first called: all that the pipeline does before is enhancing the prompt."""
+    """Note when the text encoder is first called. Until then the pipeline only enhances the prompt.
+
+    The chat template and the tokenizers are part of that, with 0.7 ms a picture.
+    """
     moments: list[float] = []
 
     def note(*_: object) -> None:

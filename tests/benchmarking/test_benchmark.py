@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from dataclasses import replace
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 
@@ -144,6 +145,19 @@ def test_arms_are_chosen_by_name():
     assert len(choose_arms([], baselines=True)) > len(ARMS)
     with pytest.raises(InvalidSettings, match="no arm 'swap': choose of demo; resident"):
         choose_arms(["swap"])
+
+
+@pytest.mark.gpu
+def test_every_arm_runs_on_a_gpu(original: Path, repository: Path, tmp_path: Path):
+    result = benchmark(repository, original, tmp_path, workload=replace(TINY, loads=2), device="cuda")
+    errors = {row["name"]: row["error"] for row in result["arms"] if "error" in row}
+    assert errors.keys() <= {"resident, fp8"}, errors  # Which needs compute capability 8.9
+    for row in result["arms"]:
+        if row["way"] == "ours" and "error" not in row:
+            assert row["prediction_error"] < 0.5
+            assert row["peak_reserved_gib"] > 0
+    assert len(arm(result, "resident")["all_load_s"]) == 2
+    assert len(result["growth"]["rows"]) == 12
 
 
 def test_operations_are_those_that_torch_counts():
