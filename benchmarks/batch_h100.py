@@ -1,11 +1,11 @@
-"""Seconds a picture with `generate_batch` and one by one, at full size with random weights, resident and offloaded.
+"""Seconds per picture with `generate_batch` and one by one, at full size with random weights, resident and offloaded.
 
     python benchmarks/batch_h100.py --work /tmp/batch --output benchmarks/batch_h100.json
 
-Each memory mode has a process of its own, in which both ways draw after a warm-up: `draw_and_save` the first `--singles` of the
-sixteen prompts one after the other, `generate_batch` all of them. Prompts, seeds and settings are the same, so the pictures
-show what batches change by rounding. The repository is synthesized and quantized in `--work` first, which needs 41 GB of disk,
-unless an earlier call with `--keep-files` left it there.
+Each memory mode has its own process, in which both ways draw after a warm-up: `draw_and_save` draws the first
+`--singles` of sixteen prompts one by one, `generate_batch` draws all. Prompts, seeds and settings are the same, so the
+pictures differ only by the rounding of batches. The repository is first synthesized and quantized in `--work`, which
+needs 41 GB of disk, unless an earlier call with `--keep-files` left it there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
 ORIGINAL, NF4 = "ERNIE-Image", "ERNIE-Image-NF4"
 GIB = 1024**3
@@ -78,13 +78,13 @@ def main() -> None:
         command = [sys.executable, *sys.argv, "--measure", memory]
         result[memory] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         print(json.dumps(result[memory]), flush=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # whatever comes next
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # Now: a later mode may fail
     if not arguments.keep_files:
         shutil.rmtree(arguments.work)
 
 
 def build(work: Path, preset: str) -> None:
-    """The NF4 repository of random weights, unless it is there."""
+    """Make the NF4 repository with random weights, unless it exists."""
     from ernie_image_nf4.quantization.convert import quantize
     from ernie_image_nf4.quantization.synthetic import synthesize
 
@@ -97,7 +97,7 @@ def build(work: Path, preset: str) -> None:
 
 
 def measure(memory: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both ways in this process, after a warm-up of each."""
+    """Measure both ways in this process, after a warm-up of each."""
     from ernie_image_nf4 import generate_batch, load
     from ernie_image_nf4.generation.prompt_file import Row
     from ernie_image_nf4.generation.single import draw_and_save
@@ -138,7 +138,7 @@ def measure(memory: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def measured(result: dict[str, Any], name: str, pictures: int) -> Iterator[None]:
-    """Notes seconds a picture and peak reserved memory of what happens while the context lasts."""
+    """Note seconds per picture and peak reserved memory of what runs inside the context."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -155,7 +155,7 @@ def measured(result: dict[str, Any], name: str, pictures: int) -> Iterator[None]
 
 
 def difference(one: Path, other: Path) -> dict[str, Any]:
-    """How far two pictures are apart, in gray levels of 255, and whether both have the same revised prompt."""
+    """Mean and largest difference of two pictures, in values up to 255, and whether their revised prompts are equal."""
     import numpy as np
     from PIL import Image
 

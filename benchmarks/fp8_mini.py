@@ -1,8 +1,8 @@
-"""What products in fp8 change in the mini's pictures and predictions, beside what bfloat16 does: both against float32.
+"""Error of the mini's pictures and predictions with matrix products in fp8 and in bfloat16, both against float32.
 
     python benchmarks/fp8_mini.py --output benchmarks/fp8_mini.json --device cuda --batch 50
 
-The weights are those of this checkout in all three, so that the differences are of rounding alone. The captions are those of
+All three use the NF4 weights of this checkout, so that only rounding differs. The captions are those of
 benchmarks/nf4_mini.py.
 """
 
@@ -19,16 +19,17 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
 from benchmarks.nf4_mini import SETTINGS, held_out
 from ernie_image_nf4 import load
-from ernie_image_nf4.benchmarking.run import largest_error, predictions
+from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.evaluation.metrics import psnr
-from ernie_image_nf4.evaluation.run import draw_latents, draw_pictures
+from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
 from ernie_image_nf4.fast.products import enable_fp8
 from ernie_image_nf4.fast.transformer import enable_fast_denoising
 from ernie_image_nf4.repository.metadata import installed_versions
+from ernie_image_nf4.upstream.pipelines import execution_device
 
 CHECKOUT = Path(__file__).parents[1]
 EXACT = "float32"
@@ -70,16 +71,16 @@ def main() -> None:
 
 
 def draw(dtype: str, fp8: bool, arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures of all captions, uint8, and the predictions of `benchmark`."""
+    """Pictures of all captions, uint8, and the predictions of `benchmark`."""
     pipe: Any = load(CHECKOUT, device=arguments.device, dtype=dtype, memory="resident", prompt_enhancer=False)
-    if pipe._execution_device.type == "cpu":
+    if execution_device(pipe).type == "cpu":
         enable_fast_denoising(pipe.transformer)
     if fp8:
         enable_fp8(pipe.transformer)
     _, rows = held_out(arguments.captions)
     settings = replace(SETTINGS, height=arguments.size, width=arguments.size, num_inference_steps=arguments.steps)
     latents = draw_latents(pipe, [row.seed for row in rows], settings)
-    pictures = draw_pictures(pipe, [row.prompt for row in rows], settings, latents, batch_size=arguments.batch)
+    pictures = draw_from_latents(pipe, [row.prompt for row in rows], settings, latents, batch_size=arguments.batch)
     return pictures, predictions(pipe, arguments.size, arguments.device)["prediction"]
 
 

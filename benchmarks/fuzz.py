@@ -1,9 +1,9 @@
-"""Mutated repositories against `verify`, `info` and `load`: each works with the right result, or says what is wrong.
+"""Mutated repositories against `verify`, `info` and `load`: each must work with the right result, or say what is wrong.
 
     python -m benchmarks.fuzz --cases 2000 --output benchmarks/fuzz.json
 
-A case is a whole number, the seed of its mutations; ``--first N --cases 1 --keep FOLDER`` makes one again. It runs in a process forked
-from one that has everything imported, with 2 GiB of memory and 20 s for each of the three.
+A case is an integer, the seed of its mutations; ``--first N --cases 1 --keep FOLDER`` makes its folder again. It runs
+in a process forked after all imports, with 2 GiB of memory, and 20 s for each of the three functions.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import ErnieImageNF4Error
 from ernie_image_nf4.repository.components import COMPONENTS, METADATA
 from ernie_image_nf4.repository.describe import describe
-from ernie_image_nf4.repository.record import open_repository
 from ernie_image_nf4.repository.metadata import installed_versions
+from ernie_image_nf4.repository.record import open_repository
 
 SECONDS = 20
 MEMORY = 2 << 30
-# What a setting is replaced by: the ends of number ranges, other types, paths, names of what exists elsewhere.
+# Values that replace a setting: ends of number ranges, other types, paths, names that exist elsewhere.
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**16, 2**20, 2**31, 2**63, 10**30, -(2**31), 0.0, 0.5, -1.5, 1e-300, 1e308,
-    "", "x", "nf4", "fp4", "float32", "int8", "bitsandbytes", "gptq", "main", "../../etc/passwd", "/etc/passwd", "\x00", "é" * 300,
-    "torch", "sdpa", "user/kernel", [], [1], [None], [0, 0], ["os", "system"], {}, {"a": 1}, [[[[[[1]]]]]], list(range(2000)),
+    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**16, 2**20, 2**31, 2**63, 10**30, -(2**31), 0.0, 0.5, -1.5, 1e-300,
+    1e308, "", "x", "nf4", "fp4", "float32", "int8", "bitsandbytes", "gptq", "main", "../../etc/passwd", "/etc/passwd",
+    "\x00", "é" * 300, "torch", "sdpa", "user/kernel", [], [1], [None], [0, 0], ["os", "system"], {}, {"a": 1},
+    [[[[[[1]]]]]], list(range(2000)),
 )  # fmt: skip
 STRANGERS = {
     "adapter_config.json": '{"base_model_name_or_path": "user/other", "peft_type": "LORA"}',
@@ -60,15 +61,15 @@ STRANGERS = {
 
 @dataclass
 class Result:
-    """What became of a case.
+    """Outcome of a case.
 
     Attributes:
         seed: Of its mutations.
-        mutations: What was done.
+        mutations: What was changed.
         outcomes: Function -> ``"works"`` or ``"refused"``.
-        violations: What must not happen, a line each.
+        violations: What must not happen, one line each.
         seconds: Function -> wall time.
-        peak: Bytes, the largest resident size of the process.
+        peak: Largest resident size of the process in bytes.
     """
 
     seed: int
@@ -79,11 +80,11 @@ class Result:
     peak: int = 0
 
 
-# Mutations: each changes the folder and says what it did.
+# Mutations: each changes the folder and returns what it did
 
 
 def mutate(folder: Path, seed: int) -> list[str]:
-    """Changes a repository in one to three ways; in half of the cases it loses its metadata as well, so that no digest helps."""
+    """Change a repository in one to three ways. Half of the cases lose their metadata too, so that no digest helps."""
     choose = random.Random(seed)
     done = []
     if choose.random() < 0.5:
@@ -98,7 +99,7 @@ def mutate(folder: Path, seed: int) -> list[str]:
 
 def flip(folder: Path, file: Path, choose: random.Random) -> str:
     content = bytearray(file.read_bytes()) or bytearray(1)
-    end = len(content) if choose.random() < 0.5 else min(len(content), 4000)  # headers and settings come first
+    end = len(content) if choose.random() < 0.5 else min(len(content), 4000)  # Headers and settings stand at the start
     places = [choose.randrange(end) for _ in range(choose.choice((1, 1, 4, 32)))]
     for place in places:
         content[place] ^= 1 << choose.randrange(8)
@@ -245,12 +246,13 @@ def change_tensor(folder: Path, file: Path, choose: random.Random) -> str:
 
 MUTATIONS: tuple[Callable[[Path, Path, random.Random], str], ...] = (
     flip, flip, truncate, extend, swap, remove, rename, replace_by_folder_or_link, add_stranger,
-    change_json, change_json, change_json, change_json, change_tokenizer, change_header, change_header, change_tensor, change_tensor,
+    change_json, change_json, change_json, change_json, change_tokenizer, change_header, change_header, change_tensor,
+    change_tensor,
 )  # fmt: skip
 
 
 def _files(folder: Path) -> list[Path]:
-    """The component files and the two files above them, whatever is left of them."""
+    """The components' files and the two files beside the components, as far as they still exist."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] in OURS)
 
 
@@ -258,7 +260,7 @@ OURS = {*(component.name for component in COMPONENTS), "model_index.json", METAD
 
 
 def _change_value(value: Any, choose: random.Random) -> str:
-    """Replaces, removes, adds or exchanges something somewhere in a JSON value, in place."""
+    """Replace, remove, add or exchange a value somewhere in a JSON value, in place; returns what was done and where."""
     path = []
     while isinstance(value, dict | list) and value:
         key = choose.choice(sorted(value)) if isinstance(value, dict) else choose.randrange(len(value))
@@ -288,7 +290,7 @@ def _change_value(value: Any, choose: random.Random) -> str:
 
 
 def check(original: Path, folder: Path, result: Result) -> None:
-    """Runs the three functions on a mutated copy and notes what they did."""
+    """Run the three functions on a mutated copy, and note the outcomes in the result."""
     digests = (folder / METADATA).is_file() and _content(original / METADATA) == _content(folder / METADATA)
     changed = digests and _contents(original) != _contents(folder)
 
@@ -312,7 +314,7 @@ def check(original: Path, folder: Path, result: Result) -> None:
             result.outcomes[name] = "refused"
             if not str(error).strip() or "\n" in str(error):
                 result.violations.append(f"{name}: a message of no or several lines: {error}")
-        except BaseException as error:  # this is what the search is for
+        except BaseException as error:  # What the search is for
             text = f"{type(error).__module__}.{type(error).__name__}: {str(error)[:300]}"
             result.violations.append(f"{name}: {text}")
         finally:
@@ -324,7 +326,7 @@ def check(original: Path, folder: Path, result: Result) -> None:
 
 
 def run_case(original: Path, seed: int, work: Path) -> Result:
-    """Makes a mutated copy below `work` and runs it in a forked process; that it dies is a violation too."""
+    """Make a mutated copy below `work` and check it in a forked process. A process that dies is a violation too."""
     folder = work / f"case-{seed}"
     shutil.copytree(original, folder, ignore=shutil.ignore_patterns("ernie_image_nf4"))
     result = Result(seed, mutations=mutate(folder, seed))
@@ -376,7 +378,7 @@ def _content(file: Path) -> bytes | None:
 
 
 def _contents(folder: Path) -> dict[str, bytes | None]:
-    """All that the metadata has digests of: the files in the components' folders."""
+    """Contents of the files that the metadata has digests of: those in the components' folders."""
     return {str(path.relative_to(folder)): _content(path) for path in _files(folder) if path.parent != folder}
 
 
@@ -384,12 +386,12 @@ def _contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def run(original: Path, first: int, cases: int, progress: bool = True) -> dict[str, Any]:
-    """Runs cases `first`, `first` + 1 ... and adds them up."""
+    """Run cases `first`, `first` + 1 ... and sum up their outcomes."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("verify", "info", "load")}
     kinds: Counter[str] = Counter()
     violations, slowest, peak = [], dict.fromkeys(counts, 0.0), 0
     started = time.perf_counter()
-    load(original, device="cpu")  # whatever the libraries do once, before the first fork
+    load(original, device="cpu")  # Libraries' lazy imports, before the first fork
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         for seed in range(first, first + cases):
             result = run_case(original, seed, Path(work))

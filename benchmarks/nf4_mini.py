@@ -1,10 +1,10 @@
-"""How far NF4 pictures of the mini are from its original's: stock, scale search, layers kept, calibration, and other libraries.
+"""Fidelity of the mini's NF4 formats (stock, scale search, layers kept, calibration) and of other libraries' formats.
 
-    python benchmarks/nf4_mini.py ORIGINAL --work /tmp/nf4-mini --output benchmarks/nf4_mini.json --device cuda --batch 50
+    python benchmarks/nf4_mini.py ORIGINAL --work /tmp/nf4-mini --device cuda --batch 50
 
-ORIGINAL is the folder of the mini in original precision, as training/ makes it. The captions are held-out scenes, half of them
-in each language, with a fixed seed for each; calibration uses captions of other scenes. `--peers` adds other libraries'
-formats, `--classifier FILE` the accuracy of what is drawn. The table that it prints is that of docs/fidelity.md.
+ORIGINAL is the folder of the mini in original precision, as training/ makes it. The captions are held-out scenes, half
+in each language, each with a fixed seed; calibration uses captions of other scenes. `--baselines` adds other libraries'
+formats, `--classifier FILE` the accuracy of what is drawn. The printed table is that of docs/fidelity.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
 from benchmarks.summary import formats_table
-from ernie_image_nf4.evaluation.baselines import PEERS
-from ernie_image_nf4.evaluation.run import Evaluation, Result, evaluate
-from ernie_image_nf4.evaluation.run import to_json as evaluation_json
+from ernie_image_nf4.evaluation.baselines import BASELINES
+from ernie_image_nf4.evaluation.records import Evaluation, Result, evaluation_json
+from ernie_image_nf4.evaluation.run import evaluate
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.memory.placement import find_device
 from ernie_image_nf4.quantization.convert import quantize
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("nf4_mini.json"))
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, separated by commas")
-    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="other libraries' formats")
+    parser.add_argument(
+        *("--baselines", "--peers"), nargs="*", default=[], choices=BASELINES, help="other libraries' formats"
+    )
     parser.add_argument("--size", type=int, default=SETTINGS.height)
     parser.add_argument("--steps", type=int, default=SETTINGS.num_inference_steps)
     parser.add_argument("--batch", type=int, default=50)
@@ -63,7 +65,7 @@ def main() -> None:
     names = arguments.variants.split(",")
     made = {name: make(name, arguments.original, arguments.work, arguments.device) for name in names}
     scenes, rows = held_out(arguments.captions)
-    candidates = [str(made[name][0]) for name in names] + arguments.peers
+    candidates = [str(made[name][0]) for name in names] + arguments.baselines
     *_, evaluation = evaluate(
         arguments.original,
         candidates,
@@ -81,7 +83,7 @@ def main() -> None:
     accuracies = judge(evaluation, scenes, arguments.classifier, arguments.device) if arguments.classifier else {}
     results = {
         name: figures(result) | accuracies.get(result.name, {})
-        for name, result in zip(["original", *names, *arguments.peers], evaluation.results, strict=True)
+        for name, result in zip(["original", *names, *arguments.baselines], evaluation.results, strict=True)
     }
     for name in names:
         results[name]["quantize_s"] = made[name][1]
@@ -103,7 +105,7 @@ def main() -> None:
 
 
 def make(name: str, original: Path, work: Path, device: str | None) -> tuple[Path, float | None]:
-    """The NF4 repository of one variant, and the seconds that it took; None if it was there."""
+    """The NF4 repository of one variant, and the seconds that making it took; None if it existed."""
     folder = work / name
     if (folder / "model_index.json").exists() and not (folder / ".unfinished").exists():
         return folder, None
@@ -116,7 +118,7 @@ def make(name: str, original: Path, work: Path, device: str | None) -> tuple[Pat
 
 
 def held_out(count: int) -> tuple[list[Scene], list[Row]]:
-    """Scenes that no training picture showed, and their captions, English and Chinese in turn."""
+    """Scenes that are in no training picture, and their captions, alternately English and Chinese."""
     rng = random.Random(123)
     scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
     texts = [caption(scene, language(number), rng) for number, scene in enumerate(scenes)]
@@ -130,14 +132,14 @@ def language(number: int) -> str:
 def judge(
     evaluation: Evaluation, scenes: list[Scene], classifier: Path, device: str | None
 ) -> dict[str, dict[str, float]]:
-    """What the classifier of training/ finds right in each result's pictures."""
+    """Accuracies that the classifier of training/ finds in each result's pictures."""
     model = SceneClassifier()
     model.load_state_dict({name: value.float() for name, value in load_file(classifier).items()})
-    where = find_device(device)
-    model.eval().to(where)
+    target = find_device(device)
+    model.eval().to(target)
     found = {}
     for name, pictures in evaluation.pictures.items():
-        seen = classify(model, pictures.to(where, torch.float32) / 127.5 - 1)
+        seen = classify(model, pictures.to(target, torch.float32) / 127.5 - 1)
         found[name] = {f"{what}_accuracy": round(value, 4) for what, value in accuracies(seen, scenes).items()}
     return found
 

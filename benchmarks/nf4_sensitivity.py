@@ -1,10 +1,10 @@
-"""What keeping layers of the mini in bfloat16 buys: picture fidelity and prediction error, per byte at mini and at full size.
+"""Fidelity gained by keeping layers of the mini in bfloat16, per byte that it costs at mini and at full size.
 
     python benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json --device cuda --batch 50
 
-ORIGINAL is the folder of the mini in original precision. One group of layers at a time keeps its precision; all others are NF4,
-once with bitsandbytes' scales and once with searched ones. Everything is drawn with the original's text embeddings but where
-layers of the text encoder are in question. Combinations at the end are candidates for `plan.DEFAULT_KEEP`.
+ORIGINAL is the folder of the mini in original precision. One group of layers at a time keeps its precision; all others
+are NF4, once with bitsandbytes' scales and once with searched ones. Layers of the transformer are measured with the
+original's text embeddings. The combinations at the end are candidates for `layer_selection.DEFAULT_KEEP`.
 """
 
 from __future__ import annotations
@@ -16,35 +16,33 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from diffusers import ErnieImagePipeline
-from nf4_mini import SETTINGS, held_out
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
+
+from benchmarks.nf4_mini import SETTINGS, held_out
 from ernie_image_nf4.evaluation.metrics import psnr
-from ernie_image_nf4.evaluation.run import (
-    Probe,
-    draw_latents,
-    draw_pictures,
-    make_probe,
-    predict,
-    prediction_error,
-)
+from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
+from ernie_image_nf4.evaluation.predictions import Probe, encode, make_probe, predict, prediction_error
 from ernie_image_nf4.loading.pipeline import load
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.metadata import Recommended, installed_versions
 from ernie_image_nf4.repository.nf4_format import quantize_nf4, stored_specs
+from ernie_image_nf4.upstream.pipelines import execution_device
 
-MAX_PSNR = 100.0  # for equal pictures
+MAX_PSNR = 100.0  # Of equal pictures
 SCALES = {"stock": False, "scale_search": True}
-# {last} is the last block, {before} the one before it.
+# {last} is the last block, {before} the block before it
 TRANSFORMER = {
     "time_embedding": ["transformer.time_embedding"],
     "text_proj": ["transformer.text_proj"],
@@ -111,6 +109,64 @@ def main() -> None:
     arguments = parser.parse_args()
 
     logging.disable(logging.WARNING)
+    mini = measured_mini(arguments)
+    groups = {"transformer": TRANSFORMER | COMBINATIONS, "text_encoder": TEXT_ENCODER}
+    wanted = arguments.groups.split(";") if arguments.groups else None
+    results = []
+    for scales in arguments.scales:
+        quantized = {name: nf4_of(weights, SCALES[scales]) for name, weights in mini.originals.items()}
+        for component, patterns in groups.items():
+            chosen = {name: found for name, found in patterns.items() if not wanted or name in wanted}
+            results += measure_groups(mini, scales, component, quantized[component], chosen, arguments.original)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(execution_device(mini.pipe))
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"device": device, "platform": platform.platform()},
+        "versions": installed_versions(),
+        "dtype": "float32",
+        "captions": len(mini.prompts),
+        "settings": asdict(mini.settings),
+        "results": results,
+    }
+    arguments.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Mini:
+    """The mini in float32, and what it draws and predicts in original precision.
+
+    Attributes:
+        pipe: The pipeline, whose weights are exchanged.
+        prompts: What to draw.
+        settings: Size, steps and guidance scale.
+        latents: Initial latents, one for each prompt.
+        batch: Pictures drawn together.
+        probe: Points at which the transformer predicts, for the first prompts.
+        pictures: Drawn with the original weights.
+        predictions: Made with the original weights.
+        originals: Component -> linear layer -> its original weight.
+    """
+
+    pipe: ErnieImagePipeline
+    prompts: list[str]
+    settings: Recommended
+    latents: torch.Tensor
+    batch: int
+    probe: Probe
+    pictures: torch.Tensor
+    predictions: torch.Tensor
+    originals: dict[str, dict[str, torch.Tensor]]
+
+    def draw(self) -> torch.Tensor:
+        return draw_from_latents(self.pipe, self.prompts, self.settings, self.latents, batch_size=self.batch)
+
+    def predict(self) -> torch.Tensor:
+        """Predictions with the text embeddings of the present weights."""
+        texts = encode(self.pipe, self.prompts[: len(self.probe.texts)])
+        return predict(self.pipe, replace(self.probe, texts=texts), self.batch)
+
+
+def measured_mini(arguments: argparse.Namespace) -> Mini:
     pipe = load(
         arguments.original, device=arguments.device, dtype="float32", fast=False, memory="auto", prompt_enhancer=False
     )
@@ -118,71 +174,63 @@ def main() -> None:
     _, rows = held_out(arguments.captions)
     prompts = [row.prompt for row in rows]
     latents = draw_latents(pipe, [row.seed for row in rows], settings)
-
-    def draw() -> torch.Tensor:
-        return draw_pictures(pipe, prompts, settings, latents, batch_size=arguments.batch)
-
-    reference = draw()
+    pictures = draw_from_latents(pipe, prompts, settings, latents, batch_size=arguments.batch)
     probed = slice(arguments.probes)
     probe = make_probe(pipe, prompts[probed], settings, latents[probed], arguments.batch)
     predictions = predict(pipe, probe, arguments.batch)
     originals = {name: weights_of(getattr(pipe, name)) for name in ("transformer", "text_encoder")}
-    quantized = {
-        scales: {component: nf4_of(weights, SCALES[scales]) for component, weights in originals.items()}
-        for scales in arguments.scales
-    }
+    return Mini(pipe, prompts, settings, latents, arguments.batch, probe, pictures, predictions, originals)
 
-    def measure(scales: str, components: Sequence[str], patterns: Sequence[str]) -> dict[str, float]:
-        for component in originals:
-            keep = set(kept(originals[component], component, patterns, len(pipe.transformer.layers)))
-            change = quantized[scales][component] if component in components else {}
-            set_weights(getattr(pipe, component), originals[component], change, keep)
-        error = prediction_error(predictions, predict(pipe, of(probe, pipe, prompts), arguments.batch), probe.timesteps)
-        mean = statistics.mean(min(value, MAX_PSNR) for value in psnr(reference, draw()))
-        return {"psnr_db": round(mean, 3), "prediction_error": error.overall, "by_timestep": error.relative_errors}
 
-    def of(probe: Probe, pipe: ErnieImagePipeline, prompts: Sequence[str]) -> Probe:
-        texts = [text.cpu() for text in pipe.encode_prompt(list(prompts[probed]), pipe._execution_device)]
-        return Probe(probe.latents, probe.timesteps, texts)
+def measure_groups(
+    mini: Mini,
+    scales: str,
+    component: str,
+    quantized: dict[str, torch.Tensor],
+    groups: dict[str, Sequence[str]],
+    original: Path,
+) -> list[dict[str, Any]]:
+    """Quantize one component, first all of it, then keeping one group of layers at a time.
 
-    results = []
-    wanted = arguments.groups.split(";") if arguments.groups else None
-    for scales in quantized:
-        for component, groups in (("transformer", TRANSFORMER | COMBINATIONS), ("text_encoder", TEXT_ENCODER)):
-            base = measure(scales, [component], [])
-            print(scales, component, "nothing kept", base, flush=True)
-            results.append({"scales": scales, "quantized": component, "kept": "nothing", **base})
-            for name, patterns in groups.items():
-                if wanted and name not in wanted:
-                    continue
-                found = measure(scales, [component], patterns)
-                cost = {size: extra_bytes(patterns, size, arguments.original) for size in ("mini", "full")}
-                gain = found["psnr_db"] - base["psnr_db"]
-                found |= {
-                    "gain_db": round(gain, 3),
-                    "prediction_error_ratio": round(found["prediction_error"] / base["prediction_error"], 4),
-                    "extra_bytes": cost,
-                    "gain_db_per_full_size_mb": round(gain / (cost["full"] / 1e6), 6) if cost["full"] else None,
-                    "share_of_full_transformer": round(cost["full"] / full_transformer_bytes(), 5),
-                }
-                print(scales, name, found, flush=True)
-                results.append({"scales": scales, "quantized": component, "kept": name, "patterns": patterns, **found})
-    content = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"device": str(pipe._execution_device), "platform": platform.platform()},
-        "versions": installed_versions(),
-        "dtype": "float32",
-        "captions": len(prompts),
-        "settings": asdict(settings),
-        "results": results,
-    }
-    if torch.cuda.is_available():
-        content["machine"]["device"] = torch.cuda.get_device_name()
-    arguments.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Args:
+        mini: The mini.
+        scales: A key of `SCALES`, for the record.
+        component: Its name.
+        quantized: Linear layer -> its weight, quantized and restored.
+        groups: Name -> patterns of the layers to keep.
+        original: Folder of the mini in original precision.
+    """
+    base = measure(mini, component, quantized, [])
+    print(scales, component, "nothing kept", base, flush=True)
+    results: list[dict[str, Any]] = [{"scales": scales, "quantized": component, "kept": "nothing", **base}]
+    for name, patterns in groups.items():
+        found = measure(mini, component, quantized, patterns)
+        cost = {size: extra_bytes(patterns, size, original) for size in ("mini", "full")}
+        gain = found["psnr_db"] - base["psnr_db"]
+        found |= {
+            "gain_db": round(gain, 3),
+            "prediction_error_ratio": round(found["prediction_error"] / base["prediction_error"], 4),
+            "extra_bytes": cost,
+            "gain_db_per_full_size_mb": round(gain / (cost["full"] / 1e6), 6) if cost["full"] else None,
+            "share_of_full_transformer": round(cost["full"] / full_transformer_bytes(), 5),
+        }
+        print(scales, name, found, flush=True)
+        results.append({"scales": scales, "quantized": component, "kept": name, "patterns": patterns, **found})
+    return results
+
+
+def measure(mini: Mini, component: str, quantized: dict[str, torch.Tensor], patterns: Sequence[str]) -> dict[str, Any]:
+    """Fidelity with one component quantized but for the layers that patterns name, the other one as it was."""
+    for name, weights in mini.originals.items():
+        keep = set(kept(weights, name, patterns, len(mini.pipe.transformer.layers)))
+        set_weights(getattr(mini.pipe, name), weights, quantized if name == component else {}, keep)
+    error = prediction_error(mini.predictions, mini.predict(), mini.probe.timesteps)
+    mean = statistics.mean(min(value, MAX_PSNR) for value in psnr(mini.pictures, mini.draw()))
+    return {"psnr_db": round(mean, 3), "prediction_error": error.overall, "by_timestep": error.relative_errors}
 
 
 def linear_layers(model: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    """Those that become NF4; of the text encoder not the vision tower, which no prompt comes to."""
+    """The linear layers that become NF4. The text encoder's vision tower is left out: text-to-image doesn't use it."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "vision" not in name and "multi_modal" not in name:
             yield name, module
@@ -193,7 +241,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def nf4_of(weights: dict[str, torch.Tensor], scale_search: bool) -> dict[str, torch.Tensor]:
-    """Each weight, quantized and restored."""
+    """Linear layer -> its weight, quantized to NF4 and restored."""
     restored = {}
     for name, weight in weights.items():
         packed, state = quantize_nf4(weight.bfloat16(), scale_search=scale_search)
@@ -202,7 +250,7 @@ def nf4_of(weights: dict[str, torch.Tensor], scale_search: bool) -> dict[str, to
 
 
 def kept(names: Iterable[str], component: str, patterns: Sequence[str], blocks: int) -> list[str]:
-    """The layers that patterns name."""
+    """The layers of a component that patterns name."""
     patterns = [pattern.replace("{last}", str(blocks - 1)).replace("{before}", str(blocks - 2)) for pattern in patterns]
     return [name for name in names if any(matches(f"{component}.{name}", pattern) for pattern in patterns)]
 
@@ -216,7 +264,7 @@ def set_weights(
 
 
 def extra_bytes(patterns: Sequence[str], size: str, original: Path) -> int:
-    """What keeping layers in bfloat16 takes more than NF4."""
+    """Bytes that keeping layers in bfloat16 costs over NF4."""
     total = 0
     for component in ("transformer", "text_encoder"):
         model = configured(component, size, original)
@@ -230,7 +278,7 @@ def extra_bytes(patterns: Sequence[str], size: str, original: Path) -> int:
 
 
 def configured(component: str, size: str, original: Path | None) -> nn.Module:
-    """A component without storage."""
+    """A component of the mini or of the full size, without storage."""
     if size == "mini":
         return skeleton(COMPONENT[component], original / component)
     with as_file(files("ernie_image_nf4") / "quantization" / "configs" / "full") as configs:

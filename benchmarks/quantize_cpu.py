@@ -1,14 +1,14 @@
-"""Throughput of `quantize` on a CPU beside bitsandbytes' own `quantize_4bit`, and what the scale search costs and gains, in one run.
+"""Throughput of `quantize` on a CPU beside bitsandbytes' `quantize_4bit`; time and gain of the scale search.
 
     python benchmarks/quantize_cpu.py --work /tmp/quantize-cpu --output benchmarks/quantize_cpu.json [--weights FOLDER]
 
-The source has the transformer layers of the full size, but few of them, and is in the page cache. `quantize`, without scale
-search, is timed as a whole: planning, reading, quantizing, measuring the error, writing and hashing. bitsandbytes gets the
-weights ready in memory, as does `quantize_nf4` with and without scale search. They take turns, so that other load on the machine
-meets all; medians count for `quantize`, the shortest times for the search.
+The source has a few transformer layers of full size and is in the page cache. `quantize` without scale search is timed
+as a whole: planning, reading, quantizing, measuring the error, writing, hashing. `quantize_4bit`, and `quantize_nf4`
+with and without scale search, get the weights in memory. All take turns, so that other load on the machine slows all
+alike. The result has medians for `quantize`, and the shortest times for the scale search.
 
-The squared error with scale search over that without is that of random normal weights and, given the folder of an original
-repository, of the weights that become NF4 in each of its components.
+The ratio of squared errors with and without scale search is measured on random normal weights and, given an original
+repository, on the weights of each of its components that become NF4.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ernie_image_nf4.repository.metadata import installed_versions
 from ernie_image_nf4.repository.nf4_format import quantize_nf4, squared_error
 from ernie_image_nf4.repository.safetensors_io import read_tensor
 
-FULL_SIZE_WEIGHTS = 14_504_427_520  # values that become NF4 in the three components
+FULL_SIZE_WEIGHTS = 14_504_427_520  # Values that become NF4 in the three components
 LAYER = {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288, "rope_axes_dim": (32, 48, 48)}
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     source = make_source(arguments.work / "source", arguments.layers)
     weights = [weight for component in QUANTIZED for weight in nf4_weights(source, component)]
     values = sum(weight.numel() for weight in weights)
-    quantize_4bit(weights[0][:64], quant_type="nf4")  # imports what it needs
+    quantize_4bit(weights[0][:64], quant_type="nf4")  # Warm-up: it imports on first use
     ours, theirs, stock, searched = [], [], [], []
     for turn in range(arguments.rounds):
         theirs.append(values / seconds(lambda: quantize_all(weights)))
@@ -106,7 +106,7 @@ def nf4_weights(source: Path, component: Component) -> Iterator[torch.Tensor]:
 
 
 def error_ratios(source: Path | None) -> dict[str, float]:
-    """Squared error with scale search over that without."""
+    """Squared error with scale search over squared error without, by kind of weights."""
     normal = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     ratios = {"normal": error_ratio([normal])}
     if source:

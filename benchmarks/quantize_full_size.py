@@ -2,10 +2,9 @@
 
     python benchmarks/quantize_full_size.py --work /tmp/full-size --output benchmarks/quantize_h100.json
 
-Everything happens in one run on one machine, each step in a process of its own: the original repository is synthesized (31.6 GB,
-which leaves it in the page cache), quantized, and made a second time by ``from_pretrained`` with a quantization config and
-``save_pretrained``; then the two are compared tensor by tensor. At
-last it is quantized with scale search. Needs 51 GB of disk.
+One run on one machine, each step in its own process: synthesize the original repository (31.6 GB, which leaves it in
+the page cache), quantize it, quantize it the conventional way (``from_pretrained`` with a quantization config, then
+``save_pretrained``), compare the two tensor by tensor, and quantize it with scale search. Needs 51 GB of disk.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# OURS has stock NF4, which the conventional way has to give too; SEARCHED has scales of least error.
+# OURS is stock NF4, as the conventional way gives it; SEARCHED has scales of least error.
 ORIGINAL, OURS, SEARCHED, CONVENTIONAL = "ERNIE-Image", "stock", "ERNIE-Image-NF4", "conventional"
 # Byte counts of baidu/ERNIE-Image and of its NF4 release.
 PUBLISHED = {
@@ -54,12 +53,12 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "preset": arguments.preset}
     for step in STEPS:
-        if step == "scale_search":  # the others are done: what they wrote is compared, and gives its disk back
+        if step == "scale_search":  # First compare what the earlier steps wrote, and free its disk space
             result |= {"bytes": sizes(arguments.work), "same_weights": compare(arguments.work)}
             for name in (OURS, CONVENTIONAL):
                 shutil.rmtree(arguments.work / name)
         print(f"{step} ...", flush=True)
-        os.sync()  # what the step before left to be written is none of this one's time
+        os.sync()  # Write out the previous step's data before this step is timed
         command = [sys.executable, __file__, "--step", step, "--work", arguments.work, "--preset", arguments.preset]
         result[step] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         print(json.dumps(result[step]), flush=True)
@@ -120,22 +119,23 @@ STEPS = {"synthesize": synthesize, "quantize": quantize, "conventional": convent
 
 
 def measured(step: Callable[[Path, str], None], work: Path, preset: str) -> dict[str, float]:
-    """Runs a step and reports its seconds, imports apart, and its peaks of memory.
+    """Run a step and measure its seconds, without imports, and its peaks of memory.
 
-    ``host_gib`` is the anonymous and shared memory of the process: what remains when the page cache and the mapped files, which
-    the system can drop at any time, are left out. ``host_rss_gib`` has the mapped files too, the libraries among them.
-    ``gpu_reserved_gib`` is PyTorch's; ``gpu_device_gib`` what the whole device had less than before.
+    ``host_gib`` is the anonymous and shared memory of the process, without page cache and mapped files, which the
+    system can drop. ``host_rss_gib`` includes mapped files, among them the libraries. ``gpu_reserved_gib`` is
+    PyTorch's; ``gpu_device_gib`` is the drop in the device's free memory.
     """
     import diffusers
-    import ernie_image_nf4.quantize  # noqa: F401
     import torch
     import transformers
 
-    # These are imported when they are first asked for, which would count as work.
+    import ernie_image_nf4.quantization.convert  # noqa: F401
+
+    # Imported on first use, which would count as work.
     _ = diffusers.ErnieImageTransformer2DModel, transformers.Mistral3Model, transformers.Ministral3ForCausalLM
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.zeros(1, device="cuda")  # makes the context
+        torch.zeros(1, device="cuda")  # Initialize CUDA
     with peaks(gpu) as peak:
         began = time.perf_counter()
         step(work, preset)
@@ -148,7 +148,7 @@ def measured(step: Callable[[Path, str], None], work: Path, preset: str) -> dict
 
 @contextmanager
 def peaks(gpu: bool) -> Iterator[dict[str, int]]:
-    """Samples the memory of this process and of the GPU, in bytes, while the context lasts."""
+    """Sample the memory of this process and of the GPU, in bytes, inside the context."""
     import torch
 
     peak = {"host": 0, "host_rss": 0} | ({"gpu_device": 0} if gpu else {})
@@ -187,7 +187,7 @@ def machine() -> dict[str, Any]:
 
 
 def sizes(work: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Bytes of the weight files, and how far they are from the published ones."""
+    """Bytes of the weight files, and their difference to the published ones."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for kind, folder in (("original", ORIGINAL), ("nf4", OURS)):
         for name, published in PUBLISHED[kind].items():
@@ -197,7 +197,7 @@ def sizes(work: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def compare(work: Path) -> dict[str, dict[str, Any]]:
-    """Every stored tensor of the two ways, compared bit by bit, and the files as wholes."""
+    """Compare all stored tensors of the two ways bit by bit, and the whole files."""
     from safetensors import safe_open
 
     from ernie_image_nf4.repository.components import QUANTIZED

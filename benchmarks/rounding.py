@@ -1,11 +1,11 @@
-"""How far rounding alone moves the transformer's predictions in bfloat16: the demo's, and those of fast denoising.
+"""Error of the transformer's predictions by rounding alone, in bfloat16: upstream's forward and the fast one.
 
     python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json
 
-Predictions for the fixed latents, embeddings and ten timesteps of `benchmark`, against the same weights in float32: of the mini, and of
-random networks with the full-size model's depth and a part of its width, whose weights are larger by as much as their sums are
-shorter. Each figure is the largest relative error over the timesteps. Runs on a CPU, where fast denoising differs from upstream's by its
-order of operations alone.
+Predictions for the fixed latents, embeddings and ten timesteps of `benchmark`, against the same weights in float32: of
+the mini, and of random networks with the full-size model's depth and a part of its width. Their sums are shorter, so
+their weights are scaled up to match. Each figure is the largest relative error over the timesteps. Runs on a CPU, where
+the fast forward differs from upstream's only by its order of operations.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a source checkout needs no installation
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
 import torch
 from diffusers import ErnieImageTransformer2DModel
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.benchmarking import run as benchmark
+from ernie_image_nf4.benchmarking.predictions import TIMESTEPS, largest_error, predictions
 from ernie_image_nf4.fast.transformer import enable_fast_denoising
 from ernie_image_nf4.quantization.synthetic import STANDARD_DEVIATION
 from ernie_image_nf4.repository.metadata import installed_versions
@@ -43,7 +43,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "machine": platform.processor() or platform.machine(),
         "versions": installed_versions() | {"python": platform.python_version()},
-        "settings": {"size": arguments.size, "timesteps": list(benchmark.TIMESTEPS)},
+        "settings": {"size": arguments.size, "timesteps": list(TIMESTEPS)},
     }
     exact, rounded = (
         load(CHECKOUT, device="cpu", dtype=dtype, prompt_enhancer=False).transformer
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def random_network(width: int) -> ErnieImageTransformer2DModel:
-    """The full-size transformer's depth and shapes at another width, in float32 with weights that bfloat16 has."""
+    """The full-size transformer's depth and shapes at another width: float32, with weights that bfloat16 represents."""
     config = json.loads(FULL.read_text(encoding="utf-8"))
     ratio = config["hidden_size"] / width
     for key in ("hidden_size", "num_attention_heads", "ffn_hidden_size"):
@@ -75,23 +75,23 @@ def random_network(width: int) -> ErnieImageTransformer2DModel:
 
 
 def errors(exact: torch.nn.Module, rounded: torch.nn.Module, size: int) -> dict[str, float]:
-    """Of upstream's forward and the fast one in bfloat16, to float32 and to each other."""
-    reference, demo = predictions(exact, size), predictions(rounded, size)
+    """Errors of upstream's forward and of the fast one in bfloat16, against float32 and against each other."""
+    reference, demo = predict(exact, size), predict(rounded, size)
     enable_fast_denoising(rounded)
-    fast = predictions(rounded, size)
+    fast = predict(rounded, size)
     return {
-        "demo_to_float32": largest_error(demo, reference),
-        "fast_to_float32": largest_error(fast, reference),
-        "fast_to_demo": largest_error(fast, demo),
+        "demo_to_float32": error(demo, reference),
+        "fast_to_float32": error(fast, reference),
+        "fast_to_demo": error(fast, demo),
     }
 
 
-def predictions(transformer: torch.nn.Module, size: int) -> torch.Tensor:
-    return benchmark.predictions(SimpleNamespace(transformer=transformer), size, "cpu")["prediction"]
+def predict(transformer: torch.nn.Module, size: int) -> torch.Tensor:
+    return predictions(SimpleNamespace(transformer=transformer), size, "cpu")["prediction"]
 
 
-def largest_error(one: torch.Tensor, reference: torch.Tensor) -> float:
-    return float(f"{benchmark.largest_error(one, reference):.4g}")
+def error(one: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(f"{largest_error(one, reference):.4g}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Pictures in a row from one pipeline: does the memory grow, do files stay open?
+"""Many pictures in a row from one pipeline: whether memory grows and files stay open.
 
     python -m benchmarks.soak --output benchmarks/soak.json
 
-Draws on the CPU with the repository that the package stands in, the mini, through the function behind ``generate``, prompt enhancer
-included. Small pictures of few steps, as growth is a matter of calls and not of pixels.
+Draws the mini on the CPU through the function behind ``generate``, prompt enhancer included. The pictures are small and
+have few steps: leaks grow with calls, not with pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPTS = (
 
 
 def measure(process: psutil.Process, picture: int, started: float) -> dict[str, Any]:
-    """Memory, open files and threads after so many pictures."""
+    """Memory, open files, threads and Python objects after a number of pictures."""
     gc.collect()
     memory = process.memory_full_info()
     return {
@@ -49,7 +49,7 @@ def measure(process: psutil.Process, picture: int, started: float) -> dict[str, 
 
 
 def soak(pictures: int, height: int, width: int, steps: int) -> list[dict[str, Any]]:
-    """Draws so many pictures, and measures at 0, 1, and every tenth of them."""
+    """Draw pictures, and measure before them, after the first, and after every tenth."""
     process = psutil.Process(os.getpid())
     started = time.perf_counter()
     pipe = load(device="cpu")
@@ -82,7 +82,8 @@ def main() -> None:
     report = {
         "command": "python -m benchmarks.soak",
         "repository": "the mini",
-        "settings": f"{arguments.width}x{arguments.height}, {arguments.steps} steps, prompt enhancer on, CPU, one thread",
+        "settings": f"{arguments.width}x{arguments.height}, {arguments.steps} steps, prompt enhancer on, CPU, "
+        "one thread",
         "versions": {"python": platform.python_version(), **installed_versions()},
         "growth_from_10_to_last": {
             key: last[key] - tenth[key]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_image_nf4.benchmarking import report as benchmark_report
-from ernie_image_nf4.benchmarking import run as benchmark
+from ernie_image_nf4.benchmarking import summary as benchmark
 from ernie_image_nf4.evaluation.report import markdown_table
 
 FOLDER = Path(__file__).parent

@@ -1,37 +1,37 @@
-"""Metrics of pictures, through the libraries that people know them from; what can't be had says why.
+"""Metrics of pictures, computed by the usual libraries. A metric that isn't available says why.
 
-Nothing is downloaded unless that is allowed: networks come from PyTorch's and the Hub's local caches.
+Networks come from PyTorch's and the Hub's local caches; they are downloaded only where that is allowed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 
 from ..generation.single import seeded
 
-BATCH = 8  # pictures that a metric looks at together
-SET_PROMPTS = 100  # from how many pictures on the distances between two sets of pictures mean something
+BATCH = 8  # Pictures that go through a metric's network at once
+SET_PROMPTS = 100  # Distances between sets of fewer pictures mean nothing
 KID_SUBSET = 50
 CLIP = "openai/clip-vit-base-patch16"
-LPIPS_BACKBONE = "alex"
+LPIPS_BACKBONE: Final = "alex"
 
-# A metric of (reference, candidate, prompts), pictures in uint8: a value for each prompt, or one for the two sets.
+# (reference pictures, candidate's pictures, prompts) -> a value for each prompt, or one for the two sets. Pictures are
+# uint8 (prompts, 3, height, width).
 Metric = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True)
 class MetricStatus:
-    """Whether a metric of pictures could be had, and if not, why.
+    """Whether a metric of pictures is available, and if not, why.
 
     Attributes:
-        title: What it is, with its direction.
+        title: Its name, and which direction is better.
         reason: Why it isn't available, None if it is.
     """
 
@@ -40,18 +40,22 @@ class MetricStatus:
 
 
 class MetricUnavailable(Exception):
-    """A metric's library or its weights aren't here; the message says what to do."""
+    """A metric's library or the weights of its network are missing. The message says what to do."""
 
 
 def find_metrics(device: torch.device, count: int, download: bool) -> tuple[dict[str, Metric], dict[str, MetricStatus]]:
-    """The metrics that can be had here, and for all of them whether they can.
+    """The metrics that are available, and the status of all.
 
     Args:
-        device: Where to compute.
+        device: To compute on.
         count: Number of pictures.
         download: Whether networks may be downloaded.
+
+    Returns:
+        Name -> metric, for those available, and name -> status, for all of `METRICS`.
     """
-    metrics, statuses = {}, {}
+    metrics: dict[str, Metric] = {}
+    statuses: dict[str, MetricStatus] = {}
     for name, (title, find) in METRICS.items():
         try:
             if name in SET_METRICS and count < SET_PROMPTS:
@@ -64,34 +68,44 @@ def find_metrics(device: torch.device, count: int, download: bool) -> tuple[dict
 
 
 def psnr(reference: torch.Tensor, pictures: torch.Tensor) -> list[float]:
-    """In dB for each pair of pictures, with values to 255; infinite for equal ones."""
-    errors = [
-        (one.double() - other.double()).square().mean().item() for one, other in zip(reference, pictures, strict=True)
+    """PSNR of each pair of pictures in dB, for values up to 255; infinite for equal pictures.
+
+    Args:
+        reference: uint8 (pictures, 3, height, width).
+        pictures: Of the same shape.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics is not installed.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    return [
+        peak_signal_noise_ratio(other.double(), one.double(), data_range=255.0).item()
+        for one, other in zip(reference, pictures, strict=True)
     ]
-    return [10 * math.log10(255**2 / error) if error else math.inf for error in errors]
 
 
-def _psnr(device: torch.device, download: bool) -> Metric:
+def _find_psnr(device: torch.device, download: bool) -> Metric:
+    with _needs("torchmetrics"):
+        import torchmetrics.functional.image  # noqa: F401
     return lambda reference, pictures, prompts: psnr(reference, pictures)
 
 
-def _ssim(device: torch.device, download: bool) -> Metric:
+def _find_ssim(device: torch.device, download: bool) -> Metric:
     with _needs("torchmetrics"):
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     def ssim(reference: torch.Tensor, pictures: torch.Tensor, prompts: Sequence[str]) -> list[float]:
-        return [
-            value
-            for one, other in _batches(device, reference, pictures)
-            for value in structural_similarity_index_measure(other, one, data_range=1.0, reduction="none")
-            .reshape(-1)
-            .tolist()
-        ]
+        values: list[float] = []
+        for one, other in _batches(device, reference, pictures):
+            found = structural_similarity_index_measure(other, one, data_range=1.0, reduction="none")
+            values += cast(torch.Tensor, found).reshape(-1).tolist()  # Only return_full_image gives a tuple
+        return values
 
     return ssim
 
 
-def _lpips(device: torch.device, download: bool) -> Metric:
+def _find_lpips(device: torch.device, download: bool) -> Metric:
     with _needs("torchvision"):
         from torchvision.models import AlexNet_Weights
     with _needs("torchmetrics"):
@@ -111,8 +125,8 @@ def _lpips(device: torch.device, download: bool) -> Metric:
     return lpips
 
 
-def _st_lpips(device: torch.device, download: bool) -> Metric:
-    """Shift-tolerant LPIPS (https://arxiv.org/abs/2207.13686), whose package brings its network along."""
+def _find_st_lpips(device: torch.device, download: bool) -> Metric:
+    """Shift-tolerant LPIPS (https://arxiv.org/abs/2207.13686), whose package contains its network."""
     with _needs("torchvision"):
         import torchvision  # noqa: F401
     with _needs("stlpips-pytorch"):
@@ -131,8 +145,8 @@ def _st_lpips(device: torch.device, download: bool) -> Metric:
     return st_lpips
 
 
-def _clip_score(device: torch.device, download: bool) -> Metric:
-    """100 times the cosine of picture and prompt (https://arxiv.org/abs/2104.08718), at least 0, as torchmetrics has it."""
+def _find_clip_score(device: torch.device, download: bool) -> Metric:
+    """100 times the cosine of picture and prompt, at least 0 (https://arxiv.org/abs/2104.08718), as in torchmetrics."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -167,7 +181,7 @@ def _clip_score(device: torch.device, download: bool) -> Metric:
     return clip_score
 
 
-def _inception_distance(kind: str, options: dict[str, Any]) -> Callable[[torch.device, bool], Metric]:
+def _find_distance(kind: str, options: dict[str, Any]) -> Callable[[torch.device, bool], Metric]:
     def find(device: torch.device, download: bool) -> Metric:
         with _needs("torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -182,7 +196,7 @@ def _inception_distance(kind: str, options: dict[str, Any]) -> Callable[[torch.d
             for real, images in ((True, reference), (False, pictures)):
                 for part in images.split(BATCH):
                     distance.update(part.to(device), real=real)
-            with seeded(0, device):  # KID draws its subsets
+            with seeded(0, device):  # KID draws random subsets
                 value = distance.compute()
             return [(value[0] if isinstance(value, tuple) else value).item()]
 
@@ -192,29 +206,29 @@ def _inception_distance(kind: str, options: dict[str, Any]) -> Callable[[torch.d
 
 
 METRICS: dict[str, tuple[str, Callable[[torch.device, bool], Metric]]] = {
-    "psnr": ("PSNR in dB, higher is closer", _psnr),
-    "ssim": ("SSIM, 1 is equal", _ssim),
-    "lpips": (f"LPIPS ({LPIPS_BACKBONE}), 0 is equal", _lpips),
-    "st_lpips": (f"ST-LPIPS ({LPIPS_BACKBONE}, shift-tolerant), 0 is equal", _st_lpips),
-    "clip_score": (f"CLIP score ({CLIP}) of picture and prompt, higher fits better", _clip_score),
-    "fid": ("FID between the two sets, lower is closer", _inception_distance("FrechetInceptionDistance", {})),
+    "psnr": ("PSNR in dB, higher is closer", _find_psnr),
+    "ssim": ("SSIM, 1 is equal", _find_ssim),
+    "lpips": (f"LPIPS ({LPIPS_BACKBONE}), 0 is equal", _find_lpips),
+    "st_lpips": (f"ST-LPIPS ({LPIPS_BACKBONE}, shift-tolerant), 0 is equal", _find_st_lpips),
+    "clip_score": (f"CLIP score ({CLIP}) of picture and prompt, higher fits better", _find_clip_score),
+    "fid": ("FID between the two sets, lower is closer", _find_distance("FrechetInceptionDistance", {})),
     "kid": (
         "KID between the two sets, lower is closer",
-        _inception_distance("KernelInceptionDistance", {"subset_size": KID_SUBSET}),
+        _find_distance("KernelInceptionDistance", {"subset_size": KID_SUBSET}),
     ),
 }
 SET_METRICS = ("fid", "kid")
 
 
 def _batches(device: torch.device, *pictures: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A few pictures of each set at a time, float32 in [0, 1] on the device."""
+    """`BATCH` pictures of each set at a time, float32 in [0, 1] on the device."""
     for parts in zip(*(each.split(BATCH) for each in pictures), strict=True):
         yield tuple(part.to(device).float() / 255 for part in parts)
 
 
 @contextmanager
 def _needs(package: str) -> Iterator[None]:
-    """Say of a package that is missing or broken that it is. A broken one can raise anything: torchvision does a RuntimeError."""
+    """Turn any error of a missing or broken package into `MetricUnavailable`: torchvision raises a RuntimeError."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -225,7 +239,11 @@ def _needs(package: str) -> Iterator[None]:
 
 
 def check_cached(url: str, download: bool) -> None:
-    """Refuse a network that PyTorch would have to download, unless it may."""
+    """Refuse a network that PyTorch would have to download, unless downloads are allowed.
+
+    Raises:
+        MetricUnavailable: It isn't in PyTorch's cache.
+    """
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.exists() and not download:
         raise MetricUnavailable(f"{file} is not there: {_how_to_get(download)}, or put the file there")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from dataclasses import replace
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 
@@ -13,20 +14,15 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import rounding
-from ernie_image_nf4.benchmarking.report import markdown, write_benchmark
-from ernie_image_nf4.benchmarking.run import (
-    ARMS,
-    PRELOADED,
-    Arm,
-    Workload,
-    _in_a_process,
-    _process_context,
-    benchmark,
-    choose_arms,
-    make_synthetic,
-    step_operations,
-    summary,
-)
+from ernie_image_nf4 import load
+from ernie_image_nf4.benchmarking import run
+from ernie_image_nf4.benchmarking.arms import ARMS, Arm, Workload, choose_arms, is_baseline
+from ernie_image_nf4.benchmarking.growth import step_operations
+from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process, process_context
+from ernie_image_nf4.benchmarking.report import arms_table, bar_chart, markdown, write_benchmark
+from ernie_image_nf4.benchmarking.run import benchmark, make_synthetic
+from ernie_image_nf4.benchmarking.summary import summary
+from ernie_image_nf4.benchmarking.worker import _fixed_length
 from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.quantization import synthetic
@@ -73,21 +69,22 @@ def test_the_figures_of_an_arm_add_up(result):
     assert figures["seconds"] == pytest.approx(sum(later) / 2)
     assert figures["slowest_over_median"] == pytest.approx(later[-1] / figures["seconds"])
     for picture in pictures:
-        assert 0 < picture["prompt_enhancer_s"] < picture["seconds"]
-        assert picture["step_ms"] / 1000 * (TINY.steps - 1) < picture["seconds"]
+        assert picture["prompt_enhancer_s"] > 0
+        denoising = picture["step_ms"] / 1000 * (TINY.steps - 1)
+        assert picture["prompt_enhancer_s"] + denoising < picture["seconds"]
     enhancing = sorted(picture["prompt_enhancer_s"] for picture in pictures[1:])
     assert figures["prompt_enhancer_ms_per_token"] == pytest.approx(1000 * sum(enhancing) / 2 / TINY.tokens)
     assert figures["large"]["size"] == 48
 
 
 def test_predictions_are_compared_with_the_demo(result):
-    assert 0 <= arm(result, "demo")["prediction_error"] < 1e-5  # float32, its batch reordered
+    assert 0 <= arm(result, "demo")["prediction_error"] < 1e-5  # float32, batch reordered
     assert 1e-4 < arm(result, "resident")["prediction_error"] < 0.1  # bfloat16
 
 
 def test_predictions_are_compared_with_float32(result):
     assert result["float32"]["seconds"] > 0
-    assert arm(result, "demo")["prediction_error_to_float32"] < 1e-5  # itself float32 here
+    assert arm(result, "demo")["prediction_error_to_float32"] < 1e-5  # float32 in this test
     assert 1e-4 < arm(result, "resident")["prediction_error_to_float32"] < 0.1
 
 
@@ -109,7 +106,7 @@ def test_without_float32_the_report_says_why(result):
 
 
 def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_path: Path):
-    assert [len(step["arms"]) for step in steps] == [1, 2, 3, 3, 3, 3]  # arms, two loaded again, float32
+    assert [len(step["arms"]) for step in steps] == [1, 2, 3, 3, 3, 3]  # Arms, two loaded again, float32
     assert steps[-1] == result
     assert steps[1]["arms"][1]["prediction_error"] == arm(result, "resident")["prediction_error"]
     for number, step in enumerate(steps):
@@ -132,22 +129,35 @@ def test_the_summary_takes_its_ratios_from_one_run():
     large = {"step_ms": 100, "peak_reserved_gib": 7}
     figures = {"seconds": 4.0, "step_ms": 50.0, "load_s": 2.0, "peak_reserved_gib": 8.0, "large": large}
     demo = {"name": "demo", "seconds": 10.0, "load_s": 5.0, "large": {"step_ms": 400, "peak_reserved_gib": 14}}
-    compiled = {"name": "resident, compiled", "seconds": 3.0, "prediction_error": 0.00123456, "large": large}
-    headline = summary({"arms": [demo, {"name": "resident"} | figures, compiled, {"name": "stream", "error": "no"}]})
+    fp8 = {"name": "resident, fp8", "seconds": 3.0, "prediction_error": 0.00123456, "large": large}
+    headline = summary({"arms": [demo, {"name": "resident"} | figures, fp8, {"name": "stream", "error": "no"}]})
     assert headline["h100.time_vs_demo.resident"] == 0.4
-    assert headline["h100.time_vs_demo.resident_compiled"] == 0.3
-    assert headline["h100.step_vs_demo.compiled_1024"] == 0.25
+    assert headline["h100.time_vs_demo.resident_fp8"] == 0.3
+    assert headline["h100.step_vs_demo.fp8_1024"] == 0.25
     assert headline["h100.load_time_vs_demo"] == 0.4
-    assert headline["h100.prediction_error.resident_compiled"] == 0.001235
+    assert headline["h100.prediction_error.resident_fp8"] == 0.001235
     assert not any("stream" in key or "offload" in key for key in headline)
 
 
 def test_arms_are_chosen_by_name():
     assert choose_arms([]) == list(ARMS)
     assert [each.name for each in choose_arms(["stream", "sdnq-uint4"])] == ["stream", "sdnq-uint4"]
-    assert len(choose_arms([], peers=True)) > len(ARMS)
+    assert len(choose_arms([], baselines=True)) > len(ARMS)
     with pytest.raises(InvalidSettings, match="no arm 'swap': choose of demo; resident"):
         choose_arms(["swap"])
+
+
+@pytest.mark.gpu
+def test_every_arm_runs_on_a_gpu(original: Path, repository: Path, tmp_path: Path):
+    result = benchmark(repository, original, tmp_path, workload=replace(TINY, loads=2), device="cuda")
+    errors = {row["name"]: row["error"] for row in result["arms"] if "error" in row}
+    assert errors.keys() <= {"resident, fp8"}, errors  # Which needs compute capability 8.9
+    for row in result["arms"]:
+        if row["way"] == "ours" and "error" not in row:
+            assert row["prediction_error"] < 0.5
+            assert row["peak_reserved_gib"] > 0
+    assert len(arm(result, "resident")["all_load_s"]) == 2
+    assert len(result["growth"]["rows"]) == 12
 
 
 def test_operations_are_those_that_torch_counts():
@@ -167,10 +177,57 @@ def test_operations_are_those_that_torch_counts():
     assert step_operations(Config, rows, tokens) == counter.get_total_flops()
 
 
-def test_the_command_needs_something_to_measure(tmp_path: Path):
+def test_the_command_needs_something_to_measure_and_known_arms(tmp_path: Path):
     outcome = CliRunner().invoke(app, ["benchmark", "--out-dir", str(tmp_path / "out")])
-    assert isinstance(outcome.exception, InvalidSettings)
-    assert "--synthetic" in str(outcome.exception)
+    assert outcome.exit_code == 2
+    assert "--synthetic" in outcome.output
+    outcome = CliRunner().invoke(app, ["benchmark", str(tmp_path), "--arm", "swap"])
+    assert outcome.exit_code == 2
+    assert "choose of demo; resident" in outcome.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--baselines", "--peers"])
+def test_the_command_runs_baselines_where_asked_for(option, repository: Path, tmp_path: Path, monkeypatch):
+    ran: list[Arm] = []
+    monkeypatch.setattr(run, "benchmark", lambda *_, arms, **__: ran.extend(arms))
+    assert CliRunner().invoke(app, ["benchmark", str(repository), "--out-dir", str(tmp_path), option]).exit_code == 0
+    assert "gguf-q4_0" in {each.name for each in ran}
+
+
+def test_older_files_are_reported_without_arms_that_are_gone(result, tmp_path: Path):
+    figures = {"seconds": 3.0, "large": {"step_ms": 1.0}}
+    gone = [{"name": "resident, swapped", "way": "ours"} | figures, {"name": "another", "way": "ours", "error": "no"}]
+    peer = {"name": "gguf-q4_0", "way": "peer", "options": {"peer": "gguf-q4_0"}} | figures
+    older = result | {"arms": [*result["arms"], *gone, peer]}
+    text = markdown(older)
+    assert "swapped" not in text
+    assert "another" not in text
+    assert is_baseline(peer)
+    assert "**without the prompt enhancer**" in text
+    assert "| gguf-q4_0 |" in text
+    assert arms_table(older) == arms_table(result)
+    for name, each in (("older", older), ("result", result)):
+        bar_chart(each, tmp_path / name)
+    assert (tmp_path / "older").read_bytes() == (tmp_path / "result").read_bytes()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_prompt_enhancer_writes_exactly_as_many_tokens_as_asked_for(repository: Path, fast: bool):
+    pipe = load(repository, device="cpu", fast=fast)
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+
+    def written(eos_token_id: int | None) -> list[int]:
+        options = {"max_new_tokens": pipe.pe_tokenizer.model_max_length, "eos_token_id": eos_token_id}
+        return pipe.pe.generate(**inputs, **options, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+
+    limit = pipe.pe_tokenizer.model_max_length
+    with _fixed_length(pipe, 9):
+        first, *_ = tokens = written(None)
+        assert len(tokens) == 9
+        assert len(written(first)) == 9
+    assert pipe.pe_tokenizer.model_max_length == limit
+    assert written(first) == [first]
 
 
 def test_growth_is_a_table(result):
@@ -185,7 +242,7 @@ def test_growth_is_a_table(result):
 
 def test_synthetic_repositories_that_are_there_are_used_again(tmp_path, monkeypatch):
     tiny = functools.partial(synthetic.synthesize, preset="tiny", progress=False)
-    monkeypatch.setattr(synthetic, "synthesize", tiny)
+    monkeypatch.setattr(run, "synthesize", tiny)
     made = make_synthetic(tmp_path)
     stamps = [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))]
     assert make_synthetic(tmp_path) == made
@@ -194,15 +251,14 @@ def test_synthetic_repositories_that_are_there_are_used_again(tmp_path, monkeypa
 
 @pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")
 def test_processes_are_forked_after_the_slow_imports():
-    context = _process_context("cpu")
+    context = process_context("cpu")
     assert context.get_start_method() == "forkserver"
-    imported = _in_a_process(
-        context, eval, "sorted(__import__('sys').modules)"
-    )  # nothing of this module is imported there
+    # A builtin function, so that unpickling it imports nothing
+    imported = in_own_process(context, eval, "sorted(__import__('sys').modules)")
     assert set(PRELOADED) <= set(imported)
     assert "bitsandbytes" not in imported
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_processes_start_anew_where_forked_ones_cannot_use_the_device():
-    assert _process_context("cuda").get_start_method() == "spawn"
+    assert process_context("cuda").get_start_method() == "spawn"

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import summary
-from ernie_image_nf4.evaluation.baselines import PEERS
+from ernie_image_nf4.evaluation.baselines import BASELINES
 
-FORMATS = ["original", *summary.VARIANTS, *(name for name in PEERS if name != "nf4-stock")]
+FORMATS = ["original", *summary.VARIANTS, *(name for name in BASELINES if name != "nf4-stock")]
 CHECKOUT = Path(__file__).parents[2]
 FIGURES = json.loads((CHECKOUT / "benchmarks" / "summary.json").read_text(encoding="utf-8"))
 REPORT = json.loads((CHECKOUT / "training" / "report.json").read_text(encoding="utf-8"))

@@ -1,12 +1,9 @@
-"""The command line: pictures that say how they were made, refusals before anything is loaded, one line for an error."""
+"""``generate``: pictures that say how they were made, refusals before anything is loaded, one line for an error."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKOUT
 from PIL import Image
 
 import ernie_image_nf4
@@ -206,24 +202,9 @@ def test_cuda_where_there_is_none(command, tmp_path):
     assert "'cuda' was asked for" in result.err
 
 
-def test_usage_errors_exit_with_two(command):
-    assert command("generate").code == 2
-    assert command("generate", "a cat", "--steps", "many").code == 2
-    assert command("paint").code == 2
-
-
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_debug_shows_the_traceback(monkeypatch, place):
-    arguments = ["info", "./nowhere"]
-    arguments.insert(0 if place == "before" else 2, "--debug")
-    monkeypatch.setattr(sys, "argv", ["ernie-image-nf4", *arguments])
-    with pytest.raises(ernie_image_nf4.errors.RepositoryNotFound):
-        ernie_image_nf4.cli.main()
-
-
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a terminal's process has it: one started in the background ignores it, and so would the test, for ever."""
+    """Handle Ctrl-C as in a terminal: a process started in the background ignores it, and the test would never end."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -234,7 +215,7 @@ def test_an_interrupt_leaves_no_half_picture(generate, tmp_path):
     done = threading.Event()
 
     def interrupt() -> None:
-        while not done.wait(5):  # again: torch can take the first for an error of its own
+        while not done.wait(5):  # Repeatedly: torch can take the first for an error of its own
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -247,90 +228,3 @@ def test_an_interrupt_leaves_no_half_picture(generate, tmp_path):
     assert result.code == 130
     assert result.err.endswith("Interrupted.\n")
     assert list(tmp_path.iterdir()) == []
-
-
-# The other commands
-
-
-def test_info_says_what_a_repository_holds(command, repository):
-    result = command("info", repository)
-    assert result.code == 0
-    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
-    assert lines["name"] == "ERNIE-Tiny-NF4"
-    assert lines["source"].startswith("ERNIE-Tiny")
-    assert lines["transformer"].startswith("ErnieImageTransformer2DModel, quantized, ")
-    assert lines["vae"].startswith("AutoencoderKLFlux2, unquantized, ")
-    assert lines["scheduler"] == "FlowMatchEulerDiscreteScheduler"
-    assert "guidance" in lines["recommended"]
-    assert lines["installed"].startswith("torch ")
-
-
-def test_info_without_weights_takes_sizes_from_the_metadata(command, copy):
-    full = command("info", copy).out
-    for weights in copy.rglob("*.safetensors"):
-        weights.unlink()
-    assert command("info", copy).out.replace(", not here", "") == full
-
-
-def test_verify_passes_on_what_quantize_wrote_and_names_a_changed_file(command, copy):
-    assert command("verify", copy).code == 0
-    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    result = command("verify", copy)
-    assert result.code == 1
-    assert f"  {weights}" in result.out
-
-
-def test_synthesize_and_quantize_make_a_repository(command, tmp_path):
-    assert command("synthesize", tmp_path / "original", "--preset", "tiny", "--quiet").code == 0
-    result = command("quantize", tmp_path / "original", tmp_path / "nf4", "--device", "cpu", "--quiet")
-    assert (result.code, result.out) == (0, f"Wrote {tmp_path / 'nf4'}\n")
-    assert command("verify", tmp_path / "nf4").code == 0
-
-
-# The package
-
-
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-
-
-def test_help_needs_neither_torch_nor_diffusers():
-    code = """
-import sys
-sys.argv[1:] = ["--help"]
-from ernie_image_nf4.cli.app import main
-try:
-    main()
-finally:
-    print({"torch", "diffusers", "transformers"} & set(sys.modules))
-"""
-    lines = python(code).splitlines()
-    assert lines[-1] == "set()"
-    assert {"generate", "quantize", "verify", "synthesize", "info"} <= {line.split()[0] for line in lines if line}
-
-
-def test_public_functions_are_functions_in_any_import_order():
-    code = """
-import ernie_image_nf4.quantization, ernie_image_nf4.repository
-from ernie_image_nf4.repository.integrity import ComponentReport
-import ernie_image_nf4
-from ernie_image_nf4 import load, quantize, verify
-import ernie_image_nf4.quantization.convert
-for function in (load, quantize, verify, ernie_image_nf4.quantize, ernie_image_nf4.verify, ernie_image_nf4.load):
-    print(type(function).__name__, function.__name__)
-"""
-    names = ["load", "quantize", "verify", "quantize", "verify", "load"]
-    assert python(code).splitlines() == [f"function {name}" for name in names]
-
-
-def test_the_package_has_no_other_lazy_names():
-    assert isinstance(ernie_image_nf4.__version__, str)
-    with pytest.raises(AttributeError, match="has no attribute 'paint'"):
-        _ = ernie_image_nf4.paint
-
-
-def test_the_command_is_installed():
-    assert shutil.which("ernie-image-nf4", path=Path(sys.executable).parent)

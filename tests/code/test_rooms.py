@@ -27,7 +27,16 @@ ROOMS = (
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES, MAX_MODULES_BESIDE_ROOMS = 400, 60, 6
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors", "huggingface_hub", "triton")
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "huggingface_hub",
+    "triton",
+)
 named = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 
 
@@ -66,7 +75,9 @@ def test_no_module_imports_from_a_room_above_its_own(path):
 
 def test_an_import_of_a_room_above_is_found():
     path = PACKAGE / "fast" / "ops" / "module.py"
-    assert upward(path, "def f():\n    from ...loading.pipeline import load") == ["ernie_image_nf4.loading.pipeline.load"]
+    assert upward(path, "def f():\n    from ...loading.pipeline import load") == [
+        "ernie_image_nf4.loading.pipeline.load"
+    ]
     assert upward(path, "from ...repository import record\nfrom . import other\nimport ernie_image_nf4.cli.app") == [
         "ernie_image_nf4.cli.app"
     ]
@@ -118,7 +129,12 @@ def private_names(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES and not node.level:
             found |= {alias.name for alias in node.names if is_private(alias.name)}
             found |= {part for part in node.module.split(".") if is_private(part)}
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr", "delattr"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "getattr",
+            "hasattr",
+            "setattr",
+            "delattr",
+        ):
             name = node.args[1] if len(node.args) > 1 else None
             if isinstance(name, ast.Constant) and is_private(str(name.value)):
                 found.add(str(name.value))

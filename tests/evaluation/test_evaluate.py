@@ -1,12 +1,13 @@
-"""Evaluation: what is equal measures as equal, what is further off measures as further off, and what can't be measured says why."""
+"""Evaluation: equal measures as equal, further off as further off, and what can't be measured says why."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import shutil
-import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidRepository, InvalidSettings, RepositoryNotFound
-from ernie_image_nf4.evaluation.baselines import COMPONENTS, PEERS, linear_layers, load_peer
-from ernie_image_nf4.evaluation.metrics import METRICS, MetricUnavailable, check_cached, find_metrics
-from ernie_image_nf4.evaluation.report import labelled_grid, markdown, write_report
-from ernie_image_nf4.evaluation.run import (
-    Evaluation,
-    draw_latents,
-    draw_pictures,
-    effective_weight,
-    evaluate,
-    to_json,
-)
+from ernie_image_nf4.evaluation.baselines import BASELINES, load_baseline
+from ernie_image_nf4.evaluation.grid import labelled_grid
+from ernie_image_nf4.evaluation.metrics import MetricStatus
+from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
+from ernie_image_nf4.evaluation.predictions import Probe, predict
+from ernie_image_nf4.evaluation.records import Evaluation, evaluation_json
+from ernie_image_nf4.evaluation.report import markdown, write_report
+from ernie_image_nf4.evaluation.run import evaluate
+from ernie_image_nf4.evaluation.weights import COMPARED_COMPONENTS, effective_weight, linear_layers
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.metadata import Recommended
@@ -39,7 +38,7 @@ from ernie_image_nf4.repository.safetensors_io import find_tensors
 SMALL = {"height": 32, "width": 48, "steps": 2, "guidance": 2.0, "device": "cpu"}
 SETTINGS = Recommended(32, 48, 2, 2.0)
 PROMPTS = [Row("a cat"), Row("一只橙色的小猫", seed=7)]
-NAMES = [component.name for component in COMPONENTS]
+NAMES = [component.name for component in COMPARED_COMPONENTS]
 
 
 def last(*arguments, **options) -> Evaluation:
@@ -49,7 +48,7 @@ def last(*arguments, **options) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def evaluation(original: Path, repository: Path) -> Evaluation:
-    """The NF4 repository and two peers against their original."""
+    """The NF4 repository and two baselines against their original."""
     return last(original, [repository, "nf4-stock", "gguf-q4_0"])
 
 
@@ -99,26 +98,16 @@ def test_errors_of_known_size_are_found_and_ordered(original, perturbed):
     assert psnr[0] > psnr[1] > psnr[2]
 
 
-def test_psnr_and_ssim_of_known_pictures():
-    metrics, _ = find_metrics(torch.device("cpu"), 2, download=False)
-    pictures = torch.randint(0, 200, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    lighter = pictures + torch.tensor([5, 50], dtype=torch.uint8).view(2, 1, 1, 1)
-    assert metrics["psnr"](pictures, lighter, ["", ""]) == pytest.approx([34.1514, 14.1514], abs=1e-4)
-    one, other = metrics["ssim"](pictures, lighter, ["", ""])
-    assert 1 > one > other > 0
-
-
 def test_nf4_has_its_known_error_and_bytes(evaluation, repository):
     result = evaluation.results[1]
     assert result.name == "ERNIE-Tiny-NF4"
     assert result.format.startswith("NF4 by bitsandbytes, blocks of 64, double quantization")
-    for component in COMPONENTS:
+    for component in COMPARED_COMPONENTS:
         assert 0.07 < result.weight_error[component.name].overall < 0.11
         stored = find_tensors(weight_files(repository, component)).values()
         assert result.bytes[component.name] == pytest.approx(sum(tensor.spec.bytes for tensor in stored), rel=0.002)
-        assert (
-            4.1 < result.bits_per_weight[component.name] < 7
-        )  # tiny layers have much beside their codes, some are kept
+        # In tiny layers scales weigh more, and some are kept unquantized
+        assert 4.1 < result.bits_per_weight[component.name] < 7
         assert evaluation.results[0].bits_per_weight[component.name] == 16
     assert 0 < result.prediction_error.overall < 0.5
     assert len(result.prediction_error.timesteps) == len(result.prediction_error.relative_errors) == 10
@@ -145,6 +134,26 @@ def test_the_effective_weight_has_no_bias_in_it_and_leaves_the_layer_as_it_was()
     assert layer.bias[0] == 1000
 
 
+def test_predictions_are_the_transformers_for_each_prompts_own_text(pipe):
+    generator = torch.Generator().manual_seed(0)
+    config, dtype = pipe.transformer.config, pipe.transformer.dtype
+    latents = torch.randn(2, 3, config.in_channels, 2, 3, generator=generator)
+    texts = [torch.randn(length, config.text_in_dim, generator=generator) for length in (4, 7)]
+    probe = Probe(latents, torch.tensor([900.0, 500.0, 100.0]), texts)
+    predictions = predict(pipe, probe)
+    with torch.no_grad():
+        alone = pipe.transformer(
+            hidden_states=latents[1, 2:].to(dtype),
+            timestep=torch.tensor([100.0], dtype=dtype),
+            text_bth=texts[1][None].to(dtype),
+            text_lens=torch.tensor([7]),
+            return_dict=False,
+        )[0]
+    assert (predictions.shape, predictions.dtype) == (latents.shape, torch.float32)
+    assert torch.equal(predictions[1, 2:], alone.float())
+    assert predict(pipe, probe, batch_size=2) == pytest.approx(predictions, abs=0.05 * predictions.abs().max().item())
+
+
 # Pictures
 
 
@@ -152,7 +161,7 @@ def test_pictures_are_those_of_the_pipeline_in_any_batch(pipe):
     prompts = [row.prompt for row in PROMPTS]
     latents = draw_latents(pipe, [3, 4], SETTINGS)
     counts: list[int] = []
-    drawn = draw_pictures(pipe, prompts, SETTINGS, latents, on_drawn=counts.append)
+    drawn = draw_from_latents(pipe, prompts, SETTINGS, latents, on_drawn=counts.append)
     assert (drawn.shape, drawn.dtype, counts) == ((2, 3, 32, 48), torch.uint8, [1, 1])
     image = pipe(
         prompts[1],
@@ -164,8 +173,8 @@ def test_pictures_are_those_of_the_pipeline_in_any_batch(pipe):
         latents=latents[1:].to(pipe.transformer.dtype),
     ).images[0]
     apart = np.abs(drawn[1].permute(1, 2, 0).numpy().astype(int) - np.asarray(image))
-    assert apart.max() <= 1  # diffusers 0.38 cuts values to bytes, later ones round
-    together = draw_pictures(pipe, prompts, SETTINGS, latents, batch_size=2)
+    assert apart.max() <= 1  # diffusers 0.38 truncates values to bytes, later versions round
+    together = draw_from_latents(pipe, prompts, SETTINGS, latents, batch_size=2)
     assert (together.int() - drawn.int()).abs().max() <= 2
     assert not torch.equal(drawn[0], drawn[1])
 
@@ -190,19 +199,27 @@ def test_settings_default_to_those_of_the_first_repository_that_recommends_some(
     assert first.settings == Recommended(16, 16, 1, 1.5)
 
 
-# Peers
+def test_loading_says_nothing_about_each_candidate(original, repository, caplog):
+    with caplog.at_level(logging.INFO, logger="ernie_image_nf4"):
+        last(original, [repository, "nf4-stock"], prompts=PROMPTS[:1])
+        assert caplog.messages == []
+        load(original, device="cpu", prompt_enhancer=False)
+    assert {record.name.split(".")[1] for record in caplog.records} == {"loading", "memory"}  # Otherwise both speak
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_makes_the_transformer_smaller_and_draws(original, name):
+# Baselines
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_makes_the_transformer_smaller_and_draws(original, name):
     try:
-        importlib.metadata.version(PEERS[name].package)
+        importlib.metadata.version(BASELINES[name].package)
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{PEERS[name].package} is not installed")
+        pytest.skip(f"{BASELINES[name].package} is not installed")
     evaluation = last(original, [name], prompts=PROMPTS[:1])
     result = evaluation.results[1]
     assert result.error is None, result.error
-    # Libraries leave layers as they are that are smaller than their groups, as many of these tiny ones are.
+    # Libraries leave layers smaller than their groups unquantized, and many of these tiny ones are
     assert 0.001 < result.weight_error["transformer"].overall < 0.2
     assert 4 <= result.bits_per_weight["transformer"] < 12
     assert result.bytes["transformer"] < 0.8 * evaluation.results[0].bytes["transformer"]
@@ -212,14 +229,14 @@ def test_a_peer_makes_the_transformer_smaller_and_draws(original, name):
 @pytest.mark.parametrize("component", NAMES)
 def test_stock_nf4_is_what_bitsandbytes_gives(original, component):
     layers = linear_layers(getattr(load(original, device="cpu", prompt_enhancer=False), component))
-    stock = getattr(load_peer("nf4-stock", original, device="cpu"), component)
+    stock = getattr(load_baseline("nf4-stock", original, device="cpu"), component)
     for name, layer in layers.items():
         packed, state = quantize_4bit(layer.weight.detach(), quant_type="nf4", compress_statistics=True)
         assert torch.equal(stock.get_submodule(name).weight, packed)
         assert torch.equal(stock.get_submodule(name).weight.quant_state.absmax, state.absmax)
 
 
-def test_a_peer_without_its_library_says_so_in_its_row_and_the_others_go_on(original, monkeypatch):
+def test_a_baseline_without_its_library_says_so_in_its_row_and_the_others_go_on(original, monkeypatch):
     version = importlib.metadata.version
 
     def without_sdnq(package: str) -> str:
@@ -237,50 +254,12 @@ def test_a_peer_without_its_library_says_so_in_its_row_and_the_others_go_on(orig
     assert "sdnq-uint4: could not run, InvalidSettings: sdnq is not installed" in markdown(evaluation)
 
 
-def test_peers_are_made_from_originals_only(repository):
-    with pytest.raises(InvalidRepository, match="is quantized, peers are made from originals"):
-        load_peer("nf4-stock", repository, device="cpu")
+def test_baselines_are_made_from_originals_only(repository):
+    with pytest.raises(InvalidRepository, match="is quantized, baselines are made from originals"):
+        load_baseline("nf4-stock", repository, device="cpu")
 
 
-# What isn't available
-
-
-def test_metrics_that_cannot_be_had_say_why_and_download_nothing(monkeypatch, tmp_path):
-    def refuse(*_):
-        pytest.fail("a metric went to the network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    metrics, statuses = find_metrics(torch.device("cpu"), 100, download=False)
-    assert statuses.keys() == METRICS.keys()
-    assert {name for name, status in statuses.items() if status.reason is None} == metrics.keys()
-    for name in ("lpips", "fid", "kid"):
-        assert "is not there" in statuses[name].reason or "is not installed" in statuses[name].reason
-
-
-def test_a_network_is_taken_from_the_local_cache_or_with_leave_downloaded(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(MetricUnavailable, match=r"checkpoints/net\.pth is not there: allow the download"):
-        check_cached("https://example.com/net.pth", download=False)
-    check_cached("https://example.com/net.pth", download=True)
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / "net.pth").touch()
-    check_cached("https://example.com/net.pth", download=False)
-
-
-def test_shift_tolerant_lpips_grows_with_noise():
-    pytest.importorskip("stlpips_pytorch")
-    metrics, _ = find_metrics(torch.device("cpu"), 2, download=False)
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
-    noisy = (pictures.float() + 20 * torch.randn(pictures.shape, generator=generator)).clamp(0, 255).byte()
-    assert metrics["st_lpips"](pictures, pictures, ["a", "b"]) == [0, 0]
-    assert all(value > 0.01 for value in metrics["st_lpips"](pictures, noisy, ["a", "b"]))
-
-
-def test_distances_between_sets_need_a_hundred_pictures():
-    _, statuses = find_metrics(torch.device("cpu"), 99, download=False)
-    assert statuses["fid"].reason == "compares sets of at least 100 pictures, here are 99"
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -312,7 +291,7 @@ def refuse_constant(text: str) -> None:
 
 
 def test_json_is_valid_also_with_infinite_psnr(repository, copy):
-    values = json.loads(to_json(last(repository, [copy])), parse_constant=refuse_constant)
+    values = json.loads(evaluation_json(last(repository, [copy])), parse_constant=refuse_constant)
     assert values["results"][1]["scores"]["psnr"] == {"mean": None, "per_prompt": [None, None]}
     assert values["settings"]["num_inference_steps"] == 2
     assert values["metrics"]["fid"]["reason"]
@@ -354,6 +333,16 @@ def test_without_matplotlib_the_report_says_that_there_are_no_plots(evaluation, 
     files = write_report(evaluation, tmp_path)
     assert {path.name for path in files} == {"evaluation.json", "evaluation.md", "grid.png"}
     assert "Plots: matplotlib is not installed" in (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+
+
+def test_without_psnr_the_report_has_no_plot_of_it_and_says_why(evaluation, tmp_path):
+    metrics = evaluation.metrics | {"psnr": MetricStatus("PSNR in dB", "torchmetrics is not installed")}
+    scores = [{name: score for name, score in each.scores.items() if name != "psnr"} for each in evaluation.results]
+    results = [replace(each, scores=kept) for each, kept in zip(evaluation.results, scores, strict=True)]
+    files = write_report(replace(evaluation, metrics=metrics, results=results), tmp_path)
+    assert {path.name for path in files} == {"evaluation.json", "evaluation.md", "grid.png", "timesteps.png"}
+    text = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "- PSNR in dB: not available, torchmetrics is not installed." in text
 
 
 def test_the_grid_shows_each_picture_in_its_place():

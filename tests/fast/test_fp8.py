@@ -16,7 +16,7 @@ from diffusers import ErnieImageTransformer2DModel
 from PIL import Image
 
 from ernie_image_nf4 import generate_batch, load
-from ernie_image_nf4.benchmarking.run import largest_error, predictions
+from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.fast import products as fp8
 from ernie_image_nf4.fast.ops import elementwise as kernels

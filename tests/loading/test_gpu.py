@@ -16,7 +16,7 @@ from transformers import AutoModel as TransformersAutoModel
 from transformers import AutoModelForCausalLM
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.benchmarking.run import largest_error, predictions
+from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.errors import DeviceUnavailable
 from ernie_image_nf4.generation.single import Settings, draw
 from ernie_image_nf4.memory.placement import GIB

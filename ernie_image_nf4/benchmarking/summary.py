@@ -1,0 +1,41 @@
+"""Headline figures of a run on an H100."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .arms import REFERENCE
+
+
+def summary(result: dict[str, Any]) -> dict[str, float]:
+    """Headline figures by their keys in ``benchmarks/summary.json``; those of arms that failed are left out."""
+    arms = {arm["name"]: arm for arm in result["arms"] if "error" not in arm}
+    demo, resident = arms.get(REFERENCE, {}), arms.get("resident", {})
+    offload, stream, fp8 = (arms.get(name, {}) for name in ("offload", "stream", "resident, fp8"))
+    figures = {
+        "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
+        "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
+        "step_ms.eager_512": resident.get("step_ms"),
+        "peak_gib.resident_512": _peak(resident),
+        "peak_gib.offload_512": _peak(offload),
+        "peak_gib.stream_512": _peak(stream),
+        "peak_gib.offload_1024": offload.get("large", {}).get("peak_reserved_gib"),
+        "peak_gib.stream_1024": stream.get("large", {}).get("peak_reserved_gib"),
+        "time_vs_resident.offload": _ratio(offload, resident, "seconds"),
+        "time_vs_resident.stream": _ratio(stream, resident, "seconds"),
+        "load_time_vs_demo": _ratio(resident, demo, "load_s"),
+        "time_vs_demo.resident_fp8": _ratio(fp8, demo, "seconds"),
+        "step_ms.fp8_512": fp8.get("step_ms"),
+        "step_vs_demo.fp8_1024": _ratio(fp8.get("large", {}), demo.get("large", {}), "step_ms"),
+        "prediction_error.resident_fp8": fp8.get("prediction_error"),
+    }
+    return {f"h100.{key}": float(f"{value:.4g}") for key, value in figures.items() if value is not None}
+
+
+def _ratio(one: dict[str, float], other: dict[str, float], key: str) -> float | None:
+    return one[key] / other[key] if key in one and key in other else None
+
+
+def _peak(arm: dict[str, float]) -> float | None:
+    """Peak reserved GiB, loading included."""
+    return max((arm[key] for key in ("loading_peak_reserved_gib", "peak_reserved_gib") if key in arm), default=None)

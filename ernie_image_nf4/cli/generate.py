@@ -1,0 +1,129 @@
+"""``generate``: draw one prompt, or a file of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DeviceOption, GuidanceOption, MemoryOption, SizeOption, StepsOption
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The PNG file; several become out-1.png, out-2.png ...")
+    ] = Path("out.png"),
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help="Many prompts instead of one: .txt (one a line), .jsonl or .csv. Needs --out-dir."),
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures of --prompts-file; what it has already is not redrawn.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Folder or Hub id. Default: the repository this package stands in."),
+    ] = None,
+    height: SizeOption = None,
+    width: SizeOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes the whole picture repeatable. Default: a random one; 0 with --prompts-file."),
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    no_pe: Annotated[
+        bool, typer.Option("--no-pe", help="Draw the prompt as it is, without the prompt enhancer.")
+    ] = False,
+    count: Annotated[int, typer.Option(help="Pictures, with seeds counting up from the first.")] = 1,
+    device: DeviceOption = None,
+    memory: MemoryOption = "auto",
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Multiply in fp8 where the GPU can: faster, a little less precise.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures of --prompts-file to denoise together. Default: as the memory allows.")
+    ] = None,
+    contact_sheet: Annotated[
+        bool, typer.Option("--contact-sheet", help="With --prompts-file, all pictures in one overview as well.")
+    ] = False,
+) -> None:
+    """Draw a picture from a prompt, or many from a file of prompts."""
+    if (prompt is None) == (prompts_file is None):
+        raise typer.BadParameter("give either a prompt or --prompts-file.", param_hint="PROMPT")
+    if (out_dir is None) != (prompts_file is None):
+        raise typer.BadParameter("--prompts-file and --out-dir go together.", param_hint="--out-dir")
+    loading: dict[str, Any] = {"device": device, "memory": memory, "fp8": fp8, "prompt_enhancer": not no_pe}
+    settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
+    settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
+    if prompt is not None:
+        _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
+    elif prompts_file is not None and out_dir is not None:
+        settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size}
+        _draw_file(prompts_file, out_dir, contact_sheet, loading, **settings)
+
+
+def _draw_prompt(
+    prompt: str, output: Path, count: int, loading: dict[str, Any], *, model: str | None, **settings: Any
+) -> None:
+    """Draw one prompt `count` times, and say what came of it."""
+    from ..generation.single import check_output, check_settings, draw_and_save, output_paths
+
+    checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed")}
+    check_settings(prompt, count=count, **checked)
+    paths = output_paths(output, count)
+    for path in paths:
+        check_output(path)
+    from ..loading.pipeline import load
+
+    pipe = load(model, **loading)
+    for drawing, path in draw_and_save(pipe, paths, prompt, model=model, **settings):
+        drawn = drawing.settings
+        if drawing.revised_prompt is not None:
+            typer.echo(f"Revised prompt: {drawing.revised_prompt}")
+        typer.echo(
+            f"{path}: {drawn.width}x{drawn.height}, {path.stat().st_size / 1000:.0f} kB, "
+            f"{drawing.seconds:.1f} s, seed {drawn.seed}"
+        )
+
+
+def _draw_file(
+    prompts_file: Path,
+    out_dir: Path,
+    contact_sheet: bool,
+    loading: dict[str, Any],
+    *,
+    model: str | None,
+    **settings: Any,
+) -> None:
+    """Draw a file of prompts on all processes that accelerate started; the main process says what came of it."""
+    from ..generation.prompt_file import read_prompts
+    from ..generation.single import check_settings, make_output_folder
+
+    rows = read_prompts(prompts_file)
+    checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed", "count")}
+    check_settings("-", **checked)
+    make_output_folder(out_dir)
+    from accelerate import PartialState
+
+    from ..generation.batch import MANIFEST, generate_batch, process_device, read_manifest, save_contact_sheet
+    from ..loading.pipeline import load
+
+    pipe = load(model, **{**loading, "device": process_device(loading["device"])})
+    for _ in generate_batch(pipe, rows, out_dir, model=model, progress=True, **settings):
+        pass
+    state = PartialState()
+    records = read_manifest(out_dir / MANIFEST)
+    failed = [record for record in records if record.error is not None]
+    if state.is_main_process:
+        if contact_sheet:
+            save_contact_sheet(out_dir)
+        typer.echo(f"{out_dir}: {len(records) - len(failed)} pictures, {len(failed)} failed, see {MANIFEST}")
+        for record in failed:
+            typer.echo(f"  {record.file}: {record.error}", err=True)
+    state.destroy_process_group()
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,132 @@
+"""Commands that measure: ``evaluate`` for fidelity, ``benchmark`` for speed and memory."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DeviceOption, GuidanceOption, MemoryOption, QuietOption, SizeOption, StepsOption
+
+
+def evaluate(
+    reference: Annotated[str, typer.Argument(help="Folder or Hub id to compare with, usually the original.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CANDIDATE...",
+            help="Folders, Hub ids, or quantizations made of the reference: nf4-stock, sdnq-uint4, torchao-int4, "
+            "torchao-float8, quanto-int4, quanto-int8, gguf-q4_0.",
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Option(help="Folder for tables, grid and plots.")] = Path("evaluation"),
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts as for generate, with seeds if they like. Default: eight built-in ones."),
+    ] = None,
+    height: SizeOption = None,
+    width: SizeOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt's noise; the others count up.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures to draw together.")] = 1,
+    device: DeviceOption = None,
+    memory: MemoryOption = "auto",
+    download_metrics: Annotated[
+        bool, typer.Option("--download-metrics", help="Let LPIPS, CLIP score, FID and KID download their networks.")
+    ] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how far quantized repositories, and other libraries' quantizations, are from an original."""
+    from ..generation.prompt_file import read_prompts
+
+    prompts = read_prompts(prompts_file) if prompts_file else None
+    from ..evaluation.report import write_report
+    from ..evaluation.run import evaluate
+    from ..generation.single import make_output_folder
+
+    make_output_folder(out_dir)
+    for evaluation in evaluate(
+        reference,
+        candidates,
+        prompts=prompts,
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch_size=batch,
+        device=device,
+        memory=memory,
+        download_metrics=download_metrics,
+        command=shlex.join(["ernie-image-nf4", *sys.argv[1:]]),
+        progress=not quiet,
+    ):
+        files = write_report(evaluation, out_dir)
+    typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
+    failed = [result for result in evaluation.results if result.error]
+    for result in failed:
+        typer.echo(f"  {result.name}: {result.error}", err=True)
+    if any(result.kind == "repository" for result in failed):
+        raise typer.Exit(1)
+
+
+def benchmark(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of the NF4 repository. Left out with --synthetic.")
+    ] = None,
+    original: Annotated[Path | None, typer.Option(help="Folder of the original, for the arms that need it.")] = None,
+    synthetic: Annotated[
+        Path | None,
+        typer.Option(help="Folder for both at full size with random weights (41 GB), made there if they aren't yet."),
+    ] = None,
+    out_dir: Annotated[Path, typer.Option(help="Folder for JSON, table and chart.")] = Path("benchmark"),
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Arm to run; may be repeated. Default: all but baselines.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Run other libraries' quantizations as well.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", hidden=True)] = False,
+    size: Annotated[int, typer.Option(help="Height and width of the pictures.")] = 512,
+    large: Annotated[int, typer.Option(help="Another size, for step time and memory; 0 for none.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    tokens: Annotated[int, typer.Option(help="New tokens of the prompt enhancer; 0 leaves it out.")] = 256,
+    pictures: Annotated[int, typer.Option(help="Pictures in a row after one load.")] = 10,
+    growth: Annotated[bool, typer.Option(help="Measure a step at four sizes and three batches.")] = True,
+    device: Annotated[str, typer.Option(help="Device to measure.")] = "cuda",
+) -> None:
+    """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""
+    if model is None and synthetic is None:
+        raise typer.BadParameter(
+            "name an NF4 repository, or a folder for a synthetic one (--synthetic).", param_hint="MODEL"
+        )
+    from ..benchmarking.arms import Workload, choose_arms
+    from ..benchmarking.report import write_benchmark
+    from ..benchmarking.run import benchmark, make_synthetic
+    from ..errors import InvalidSettings
+    from ..generation.single import make_output_folder
+    from ..repository.resolve import find_repository
+
+    try:
+        arms = choose_arms(arm or (), baselines=baselines or peers)
+    except InvalidSettings as error:
+        raise typer.BadParameter(str(error), param_hint="--arm") from error
+    make_output_folder(out_dir)
+    nf4: Path
+    if synthetic:
+        nf4, original = make_synthetic(synthetic)
+    else:
+        nf4 = find_repository(model)
+    workload = Workload(size, steps, guidance, tokens, pictures, large or None)
+    files: list[Path] = []
+
+    def keep(result: dict[str, Any]) -> None:  # After each part, so that an interrupted run leaves what it had
+        files[:] = write_benchmark(result, out_dir)
+
+    benchmark(
+        nf4, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth, on_progress=keep
+    )
+    typer.echo(f"Wrote {', '.join(str(file) for file in files)}")

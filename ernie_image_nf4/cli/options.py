@@ -1,0 +1,24 @@
+"""Option types that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+# Spelled out here because `memory.placement` imports torch, which ``--help`` does without; a test compares them.
+Memory = Literal["auto", "resident", "offload", "stream"]
+
+SizeOption = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16. Default: as the model recommends.")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="Guidance scale, 1 for none. Default: as the model recommends.")
+]
+MemoryOption = Annotated[
+    Memory, typer.Option(help="On the device: all weights, one component at a time, or its blocks. auto: what fits.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Folder or Hub id. Default: the repository this package stands in.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
