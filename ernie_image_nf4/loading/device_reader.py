@@ -23,7 +23,7 @@ from torch import nn
 
 from ..errors import InvalidRepository
 from ..fast.module_tensors import tensors_of
-from ..memory.pinned_memory import registered_memory
+from ..memory.pinned_memory import PinnedBlock, pinned_buffer
 from ..repository.safetensors_io import StoredTensor
 from ..repository.security import DOWNLOAD_AGAIN, unreadable
 
@@ -103,6 +103,7 @@ class DeviceReader:
         self.files: dict[Path, FileOnDevice] = {}
         self._pool = ThreadPoolExecutor(READERS)
         self._lanes: SimpleQueue[Lane] = SimpleQueue()
+        self._staging: PinnedBlock | None = None
         self._open = ExitStack()  # the files
 
     def __enter__(self) -> DeviceReader:
@@ -111,7 +112,7 @@ class DeviceReader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._open.close()
-        self._lanes = SimpleQueue()
+        self._lanes, self._staging = SimpleQueue(), None
         for read in self.files.values():  # an error's traceback may hold on to them
             read.memory = torch.empty(0, dtype=torch.uint8)
         self.files.clear()
@@ -145,9 +146,8 @@ class DeviceReader:
 
     def _make_lanes(self) -> None:
         on_gpu = self.device.type == "cuda"
-        with torch.inference_mode(False), registered_memory(self.device):
-            memory = torch.empty(READERS * BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
-        for part in memory.chunk(READERS):
+        self._staging = pinned_buffer(READERS * BUFFER_BYTES, self.device)
+        for part in self._staging.memory.chunk(READERS):
             stream = torch.cuda.Stream(self.device) if on_gpu else None
             if stream:  # the device's memory may still be in use by work that was queued before it was freed
                 stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -28,6 +28,7 @@ from ..errors import InvalidRepository
 from ..fast.ops import elementwise as kernels
 from ..fast.products import check_fp8, enable_fp8
 from ..memory import placement
+from ..memory.apply import apply_placement
 from ..memory.host_embeddings import enable_host_embeddings, unused_modules
 from ..memory.placement import Placement
 from ..repository import nf4_format as nf4
@@ -160,7 +161,7 @@ def load(
     _check_agreement(pipe, folder)
     if template:
         template.result()
-    placement.apply(pipe, where)
+    apply_placement(pipe, where)
     if fp8:
         enable_fp8(pipe.transformer)
     if compile:  # once for all sizes and lengths of prompts, where rows of different lengths are packed
