@@ -298,8 +298,8 @@ class Decoder:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             if hook is not None:
                 hook.pre_forward(self.model)
-            if hasattr(hook, "on_leaving"):
-                hook.on_leaving = self.forget
+            if hasattr(hook, "on_offload"):
+                hook.on_offload = self.forget
             weight = self.model.get_input_embeddings().weight
             try:
                 # Graphs are captured on the current device, whichever the model's is.
@@ -309,7 +309,7 @@ class Decoder:
                 self.forget()
                 raise
             finally:
-                if hook is not None and not hasattr(hook, "on_leaving"):
+                if hook is not None and not hasattr(hook, "on_offload"):
                     self.forget()
 
     def _write(

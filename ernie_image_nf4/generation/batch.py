@@ -34,8 +34,9 @@ from ..errors import ErnieImageNF4Error, InvalidSettings
 from ..fast.products import is_in_fp8
 from ..fast.prompt_enhancer import Request, find_request
 from ..fast.transformer import several_pictures
+from ..memory.apply import memory_mode
 from ..memory.offload import OffloadHook
-from ..memory.placement import GIB, WORKING_BYTES, find_device, free_memory, memory_mode
+from ..memory.placement import GIB, WORKING_BYTES, find_device, free_memory
 from ..repository.metadata import file_record
 from .prompt_file import Row, check_rows
 from .single import (
@@ -472,7 +473,7 @@ def find_writers(pipe: ErnieImagePipeline) -> int:
     hook = getattr(pipe.pe, "_hf_hook", None)
     if free is not None and hook is not None:
         ours = isinstance(hook, OffloadHook)  # the next component may come meanwhile
-        free -= hook.turns.limit if ours else pipe.pe.get_memory_footprint()
+        free -= hook.scheduler.limit if ours else pipe.pe.get_memory_footprint()
     return choose_writers(free)
 
 

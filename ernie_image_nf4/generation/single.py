@@ -220,7 +220,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     from ..fast.products import is_in_fp8
-    from ..memory.offload import free_device
+    from ..memory.offload import offload_all
 
     started = time.perf_counter()
     with seeded(settings.seed, pipe._execution_device):
@@ -241,7 +241,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
             message = memory_ran_out(pipe, settings)
             # The frames of the failed call hold its tensors, and a smaller picture is to fit next.
             traceback.clear_frames(error.__traceback__)
-            free_device(pipe)
+            offload_all(pipe)
             pipe.maybe_free_model_hooks()  # of diffusers' own offloading
             clear_device_cache(garbage_collection=True)
             raise DeviceUnavailable(message) from error
@@ -252,7 +252,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
 
 def memory_ran_out(pipe: ErnieImagePipeline, settings: Settings) -> str:
     """What to say when a picture doesn't fit, and what to do."""
-    from ..memory.placement import memory_mode
+    from ..memory.apply import memory_mode
 
     device, mode = pipe._execution_device, memory_mode(pipe)
     smaller = None if device.type in ("cpu", "mps") else {"resident": "offload", "offload": "stream"}.get(mode)

@@ -1,16 +1,24 @@
-"""What the text encoder needs on the device to encode text: its layers, and neither vision tower nor embedding table.
+"""The text encoder without what encoding text doesn't need on the device: the vision tower, and the embedding table.
 
-At full size the vision tower has 0.2 GiB as NF4, and of the embedding table's 0.75 GiB a prompt needs a few rows.
+At full size the vision tower takes 0.2 GiB in NF4, and of the embedding table's 0.75 GiB a prompt needs a few rows.
 """
 
 from __future__ import annotations
 
-import types
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Mistral3Model
+
+from ..fast.subclassing import become, named_as_upstream
+
+
+@named_as_upstream
+class HostEmbedding(nn.Embedding):
+    """An embedding table that may lie in host memory: token ids are looked up there, and the rows follow them back."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Token ids of any shape on any device -> their rows, on that device."""
+        return super().forward(input.to(self.weight.device)).to(input.device)
 
 
 def unused_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -19,22 +27,17 @@ def unused_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 
 def enable_host_embeddings(text_encoder: Mistral3Model, unused: tuple[str, ...]) -> None:
-    """Let the embedding table be wherever it is: its rows follow the token ids to their device.
+    """Let the text encoder run on one device while its embedding table lies in host memory.
 
     Args:
         text_encoder: The text encoder.
-        unused: Names of the modules that are to stay in host memory, as in `unused_modules`; the embedding table is one.
+        unused: Names of the modules that stay in host memory, as for `unused_modules`; the embedding table's is one of
+            them.
     """
-    table = text_encoder.get_input_embeddings()
-    table.forward = types.MethodType(_look_up, table)
+    become(text_encoder.get_input_embeddings(), HostEmbedding)
     for parent in list(text_encoder.modules()):
+        children = dict(parent.named_children())
         for name in unused:
-            if (
-                name in parent._modules
-            ):  # to the end, because upstream takes the first parameter's device for the model's
-                parent._modules[name] = parent._modules.pop(name)
-
-
-def _look_up(self: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids of any shape on any device -> their rows, on that device."""
-    return F.embedding(ids.to(self.weight.device), self.weight, self.padding_idx).to(ids.device)
+            if name in children:  # Moved to the end: upstream takes the first parameter's device for the model's.
+                delattr(parent, name)
+                parent.add_module(name, children[name])

@@ -1,163 +1,252 @@
-"""Components, or blocks of the transformer, that wait in pinned host memory and come to the GPU when they are called.
+"""Offloading: weights wait in host memory, and are copied to the GPU when their component, or block, is called.
 
-diffusers' ``enable_model_cpu_offload`` moves tensor by tensor from pageable memory, and copies the weights back although nothing
-changed them; its group offloading doesn't know bitsandbytes' quantization states. Here leaving is letting go of the copy.
-The hooks are accelerate's, where diffusers looks for them, so the pipeline stays a plain one.
+diffusers' ``enable_model_cpu_offload`` moves tensor by tensor from pageable memory, and copies the weights back
+although nothing changed them; its group offloading doesn't know bitsandbytes' quantization states. Here page-locked
+blocks are copied, the next component's while the one before computes, and offloading only frees the copy. The hooks
+stand where diffusers looks for accelerate's, so the pipeline stays a plain one.
+
+Who refers to whom: module -> `OffloadHook` -> `ComponentWeights` -> `HostArena` -> parameters. Nothing refers back to
+a module, so that a component that is deleted frees its memory at once.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImagePipeline
 from torch import nn
 
 from ..fast.module_tensors import tensors_of
-from .pinned_memory import registered_memory
-from .tensor_arena import HostWeights, host_weights
+from ..fast.subclassing import Runtime, become, named_as_upstream
+from ..upstream.offloading import TorchModelHook, hook_of
+from .tensor_arena import HostArena, host_arenas
 
-PINNING_THREADS = 4  # copying to pinned memory is most of the time that loading takes here
 
+@dataclass(eq=False)
+class StreamingRuntime(Runtime):
+    """What `StreamedBlocks` keeps beside its blocks.
 
-class StreamedBlocks(nn.ModuleList):
-    """The transformer's blocks, each of which comes to the device while the ones before it compute.
-
-    Two are there at a time. Whoever iterates over the list, as both forward passes do, gets each block with its weights in place.
-    A list of upstream's becomes one by a change of its class, so that names and state dict stay as they are.
+    Attributes:
+        arenas: Weights of each block; none in a copy, whose blocks own their weights.
+        stream: Copies run on it; None where there is no CUDA.
     """
 
+    arenas: list[HostArena] = field(default_factory=list)
+    stream: torch.cuda.Stream | None = None
+
+    def offload(self) -> None:
+        """Free all copies on the device."""
+        for arena in self.arenas:
+            if arena.device_blocks:
+                arena.offload()
+
+
+@named_as_upstream
+class StreamedBlocks(nn.ModuleList):
+    """The transformer's blocks, of which two at a time are on the device: one computes while the next one is copied.
+
+    Whoever iterates over the list, as upstream's and the fast forward pass do, gets each block with its weights on the
+    device.
+    """
+
+    runtime: StreamingRuntime
+
     def __iter__(self) -> Iterator[nn.Module]:
-        weights: list[HostWeights] | None = vars(self).get("weights")
-        if weights is None:
+        arenas, stream = self.runtime.arenas, self.runtime.stream
+        if not arenas:
             yield from super().__iter__()
             return
         for number, block in enumerate(super().__iter__()):
-            weights[number].bring(self.stream)
-            weights[(number + 1) % len(weights)].prefetch(self.stream)  # behind the last one the next step's first
+            arenas[number].onload(stream)
+            arenas[(number + 1) % len(arenas)].prefetch(stream)  # behind the last block the next step's first
             yield block
-            weights[number].leave()
-
-    def leave(self) -> None:
-        """Free what is on the device."""
-        for part in self.weights:
-            if part.on_device:
-                part.leave()
+            arenas[number].offload()
 
 
-class OffloadHook(ModelHook):
-    """Brings its component to the device when it is called, after the one before has left.
+@dataclass(eq=False)
+class ComponentWeights:
+    """The weights of an offloaded component.
 
     Attributes:
-        execution_device: Where diffusers finds the device to compute on.
-        following: The component that is called next; it is fetched meanwhile if both fit where the largest one does.
-        on_leaving: Called before the component leaves, for whoever holds on to the addresses of its weights.
+        arena: All weights, but those of streamed blocks.
+        streamed: Runtime of the streamed blocks, if the component has some.
+        following: The component that is called next, as long as it exists; None for the last one.
+        on_offload: Called before the weights leave the device, to drop what holds their addresses. Must not refer to
+            the module.
     """
 
-    def __init__(
-        self,
-        weights: HostWeights,
-        turns: Turns,
-        excluded: Iterable[nn.Module] = (),
-        blocks: StreamedBlocks | None = None,
-    ) -> None:
-        self.weights, self.turns, self.excluded, self.blocks = weights, turns, excluded, blocks
-        self.execution_device = weights.device
-        self.following: OffloadHook | None = None
-        self.on_leaving: Callable[[], None] | None = None
+    arena: HostArena
+    streamed: StreamingRuntime | None = None
+    following: weakref.ReferenceType[ComponentWeights] | None = None
+    on_offload: Callable[[], None] | None = None
 
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
-        if self.turns.current is not self:
-            self.turns.end()
-            self.weights.bring(self.turns.stream)
-            self.turns.current = self  # not before, lest a component that found no room be taken for there
-            self._bring_adapters(module)
-            following = self.following
-            if following is not None and self.weights.bytes + following.weights.bytes <= self.turns.limit:
-                following.weights.prefetch(self.turns.stream)
-        return args, kwargs
+    def offload(self) -> None:
+        """Let the module's tensors be those in host memory, and free the copies."""
+        if self.on_offload is not None:
+            self.on_offload()
+        self.arena.offload()
+        if self.streamed is not None:
+            self.streamed.offload()
 
-    def _bring_adapters(self, module: nn.Module) -> None:
-        """Move what the module didn't have when it was offloaded (a LoRA is small) to the device, where it stays."""
-        parts = [self.weights, *(self.blocks.weights if self.blocks is not None else ())]
-        known = {id(slot.owner) for part in parts for slot in part.slots}
-        for owner, name in tensors_of(module, self.excluded):
-            if id(owner) not in known:
-                setattr(owner, name, getattr(owner, name).to(self.execution_device))
-
-    def leave(self) -> None:
-        if self.on_leaving is not None:
-            self.on_leaving()
-        self.weights.leave()
-        if self.blocks is not None:
-            self.blocks.leave()
+    def adapters(self, module: nn.Module, excluded: Iterable[nn.Module]) -> Iterator[tuple[object, str]]:
+        """Owner and attribute of each tensor that the module got after `enable_offload`, such as a LoRA's."""
+        arenas = [self.arena, *(self.streamed.arenas if self.streamed is not None else ())]
+        known = {id(slot.owner) for arena in arenas for slot in arena.slots}
+        return ((owner, name) for owner, name in tensors_of(module, excluded) if id(owner) not in known)
 
 
-@dataclass
-class Turns:
-    """Whose turn it is among the components of a pipeline.
+@dataclass(eq=False)
+class OffloadScheduler:
+    """Which of a pipeline's components is on the device.
 
     Attributes:
         stream: Copies run on it; None where there is no CUDA.
         limit: Bytes of weights that may be on the device at once.
-        current: The hook of the component there now.
     """
 
     stream: torch.cuda.Stream | None
     limit: int
-    current: OffloadHook | None = None
+    _resident: weakref.ReferenceType[ComponentWeights] | None = None
 
-    def end(self) -> None:
-        """Let the component that is there leave, and give its memory back: blocks of weights don't fit a picture's tensors."""
-        if self.current is not None:
-            self.current.leave()
-            self.current = None
+    @property
+    def resident(self) -> ComponentWeights | None:
+        """Weights of the component that is on the device."""
+        return None if self._resident is None else self._resident()
+
+    def onload(self, weights: ComponentWeights) -> None:
+        """Put a component on the device in place of the one that is there."""
+        self.offload_resident()
+        weights.arena.onload(self.stream)
+        self._resident = weakref.ref(weights)  # Set only after onload: an OOM must not mark it resident.
+
+    def prefetch_following(self, weights: ComponentWeights) -> None:
+        """Start copying the component that is called after this one, if both fit where the largest one does."""
+        following = None if weights.following is None else weights.following()
+        if following is not None and weights.arena.bytes + following.arena.bytes <= self.limit:
+            following.arena.prefetch(self.stream)
+
+    def offload(self, weights: ComponentWeights) -> None:
+        """Free a component's copy on the device, a prefetched one as well."""
+        weights.offload()
+        if self.resident is weights:
+            self._resident = None
+
+    def offload_resident(self) -> None:
+        """Offload the component that is on the device, if any, and give its memory back to CUDA.
+
+        PyTorch would keep the weights' blocks, whose size fits no tensor of a picture.
+        """
+        if (resident := self.resident) is not None:
+            self.offload(resident)
         if self.stream is not None:
             torch.cuda.empty_cache()
+
+
+class OffloadHook(TorchModelHook):
+    """Onloads its component when it is called. Copies and pickles of the component are plain modules in host memory.
+
+    Attributes:
+        weights: The component's weights.
+        scheduler: The pipeline's.
+        execution_device: Device of the computation, which diffusers asks the hook for.
+    """
+
+    def __init__(
+        self, weights: ComponentWeights, scheduler: OffloadScheduler, excluded: Iterable[nn.Module] = ()
+    ) -> None:
+        self.weights, self.scheduler = weights, scheduler
+        self.execution_device = weights.arena.device
+        self._excluded = weakref.WeakSet(excluded)
+
+    @property
+    def on_offload(self) -> Callable[[], None] | None:
+        """As `ComponentWeights.on_offload`."""
+        return self.weights.on_offload
+
+    @on_offload.setter
+    def on_offload(self, callback: Callable[[], None] | None) -> None:
+        self.weights.on_offload = callback
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Let torch call the hook, and the transformer's blocks be streamed if their weights are."""
+        if self.weights.streamed is not None:
+            blocks: Any = module.layers
+            become(blocks, StreamedBlocks)
+            blocks.runtime = self.weights.streamed
+        return super().init_hook(module)
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Make the module a plain one in host memory."""
+        self.scheduler.offload(self.weights)
+        self._move_adapters(module, torch.device("cpu"))
+        if self.weights.streamed is not None:
+            blocks: Any = module.layers
+            blocks.__class__ = nn.ModuleList
+            del blocks.runtime, blocks.__module__  # as `become` set it
+        return super().detach_hook(module)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        """Put the component on the device. Called by torch before the forward pass, by diffusers before ``decode``."""
+        if self.scheduler.resident is not self.weights:
+            self.scheduler.onload(self.weights)
+            self._move_adapters(module, self.execution_device)
+            self.scheduler.prefetch_following(self.weights)
+        return args, kwargs
+
+    def _move_adapters(self, module: nn.Module, device: torch.device) -> None:
+        """Move adapters to the device, where they stay: a LoRA is small."""
+        for owner, name in self.weights.adapters(module, self._excluded):
+            setattr(owner, name, getattr(owner, name).to(device))
+
+    def __reduce__(self) -> tuple:
+        # A module's hooks are copied before its children: offloaded now, those are copied from host memory.
+        self.scheduler.offload(self.weights)
+        return super().__reduce__()
 
 
 def enable_offload(
     pipe: ErnieImagePipeline, device: torch.device, *, excluded: Iterable[nn.Module] = (), stream_blocks: bool = False
 ) -> int:
-    """Let all components of `pipe` (now on the CPU) wait in host memory and take turns on `device`.
+    """Keep all components of `pipe` in host memory, and put one at a time on `device`, when it is called.
 
     Args:
-        pipe: The pipeline.
-        device: Where to compute.
+        pipe: The pipeline, on the CPU.
+        device: Device of the computation.
         excluded: Modules whose weights stay where they are.
-        stream_blocks: Whether the transformer comes block by block, in every step anew, for devices that it doesn't fit into.
+        stream_blocks: Whether the transformer is copied block by block, in every step anew: for devices that it doesn't
+            fit into.
 
     Returns:
         Bytes of the largest component, streamed blocks aside: what the device has room for.
     """
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    order = [modules[name] for name in pipe.model_cpu_offload_seq.split("->") if name in modules]
-    turns = Turns(torch.cuda.Stream(device) if device.type == "cuda" else None, limit=0)
-    blocks = pipe.transformer.layers
-    excluded = [*excluded, blocks] if stream_blocks else [*excluded]
-    jobs = [(module, excluded) for module in order] + [(block, ()) for block in blocks if stream_blocks]
-    with registered_memory(device), ThreadPoolExecutor(PINNING_THREADS) as pool:
-        weights = list(pool.map(lambda job: host_weights(job[0], device, job[1]), jobs))
+    components = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    modules = [components[name] for name in pipe.model_cpu_offload_seq.split("->") if name in components]
+    excluded, blocks = list(excluded), pipe.transformer.layers
+    not_in_arena = [*excluded, blocks] if stream_blocks else excluded
+    streamed = [(block, ()) for block in blocks] if stream_blocks else []
+    arenas = host_arenas([*((module, not_in_arena) for module in modules), *streamed], device)
+
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    weights = [ComponentWeights(arena) for arena in arenas[: len(modules)]]
     if stream_blocks:
-        blocks.__class__ = StreamedBlocks
-        blocks.weights, blocks.stream = weights[len(order) :], turns.stream
-    hooks = []
-    for module, part in zip(order, weights, strict=False):
-        streamed = blocks if stream_blocks and module is pipe.transformer else None
-        hooks.append(OffloadHook(part, turns, [each for each in excluded if each is not blocks], streamed))
-        add_hook_to_module(module, hooks[-1])
-    turns.limit = max(hook.weights.bytes for hook in hooks)
-    for hook, following in itertools.pairwise(hooks):
-        hook.following = following
-    return turns.limit
+        weights[modules.index(pipe.transformer)].streamed = StreamingRuntime(arenas[len(modules) :], stream)
+    for each, following in itertools.pairwise(weights):
+        each.following = weakref.ref(following)
+    scheduler = OffloadScheduler(stream, limit=max(each.arena.bytes for each in weights))
+    for module, each in zip(modules, weights, strict=True):
+        OffloadHook(each, scheduler, excluded).attach(module)
+    return scheduler.limit
 
 
-def free_device(pipe: ErnieImagePipeline) -> None:
-    """Let the component of an offloaded pipeline that is on the device leave."""
-    hook = getattr(pipe.transformer, "_hf_hook", None)
-    if isinstance(hook, OffloadHook):
-        hook.turns.end()
+def offload_all(pipe: ErnieImagePipeline) -> None:
+    """Free the device memory of all components of a pipeline with `OffloadHook`s; of another pipeline, nothing."""
+    hooks = [hook for part in pipe.components.values() if isinstance(hook := hook_of(part), OffloadHook)]
+    for hook in hooks:
+        hook.scheduler.offload(hook.weights)
+    if hooks:
+        hooks[0].scheduler.offload_resident()

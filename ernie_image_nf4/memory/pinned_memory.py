@@ -1,56 +1,103 @@
-"""Pinned host memory, got in a faster way than the driver's."""
+"""Page-locked host memory, which a GPU copies at the speed of the bus while Python and the GPU go on.
+
+Ordinary memory is allocated, filled by several threads, and then page-locked where it lies (``cudaHostRegister``). The
+usual ``torch.empty(pin_memory=True)`` is the fallback: there the driver takes page after page in one thread before
+anything is filled, and PyTorch keeps what is freed for its own next allocations.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import mmap
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-# PyTorch's settings of how it gets pinned memory, and their defaults. With the first ones, threads touch ordinary memory and
-# have it locked, where the driver takes page after page.
-REGISTERED = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
-ALLOCATED = "pinned_use_cuda_host_register:False,pinned_num_register_threads:1"
-TRIAL_BYTES = 1024**2
+PAGE_BYTES = mmap.PAGESIZE
 
 
-@contextmanager
-def registered_memory(device: torch.device) -> Iterator[None]:
-    """Let PyTorch register memory as pinned instead of allocating it so, which is slow, while the context lasts.
+class PinnedBlock:
+    """A block of host memory that is page-locked as long as this object lives.
 
-    Only the environment variable ``PYTORCH_CUDA_ALLOC_CONF`` sets this publicly, before CUDA starts. What it says about pinned memory stays.
+    Tensors that share the memory may live longer: the memory stays with them, as pageable memory. Copies to and from
+    the GPU must have ended by then.
+
+    Attributes:
+        memory: (size,) uint8.
+        failure: Why cudaHostRegister failed; None if it didn't, or was not needed.
+    """
+
+    def __init__(
+        self, memory: torch.Tensor, unlock: Callable[[int], object] | None = None, failure: str | None = None
+    ) -> None:
+        self.memory, self.failure = memory, failure
+        if unlock is not None:
+            # Runs while `self.memory` still exists, so before the memory is freed. Not at exit: the system unlocks the
+            # pages of a process that ends, and CUDA may have ended already.
+            weakref.finalize(self, unlock, memory.data_ptr()).atexit = False
+
+
+def allocate(size: int) -> torch.Tensor:
+    """Ordinary host memory, (size,) uint8, on pages of its own: page locks are for whole pages and must not overlap."""
+    pages = -(-size // PAGE_BYTES) * PAGE_BYTES
+    memory = torch.empty(PAGE_BYTES + pages, dtype=torch.uint8, device="cpu")
+    start = -memory.data_ptr() % PAGE_BYTES
+    return memory[start : start + size]
+
+
+def page_lock(memory: torch.Tensor, device: torch.device) -> PinnedBlock:
+    """Page-lock memory, best after it was filled by several threads: the driver would make missing pages in one.
+
+    If cudaHostRegister fails, the content is copied to memory that PyTorch page-locks. If that fails as well, the
+    memory stays pageable, which copies only slower.
 
     Args:
-        device: That the memory is for. Nothing changes unless it is a CUDA device.
+        memory: (size,) uint8 from `allocate`.
+        device: Device that the memory is copied to. Only CUDA needs a page lock.
+
+    Returns:
+        The block, whose `memory` replaces the argument.
     """
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if device.type != "cuda" or change is None or torch.cuda.get_allocator_backend() != "native":
-        yield
-        return
-    settings = allocator_settings()
-    if "pinned" in settings:
-        yield
-        return
-    beside = f"{settings}," if settings else ""  # what isn't named may be reset
-    try:
+    if device.type != "cuda" or not len(memory):
+        return PinnedBlock(memory)
+    cudart = torch.cuda.cudart()
+    with torch.cuda.device(device):  # Else CUDA makes a context on the first GPU, too.
         try:
-            change(beside + REGISTERED)
-            torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:  # not every system can
-            logger.info("Pinned memory is allocated, not registered: %s", next(iter(str(error).splitlines()), ""))
-            change(beside + ALLOCATED)
-        yield
-    finally:
-        change(beside + ALLOCATED)
-        change(settings)
+            torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), len(memory), 0))
+        except RuntimeError as error:
+            failure = str(error)
+        else:
+            return PinnedBlock(memory, cudart.cudaHostUnregister)
+        # CUDA keeps the error until a kernel launch of this thread, which raises it: this one does.
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)
+    try:
+        pinned = torch.empty(len(memory), dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return PinnedBlock(memory, failure=failure)
+    return PinnedBlock(pinned.copy_(memory), failure=failure)
 
 
-def allocator_settings() -> str:
-    """PyTorch's. PyTorch 2.11 can't be asked: those of the environment, and what was changed since isn't known."""
-    if current := getattr(torch._C, "_accelerator_getAllocatorSettings", None):  # not in PyTorch 2.11
-        return current()
-    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")
+def pinned_buffer(size: int, device: torch.device) -> PinnedBlock:
+    """A block of page-locked memory to be filled again and again, such as a staging buffer between files and a GPU.
+
+    Args:
+        size: Bytes.
+        device: Device that copies it; see `page_lock`.
+    """
+    with torch.inference_mode(False):  # Tensors made in inference mode can't be filled outside of it.
+        # Zeroing makes the pages in PyTorch's threads.
+        block = page_lock(allocate(size).zero_(), device)
+    log_failure([block])
+    return block
+
+
+def log_failure(blocks: Iterable[PinnedBlock]) -> None:
+    """Say in one line at INFO that blocks could not be page-locked where they lay."""
+    failure = next((block.failure for block in blocks if block.failure), None)
+    if failure:
+        logger.info("Host memory is page-locked by PyTorch's slower way, since cudaHostRegister failed: %s", failure)

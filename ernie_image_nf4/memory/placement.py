@@ -1,25 +1,19 @@
-"""Where and how a pipeline runs: device, dtype and memory mode. `choose_*` decide and are pure, `find_*` ask this machine first, and
-`apply` does it.
+"""Where a pipeline runs: which device, dtype and memory mode.
+
+`choose_device`, `choose_dtype` and `choose_memory` decide and are pure; the `find_*` functions ask this machine and
+call them. A `Placement` records the decision, which ``apply.py`` carries out.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import platform
 from dataclasses import dataclass
 
 import torch
-from diffusers import ErnieImagePipeline
 
 from ..errors import DeviceUnavailable, InvalidSettings
-from ..fast.cuda_graphs import forget_graph
-from ..fast.prompt_enhancer import enable_fast_decoding
-from ..fast.transformer import enable_fast_denoising
 from ..repository.components import COMPONENT
-from .host_embeddings import unused_modules
-from .offload import StreamedBlocks, enable_offload
-from .vae_tiling import TILE, enable_tiling
+from ..upstream.devices import cpu_has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +22,15 @@ DEVICE_TYPES = ("cuda", "xpu", "mps", "cpu")  # in order of preference; bitsandb
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MEMORY_MODES = ("auto", "resident", "offload", "stream")
 
-# Decoded at once, a picture takes most of the memory beyond the weights; in tiles it takes that of one tile. In
-# benchmarks/benchmark_h100.json (resident) what is reserved beyond loading is 5.0 GiB a megapixel at 512x512, 4.4 at 1024x1024; a
-# little more here, for other cards.
+# Side of a tile of the VAE's. Pictures up to this size are decoded as upstream decodes them, so most sizes don't
+# change by a bit.
+TILE = 512
+# Decoding takes most of the memory beyond the weights: of a whole picture, or of one tile. In
+# benchmarks/benchmark_h100.json (resident), 5.0 GiB a megapixel are reserved beyond loading at 512x512, 4.4 at
+# 1024x1024; a little more here, for other cards.
 DECODE_BYTES_PER_PIXEL = 5.5 * GIB / 1024**2
-# Activations of the transformer and text encoder, decoding in tiles, and what the allocator rounds up: 0.6 GiB at 512x512 there (offload).
+# Activations of the transformer and text encoder, decoding in tiles, and what the allocator rounds up: 0.6 GiB at
+# 512x512 there (offload).
 WORKING_BYTES = 1 * GIB
 
 
@@ -43,9 +41,9 @@ class Placement:
     Attributes:
         device: Device of the computation.
         dtype: dtype of activations and of all weights that aren't quantized.
-        memory: ``"resident"`` (all on the device), ``"offload"`` (component by component), or ``"stream"`` (the transformer
-            block by block as well).
-        fast: Whether upstream's code paths are replaced by faster ones.
+        memory: ``"resident"``: all components are on the device. ``"offload"``: one at a time. ``"stream"``: as
+            offload, and of the transformer two blocks at a time.
+        fast: Whether models become the faster subclasses of upstream's.
     """
 
     device: torch.device
@@ -55,70 +53,36 @@ class Placement:
 
     @property
     def moves(self) -> bool:
-        """Whether weights are read to the device by us, while upstream maps them to host memory."""
+        """Whether this package reads the weights to the device, while upstream only maps them to host memory."""
         return self.fast and self.memory == "resident"
 
     @property
     def load_device(self) -> torch.device:
-        """Where upstream loads the weights to.
+        """Device that upstream loads the weights to.
 
-        Offloaded ones wait on the CPU, so that the GPU never holds them all. Fast loading lets upstream map the files there, which
-        reads nothing, and reads them to the device itself.
+        The CPU for offloading, so that the GPU never holds all weights. The CPU for fast loading as well: there
+        upstream maps the files, which reads nothing.
         """
         return self.device if self.memory == "resident" and not self.fast else torch.device("cpu")
 
 
-def apply(pipe: ErnieImagePipeline, where: Placement) -> None:
-    """Bring a pipeline that was loaded for `where` there.
-
-    Args:
-        pipe: The pipeline. If `where.moves`, the quantized components are on the device already.
-        where: The decision.
-    """
-    if where.fast:  # before the hooks of offloading, which wrap the forward method that they find
-        enable_fast_denoising(pipe.transformer, graph=where.memory != "stream")  # whose blocks move in every step
-        if pipe.pe is not None:
-            enable_fast_decoding(pipe.pe)
-    limit = None
-    forget_its_graph = functools.partial(forget_graph, pipe.transformer)
-    if where.memory == "stream" or (where.memory == "offload" and where.fast):
-        unused = COMPONENT["text_encoder"].unused if where.fast else ()
-        excluded = unused_modules(pipe.text_encoder, unused)
-        limit = enable_offload(pipe, where.device, excluded=excluded, stream_blocks=where.memory == "stream")
-        pipe.transformer._hf_hook.on_leaving = forget_its_graph
-    elif where.memory == "offload":
-        pipe.enable_model_cpu_offload(device=where.device)
-    else:
-        pipe.vae.to(where.device)
-    if where.fast:
-
-        def fits(pixels: int) -> bool:
-            room = free_memory(where.device) if limit is None else limit
-            return pixels * DECODE_BYTES_PER_PIXEL <= room
-
-        enable_tiling(pipe.vae, fits, forget_its_graph)
-
-
-def memory_mode(pipe: ErnieImagePipeline) -> str:
-    """The memory mode that a pipeline is in."""
-    if isinstance(pipe.transformer.layers, StreamedBlocks):
-        return "stream"
-    return "offload" if any(hasattr(part, "_hf_hook") for part in pipe.components.values()) else "resident"
-
-
 def choose_device(requested: str | torch.device | None, counts: dict[str, int]) -> torch.device:
-    """The device to run on.
+    """Choose the device to run on.
 
     Args:
-        requested: As for `torch.device`, or None for the first of CUDA, XPU, MPS and CPU that is there.
+        requested: As for `torch.device`, or None for the first of CUDA, XPU, MPS and CPU that this machine has.
         counts: Device type -> number of such devices on this machine.
 
+    Returns:
+        The device, with an index for CUDA and XPU.
+
     Raises:
-        DeviceUnavailable: There is no such device here.
-        InvalidSettings: Not a device name, or of a type that bitsandbytes has no NF4 for.
+        DeviceUnavailable: This machine has no such device.
+        InvalidSettings: Not a device name, or a type of device that bitsandbytes has no NF4 for.
     """
     if requested is None:
         requested = next(kind for kind in DEVICE_TYPES if counts.get(kind))
+    device: torch.device | None
     try:
         device = torch.device(requested)
     except RuntimeError:
@@ -130,8 +94,8 @@ def choose_device(requested: str | torch.device | None, counts: dict[str, int]) 
     count = counts.get(device.type, 0)
     if count == 0:
         raise DeviceUnavailable(
-            f"Device {str(device)!r} was asked for, but PyTorch {torch.__version__} sees no {device.type.upper()} device: "
-            "install its driver and a PyTorch built for it, or run on the CPU (device='cpu', --device cpu)."
+            f"Device {str(device)!r} was asked for, but PyTorch {torch.__version__} sees no {device.type.upper()} "
+            "device: install its driver and a PyTorch built for it, or run on the CPU (device='cpu', --device cpu)."
         )
     if device.type in ("cpu", "mps"):
         return torch.device(device.type)
@@ -149,15 +113,16 @@ def choose_dtype(
     capability: tuple[int, int] | None = None,
     cpu_has_bfloat16: bool = False,
 ) -> torch.dtype:
-    """The dtype of the computation: bfloat16, as the weights were made for, wherever the hardware multiplies it.
+    """Choose the dtype of the computation: bfloat16, which the weights were trained in, wherever the hardware
+    multiplies it.
 
-    Below compute capability 8.0 CUDA only emulates bfloat16. Those of 7.x have tensor cores for float16; older
-    ones are slower in float16 than in float32. A CPU without bfloat16 instructions is many times slower in bfloat16 than in
-    float32, at convolutions above all.
+    Below compute capability 8.0 CUDA only emulates bfloat16. GPUs of 7.x have tensor cores for float16; older ones are
+    slower in float16 than in float32. A CPU without bfloat16 instructions takes 2.3 s instead of 0.42 s for a step of
+    the embedded transformer, and 93 s instead of 0.4 s for a decode.
 
     Args:
         requested: dtype or its name; None to choose.
-        device: The device it will run on.
+        device: Device of the computation.
         capability: Compute capability of a CUDA device.
         cpu_has_bfloat16: Whether the CPU has bfloat16 instructions.
 
@@ -184,21 +149,25 @@ def choose_memory(
     free_bytes: int | None,
     working_bytes: int = WORKING_BYTES,
 ) -> tuple[str, str]:
-    """The memory mode, with the reason in words.
+    """Choose the memory mode.
 
-    ``"auto"`` takes the first of resident, offload and stream where weights and a picture of the recommended size fit; a mode asked
-    for by name is refused only where not even its weights and `WORKING_BYTES` fit, as a smaller picture may well do.
+    ``"auto"`` takes the first of resident, offload and stream in which the weights and a picture of the recommended
+    size fit. A mode asked for by name is refused only if its weights and `WORKING_BYTES` don't fit: a smaller picture
+    may still be drawn.
 
     Args:
         requested: One of `MEMORY_MODES`.
-        device: The device it will run on.
-        weight_bytes: Component name -> bytes of its weights that come to the device.
-        free_bytes: Free memory of the device, None if it is the machine's own memory.
-        working_bytes: What a picture of the recommended size takes beside the weights.
+        device: Device of the computation.
+        weight_bytes: Component name -> bytes of its weights that are computed with on the device.
+        free_bytes: Free memory of the device; None for a device that uses the machine's memory.
+        working_bytes: Bytes that a picture of the recommended size takes beside the weights.
+
+    Returns:
+        One of `MEMORY_MODES`, never ``"auto"``, and the reason in words.
 
     Raises:
-        DeviceUnavailable: Too little memory.
-        InvalidSettings: Not a memory mode, or one for GPUs on a device that shares the machine's memory.
+        DeviceUnavailable: Too little free memory.
+        InvalidSettings: Not a memory mode, or offloading on a device that uses the machine's memory.
     """
     if requested not in MEMORY_MODES:
         raise InvalidSettings(f"Memory mode {requested!r} is none of {', '.join(MEMORY_MODES)}.")
@@ -226,18 +195,22 @@ def choose_memory(
 
 
 def working_bytes(pixels: int, fast: bool) -> int:
-    """What a picture takes on the device beside the weights.
+    """Bytes that a picture takes on the device beside the weights.
 
     Args:
-        pixels: Its pixels.
-        fast: Whether large pictures are decoded in tiles, if need be.
+        pixels: Pixels of the picture.
+        fast: Whether the VAE decodes in tiles where a whole picture doesn't fit.
     """
     at_once = min(pixels, TILE**2) if fast else pixels
     return max(WORKING_BYTES, int(DECODE_BYTES_PER_PIXEL * at_once))
 
 
 def mode_bytes(weight_bytes: dict[str, int]) -> dict[str, int]:
-    """Memory mode -> bytes of weights that are on the device at a time, from the most to the least."""
+    """Memory mode -> bytes of weights on the device at once, in falling order.
+
+    Args:
+        weight_bytes: Component name -> bytes of its weights.
+    """
     sizes = weight_bytes.values()
     return {
         "resident": sum(sizes),
@@ -247,18 +220,18 @@ def mode_bytes(weight_bytes: dict[str, int]) -> dict[str, int]:
 
 
 def find_device(requested: str | torch.device | None) -> torch.device:
-    """`choose_device` among the devices of this machine."""
+    """`choose_device` for this machine."""
     return choose_device(requested, device_counts())
 
 
 def find_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """`choose_dtype` by what this machine's hardware has."""
+    """`choose_dtype` for this machine."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose_dtype(requested, device, capability, cpu_has_bfloat16())
 
 
 def find_memory(requested: str, device: torch.device, *, weight_bytes: dict[str, int], working_bytes: int) -> str:
-    """`choose_memory` by what is free now; the choice and its reason are logged at INFO level."""
+    """`choose_memory` for the memory that is free now. Logs the choice and its reason at INFO."""
     mode, reason = choose_memory(
         requested, device, weight_bytes=weight_bytes, free_bytes=free_memory(device), working_bytes=working_bytes
     )
@@ -267,7 +240,7 @@ def find_memory(requested: str, device: torch.device, *, weight_bytes: dict[str,
 
 
 def device_counts() -> dict[str, int]:
-    """How many devices of each type PyTorch sees here."""
+    """Device type -> number of such devices that PyTorch sees on this machine."""
     return {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
@@ -277,24 +250,12 @@ def device_counts() -> dict[str, int]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a GPU, what PyTorch holds in reserve included; None for a device in the machine's own memory."""
+    """Free bytes of a GPU, with what PyTorch keeps reserved; None for a device that uses the machine's memory."""
     if device.type not in ("cuda", "xpu"):
         return None
     backend = getattr(torch, device.type)
     free, _ = backend.mem_get_info(device)
     return free + backend.memory_reserved(device) - backend.memory_allocated(device)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 instructions, and PyTorch the kernels that use them.
-
-    On x86 oneDNN's own answer is too generous: it accepts any AVX-512, and emulates.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _gib(count: int) -> str:

@@ -1,46 +1,79 @@
-"""VAE decoding within limits: in tiles, or picture by picture, whenever that would else need the most memory of all.
+"""VAE decoding within a memory budget: in tiles, or picture by picture, where a whole call needs too much memory.
 
-A decode at 1024x1024 takes more memory than the NF4 transformer. Upstream can tile and slice, but not decide when to.
+A decode at 1024x1024 takes more memory than the NF4 transformer. Upstream can tile and slice, but doesn't decide when.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2
 
-# Side of a tile. Pictures up to this size are decoded as upstream decodes them, so most sizes don't change by a bit.
-TILE = 512
+from ..fast.subclassing import Runtime, become, named_as_upstream
+from .placement import DECODE_BYTES_PER_PIXEL, TILE, free_memory
 
 
-def enable_tiling(
-    vae: AutoencoderKLFlux2, fits: Callable[[int], bool], make_room: Callable[[], None] | None = None
+@dataclass
+class TilingRuntime(Runtime):
+    """What `TiledVAE` keeps beside its weights.
+
+    Attributes:
+        budget: Bytes to decode in; None for the device's free memory at each call.
+        before_decode: Called first, to free memory that is no longer needed. Must not refer to the VAE.
+    """
+
+    budget: int | None = None
+    before_decode: Callable[[], None] | None = None
+
+    def fits(self, pixels: int, device: torch.device) -> bool:
+        """Whether `pixels` can be decoded at once on a device. Always True for one that uses the machine's memory."""
+        budget = free_memory(device) if self.budget is None else self.budget
+        return budget is None or pixels * DECODE_BYTES_PER_PIXEL <= budget
+
+
+@named_as_upstream
+class TiledVAE(AutoencoderKLFlux2):
+    """A VAE that decodes picture by picture ("slicing"), then in tiles, where a call doesn't fit the memory budget."""
+
+    runtime: TilingRuntime
+    use_slicing: bool
+    use_tiling: bool
+
+    @functools.wraps(AutoencoderKLFlux2.decode)
+    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        pixels = z.shape[-2] * z.shape[-1] * upscaling(self) ** 2
+        slicing, tiling = self.use_slicing, self.use_tiling
+        if self.runtime.before_decode is not None:
+            self.runtime.before_decode()
+        if z.is_cuda:
+            torch.cuda.empty_cache()  # What denoising leaves free lies in pieces too small for a decode.
+        try:
+            self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z.device)
+            self.use_tiling = tiling or not self.runtime.fits(pixels, z.device)
+            return super().decode(z, *args, **kwargs)
+        finally:
+            self.use_slicing, self.use_tiling = slicing, tiling
+
+
+def make_vae_tiled(
+    vae: AutoencoderKLFlux2, *, budget: int | None = None, before_decode: Callable[[], None] | None = None
 ) -> None:
-    """Let ``vae.decode`` work in tiles, and in slices of one picture, when a call is too large.
+    """Turn a VAE into a `TiledVAE`.
 
     Args:
-        vae: The VAE, whose settings are changed.
-        fits: Whether so many pixels can be decoded at once.
-        make_room: Called before, to free memory that isn't needed any more.
+        vae: The VAE.
+        budget: Bytes to decode in; None for the device's free memory at each call.
+        before_decode: Called first, to free memory that is no longer needed. Must not refer to the VAE.
     """
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // scale
-    upstream = type(vae).decode
+    become(vae, TiledVAE)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // upscaling(vae)
+    vae.runtime = TilingRuntime(budget, before_decode)
 
-    @functools.wraps(upstream)
-    def decode(z: torch.Tensor, *args, **kwargs):
-        pixels = z.shape[-2] * z.shape[-1] * scale**2
-        chosen = vae.use_slicing, vae.use_tiling
-        if make_room is not None:
-            make_room()
-        if z.is_cuda:
-            torch.cuda.empty_cache()  # what denoising leaves free lies in pieces too small for this
-        try:
-            vae.use_slicing, vae.use_tiling = chosen[0] or not fits(pixels * len(z)), chosen[1] or not fits(pixels)
-            return upstream(vae, z, *args, **kwargs)
-        finally:
-            vae.use_slicing, vae.use_tiling = chosen
 
-    vae.decode = decode
+def upscaling(vae: AutoencoderKLFlux2) -> int:
+    """Pixels per latent, along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -50,7 +50,8 @@ from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.generation.single import Settings, draw, save_png
 from ernie_image_nf4.memory.offload import enable_offload
 from ernie_image_nf4.memory.placement import GIB
-from ernie_image_nf4.memory.tensor_arena import HostWeights
+from ernie_image_nf4.memory.tensor_arena import HostArena
+from ernie_image_nf4.upstream.offloading import hook_of
 
 DEFAULTS = Settings("", "", 32, 32, 2, 3.0, seed=0)
 ROWS = [
@@ -537,16 +538,16 @@ def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeyp
         enable_offload(offloaded, torch.device("cpu"))
     arrivals = []
     names = {
-        id(getattr(offloaded, name)._hf_hook.weights): name for name in ("pe", "text_encoder", "transformer", "vae")
+        id(hook_of(getattr(offloaded, name)).weights.arena): name for name in ("pe", "text_encoder", "transformer", "vae")
     }
-    prefetch = HostWeights.prefetch
+    prefetch = HostArena.prefetch
 
-    def recorded(weights: HostWeights, stream: torch.cuda.Stream | None) -> None:
-        if not weights.on_device:
-            arrivals.append(names[id(weights)])
-        prefetch(weights, stream)
+    def recorded(arena: HostArena, stream: torch.cuda.Stream | None) -> None:
+        if not arena.device_blocks:
+            arrivals.append(names[id(arena)])
+        prefetch(arena, stream)
 
-    monkeypatch.setattr(HostWeights, "prefetch", recorded)
+    monkeypatch.setattr(HostArena, "prefetch", recorded)
     records = run(offloaded, tmp_path, [Row("a cat", seed=seed) for seed in range(6)], batch_size=2)
     assert {record.batch_size for record in records} == {2}
     assert arrivals == ["pe", "text_encoder", "transformer", "vae"]

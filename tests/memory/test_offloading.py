@@ -1,6 +1,7 @@
-"""Components that wait in host memory: the same pictures, one component at a time on the device, nothing copied back.
+"""Offloaded components: the same pictures, one component at a time on the device, nothing copied back.
 
-Host and device may be the same memory: on a CPU the blocks, turns and hooks are tested, on a GPU the copies as well.
+Host and device may be the same memory: on a CPU the arenas, the scheduler and the hooks are tested, on a GPU the
+copies as well.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import torch
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.fast.module_tensors import tensors_of
-from ernie_image_nf4.fast.transformer import enable_fast_denoising
-from ernie_image_nf4.memory import tensor_arena as weight_blocks
+from ernie_image_nf4.memory import tensor_arena
+from ernie_image_nf4.memory.apply import apply_placement, memory_mode
 from ernie_image_nf4.memory.host_embeddings import enable_host_embeddings, unused_modules
-from ernie_image_nf4.memory.offload import StreamedBlocks, enable_offload, free_device
-from ernie_image_nf4.memory.tensor_arena import host_weights
+from ernie_image_nf4.memory.offload import OffloadHook, StreamedBlocks, enable_offload, offload_all
+from ernie_image_nf4.memory.placement import Placement
+from ernie_image_nf4.memory.tensor_arena import host_arenas
 from ernie_image_nf4.repository.components import COMPONENT
+from ernie_image_nf4.upstream.offloading import hook_of
+
+CPU = torch.device("cpu")
+NAMES = ("pe", "text_encoder", "transformer", "vae")
 
 
 def draw(pipe, size: int = 32) -> np.ndarray:
@@ -27,6 +33,14 @@ def draw(pipe, size: int = 32) -> np.ndarray:
     return np.asarray(
         pipe("a cat", height=size, width=size, num_inference_steps=2, generator=generator, use_pe=False).images[0]
     )
+
+
+def hooks_of(pipe) -> dict[str, OffloadHook]:
+    return {name: hook_of(getattr(pipe, name)) for name in NAMES}
+
+
+def on_device(pipe) -> list[str]:
+    return [name for name, hook in hooks_of(pipe).items() if hook.weights.arena.device_blocks]
 
 
 def snapshot(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -44,70 +58,73 @@ def test_every_tensor_is_found_once_with_its_quantization_state(repository: Path
 
 
 @pytest.mark.parametrize("block", [256, 10_000, 1 << 27])
-def test_moving_to_blocks_and_back_changes_no_tensor(repository: Path, monkeypatch: pytest.MonkeyPatch, block: int):
-    monkeypatch.setattr(weight_blocks, "BLOCK_BYTES", block)
+def test_moving_to_an_arena_onload_and_offload_change_no_tensor(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, block: int
+):
+    monkeypatch.setattr(tensor_arena, "BLOCK_BYTES", block)
     module = load(repository, device="cpu").transformer
     before = snapshot(module)
-    weights = host_weights(module, torch.device("cpu"))
-    for change in (lambda: None, lambda: weights.bring(None), weights.leave, lambda: weights.bring(None)):
+    (arena,) = host_arenas([(module, ())], CPU)
+    for change in (lambda: None, lambda: arena.onload(None), arena.offload, lambda: arena.onload(None)):
         change()
         assert all(torch.equal(a, b) for a, b in zip(before, snapshot(module), strict=True))
     parameter = module.layers[0].mlp.gate_proj.weight
     assert parameter.data_ptr() in range(
-        min(block.data_ptr() for block in weights.on_device),
-        max(block.data_ptr() + len(block) for block in weights.on_device),
+        min(block.data_ptr() for block in arena.device_blocks),
+        max(block.data_ptr() + len(block) for block in arena.device_blocks),
     )
 
 
-def test_components_take_turns_and_draw_the_same(repository: Path):
+def test_components_are_on_the_device_in_turn_and_draw_the_same(repository: Path):
     pipe = load(repository, device="cpu")
     expected = draw(pipe)
-    enable_offload(pipe, torch.device("cpu"))
-    hooks = {name: getattr(pipe, name)._hf_hook for name in ("pe", "text_encoder", "transformer", "vae")}
+    enable_offload(pipe, CPU)
+    weights = hook_of(pipe.vae).weights
     for _ in range(2):
         assert np.array_equal(draw(pipe), expected)
-        assert hooks["vae"].turns.current is hooks["vae"]
-        assert [name for name, hook in hooks.items() if hook.weights.on_device] == ["vae"]
+        assert hook_of(pipe.vae).scheduler.resident is weights
+        assert on_device(pipe) == ["vae"]
 
 
-def test_the_next_component_is_fetched_ahead_only_if_both_fit(repository: Path):
+def test_the_next_component_is_prefetched_only_if_both_fit(repository: Path):
     pipe = load(repository, device="cpu")
-    enable_offload(pipe, torch.device("cpu"))
-    encoder, transformer = pipe.text_encoder._hf_hook, pipe.transformer._hf_hook
-    encoder.turns.limit = encoder.weights.bytes + transformer.weights.bytes
-    pipe.encode_prompt("a cat", torch.device("cpu"))
-    assert transformer.weights.on_device
-    transformer.weights.leave()
-    encoder.turns.current, encoder.turns.limit = None, encoder.turns.limit - 1
-    pipe.encode_prompt("a cat", torch.device("cpu"))
-    assert not transformer.weights.on_device
+    enable_offload(pipe, CPU)
+    encoder, transformer = hook_of(pipe.text_encoder), hook_of(pipe.transformer)
+    encoder.scheduler.limit = encoder.weights.arena.bytes + transformer.weights.arena.bytes
+    pipe.encode_prompt("a cat", CPU)
+    assert on_device(pipe) == ["text_encoder", "transformer"]
+    offload_all(pipe)
+    assert on_device(pipe) == []
+    encoder.scheduler.limit -= 1
+    pipe.encode_prompt("a cat", CPU)
+    assert on_device(pipe) == ["text_encoder"]
 
 
-def test_streamed_blocks_come_one_ahead_and_draw_the_same(repository: Path):
+def test_streamed_blocks_are_onloaded_one_ahead_and_draw_the_same(repository: Path):
     pipe = load(repository, device="cpu")
     expected = draw(pipe)
     whole = sum(part.nbytes for part in snapshot(pipe.transformer))
-    enable_offload(pipe, torch.device("cpu"), stream_blocks=True)
+    enable_offload(pipe, CPU, stream_blocks=True)
     blocks = pipe.transformer.layers
     assert isinstance(blocks, StreamedBlocks)
-    assert pipe.transformer._hf_hook.weights.bytes + sum(part.bytes for part in blocks.weights[2:]) < whole
+    arenas = blocks.runtime.arenas
+    assert hook_of(pipe.transformer).weights.arena.bytes + sum(arena.bytes for arena in arenas[2:]) < whole
     there = []
-    for block in list(blocks._modules.values()):
+    for block in blocks.children():
         block.register_forward_pre_hook(
-            lambda *_: there.append([number for number, part in enumerate(blocks.weights) if part.on_device])
+            lambda *_: there.append([number for number, arena in enumerate(arenas) if arena.device_blocks])
         )
     assert np.array_equal(draw(pipe), expected)
-    count = len(blocks.weights)
-    steps = [sorted({number, (number + 1) % count}) for number in range(count)]
+    steps = [sorted({number, (number + 1) % len(arenas)}) for number in range(len(arenas))]
     assert there == steps * 2
-    assert not any(part.on_device for part in blocks.weights)  # they have left with the transformer
+    assert not any(arena.device_blocks for arena in arenas)  # offloaded with the transformer
 
 
 def test_a_streamed_transformer_saves_and_lists_its_blocks_as_before(repository: Path, tmp_path: Path):
     transformer = load(repository, device="cpu").transformer
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     pipe = load(repository, device="cpu")
-    enable_offload(pipe, torch.device("cpu"), stream_blocks=True)
+    enable_offload(pipe, CPU, stream_blocks=True)
     assert len(pipe.transformer.layers) == len(transformer.layers)
     after = pipe.transformer.state_dict()
     assert before.keys() == after.keys()
@@ -144,7 +161,7 @@ def test_on_a_gpu_only_one_component_is_there_and_the_picture_is_the_same(reposi
     pipe = load(repository, device="cuda", memory="offload")
     assert np.array_equal(draw(pipe), expected)
     assert pipe.transformer.layers[0].mlp.gate_proj.weight.device.type == "cpu"
-    assert pipe.transformer._hf_hook.weights.host[0].is_pinned()
+    assert all(block.memory.is_pinned() for block in hook_of(pipe.transformer).weights.arena.host_blocks)
     assert pipe._execution_device.type == "cuda"
 
 
@@ -173,14 +190,15 @@ def add_lora(transformer: torch.nn.Module) -> None:
     transformer.add_adapter(config)
 
 
-@pytest.mark.parametrize("stream_blocks", [False, True])
+@pytest.mark.parametrize("memory", ["offload", "stream"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_adapters_loaded_into_offloaded_components_come_along(repository: Path, device: str, stream_blocks: bool):
+def test_adapters_loaded_into_offloaded_components_are_onloaded_with_them(repository: Path, device: str, memory: str):
     expected = load(repository, device=device, dtype="float32", memory="resident")
     pipe = load(repository, device="cpu", dtype="float32")
-    if device == "cuda":
-        enable_fast_denoising(pipe.transformer)
-    enable_offload(pipe, torch.device(device), stream_blocks=stream_blocks)
+    if device == "cpu":
+        enable_offload(pipe, CPU, stream_blocks=memory == "stream")
+    else:
+        apply_placement(pipe, Placement(torch.device("cuda", 0), torch.float32, memory, fast=True))
     before = draw(pipe)
     for each in (expected, pipe):
         add_lora(each.transformer)
@@ -189,18 +207,94 @@ def test_adapters_loaded_into_offloaded_components_come_along(repository: Path, 
     assert np.array_equal(after, draw(expected))
 
 
-def test_a_component_that_found_no_room_is_brought_again(repository: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("stream_blocks", [False, True])
+def test_what_came_after_offloading_is_an_adapter(repository: Path, stream_blocks: bool):
+    pipe = load(repository, device="cpu", dtype="float32")
+    enable_offload(pipe, CPU, stream_blocks=stream_blocks)
+    weights = hook_of(pipe.transformer).weights
+    assert not list(weights.adapters(pipe.transformer, ()))
+    add_lora(pipe.transformer)
+    loras = [weight for name, weight in pipe.transformer.named_parameters() if "lora" in name]
+    found = [owner for owner, _ in weights.adapters(pipe.transformer, ())]
+    assert {id(owner) for owner in found} == {id(weight) for weight in loras}
+
+
+def test_a_component_that_found_no_room_is_onloaded_again(repository: Path, monkeypatch: pytest.MonkeyPatch):
     pipe = load(repository, device="cpu")
     expected = draw(pipe)
-    enable_offload(pipe, torch.device("cpu"))
-    weights = pipe.transformer._hf_hook.weights
-    monkeypatch.setattr(weights, "bring", lambda stream: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    enable_offload(pipe, CPU)
+    hook = hook_of(pipe.transformer)
+    monkeypatch.setattr(
+        hook.weights.arena, "onload", lambda stream: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         draw(pipe)
-    assert pipe.transformer._hf_hook.turns.current is None
+    assert hook.scheduler.resident is None
     monkeypatch.undo()
     assert np.array_equal(draw(pipe), expected)
-    free_device(pipe)
-    assert not any(
-        getattr(pipe, name)._hf_hook.weights.on_device for name in ("pe", "text_encoder", "transformer", "vae")
-    )
+
+
+def test_offload_all_frees_what_was_prefetched_too_and_tells_before(repository: Path):
+    pipe = load(repository, device="cpu")
+    enable_offload(pipe, CPU)
+    hooks = hooks_of(pipe)
+    pipe.encode_prompt("a cat", CPU)
+    hooks["transformer"].weights.arena.prefetch(None)
+    assert on_device(pipe) == ["text_encoder", "transformer"]
+    told = []
+    hooks["text_encoder"].on_offload = lambda: told.extend(on_device(pipe))
+    offload_all(pipe)
+    assert "text_encoder" in told
+    assert on_device(pipe) == []
+    assert hooks["vae"].scheduler.resident is None
+
+
+def test_a_pipeline_without_our_hooks_has_nothing_to_offload(pipe):
+    offload_all(pipe)
+
+
+def test_what_is_called_before_a_component_is_offloaded(repository: Path):
+    pipe = load(repository, device="cpu")
+    enable_offload(pipe, CPU)
+    told = []
+    hook_of(pipe.transformer).on_offload = lambda: told.append(on_device(pipe))
+    draw(pipe)
+    assert told == [["transformer"]]
+
+
+@pytest.mark.parametrize("stream_blocks", [False, True])
+def test_diffusers_finds_hooks_and_device_and_can_remove_them(repository: Path, stream_blocks: bool):
+    pipe = load(repository, device="cpu")
+    before = draw(pipe)
+    enable_offload(pipe, CPU, stream_blocks=stream_blocks)
+    assert memory_mode(pipe) == ("stream" if stream_blocks else "offload")
+    hooks = hooks_of(pipe)
+    for hook in hooks.values():
+        hook.execution_device = torch.device("meta")
+    assert pipe._execution_device == torch.device("meta")
+    for hook in hooks.values():
+        hook.execution_device = CPU
+    draw(pipe)
+    pipe.maybe_free_model_hooks()
+    assert hooks_of(pipe) == hooks
+    assert on_device(pipe) == ["vae"]
+
+    pipe.remove_all_hooks()
+    assert memory_mode(pipe) == "resident"
+    assert not any(hook.weights.arena.device_blocks for hook in hooks.values())
+    assert type(pipe.transformer.layers) is torch.nn.ModuleList
+    del hooks, hook
+    assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["offload", "stream"])
+def test_on_a_gpu_removed_hooks_leave_everything_in_host_memory(repository: Path, memory: str):
+    pipe = load(repository, device="cuda", memory=memory)
+    add_lora(pipe.transformer)
+    before = draw(pipe)
+    pipe.remove_all_hooks()
+    for name in NAMES:
+        assert {tensor.device.type for tensor in snapshot(getattr(pipe, name))} == {"cpu"}, name
+    pipe.enable_model_cpu_offload(device="cuda")
+    assert np.array_equal(draw(pipe), before)

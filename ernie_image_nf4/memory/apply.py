@@ -1,0 +1,86 @@
+"""Carry out a `Placement`: weights go where the memory mode says, and models become the fast subclasses."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+from diffusers import ErnieImagePipeline
+
+from ..fast.cuda_graphs import forget_graph
+from ..fast.prompt_enhancer import enable_fast_decoding
+from ..fast.transformer import enable_fast_denoising
+from ..repository.components import COMPONENT
+from ..upstream.offloading import hook_of, hooks_are_found
+from .host_embeddings import unused_modules
+from .offload import OffloadHook, StreamedBlocks, enable_offload
+from .placement import Placement
+from .vae_tiling import make_vae_tiled
+
+logger = logging.getLogger(__name__)
+
+
+def apply_placement(pipe: ErnieImagePipeline, placement: Placement) -> None:
+    """Put the weights of a pipeline where `placement` says, and make its models fast ones if it says so.
+
+    Args:
+        pipe: The pipeline, loaded to `placement.load_device`. If `placement.moves`, its quantized components are on
+            the device already.
+        placement: The decision.
+    """
+    release_graph = _make_models_fast(pipe, capture_steps=placement.memory != "stream") if placement.fast else None
+    decode_budget = _place_weights(pipe, placement)
+    hook = hook_of(pipe.transformer)
+    if isinstance(hook, OffloadHook):
+        hook.on_offload = release_graph  # The captured step reads the weights' addresses.
+    if placement.fast:
+        make_vae_tiled(pipe.vae, budget=decode_budget, before_decode=release_graph)
+
+
+def memory_mode(pipe: ErnieImagePipeline) -> str:
+    """The memory mode that a pipeline is in: ``"resident"``, ``"offload"`` or ``"stream"``."""
+    blocks = pipe.transformer.layers
+    if isinstance(blocks, StreamedBlocks) and blocks.runtime.arenas:
+        return "stream"
+    hooks = [hook_of(part) for part in pipe.components.values()]
+    return "offload" if any(getattr(hook, "execution_device", None) is not None for hook in hooks) else "resident"
+
+
+def _make_models_fast(pipe: ErnieImagePipeline, *, capture_steps: bool) -> Callable[[], None]:
+    """Make transformer and prompt enhancer fast ones.
+
+    Args:
+        pipe: The pipeline.
+        capture_steps: Whether denoising steps may be captured as a CUDA graph. Not if blocks are streamed: their
+            addresses change in every step.
+
+    Returns:
+        Frees the transformer's captured step.
+    """
+    enable_fast_denoising(pipe.transformer, graph=capture_steps)
+    if pipe.pe is not None:
+        enable_fast_decoding(pipe.pe)
+    return functools.partial(forget_graph, pipe.transformer)
+
+
+def _place_weights(pipe: ErnieImagePipeline, placement: Placement) -> int | None:
+    """Put the weights where the memory mode says.
+
+    Returns:
+        Bytes in which the VAE may decode: with offloading those of the largest component. None for whatever is free.
+    """
+    device, memory = placement.device, placement.memory
+    if memory == "resident":
+        pipe.vae.to(device)
+        return None
+    if memory == "offload" and not placement.fast:
+        pipe.enable_model_cpu_offload(device=device)
+        return None
+    if not hooks_are_found():
+        logger.info("accelerate keeps hooks elsewhere than expected: offloading whole components, as diffusers does.")
+        pipe.enable_model_cpu_offload(device=device)
+        return None
+    unused = COMPONENT["text_encoder"].unused if placement.fast else ()
+    excluded = unused_modules(pipe.text_encoder, unused)
+    return enable_offload(pipe, device, excluded=excluded, stream_blocks=memory == "stream")
