@@ -29,16 +29,16 @@ from .from_pretrained import load_plain
 logger = logging.getLogger(__name__)
 
 
-def build_pipeline(repository: Repository, where: Placement) -> diffusers.ErnieImagePipeline:
+def build_pipeline(repository: Repository, placement: Placement) -> diffusers.ErnieImagePipeline:
     """Load all components of a repository and make a pipeline of them.
 
-    The quantized components are on the device if ``where.memory`` is ``"resident"``, all others on the CPU.
+    The quantized components are on the device if ``placement.memory`` is ``"resident"``, all others on the CPU.
 
     Raises:
         InvalidRepository: A component is damaged, can't be loaded, or doesn't fit the others.
     """
-    with ThreadPoolExecutor(2) as pool, _tensor_source(repository, where) as source:
-        if where.fast:
+    with ThreadPoolExecutor(2) as pool, _tensor_source(repository, placement) as source:
+        if placement.fast:
             pool.submit(prepare_triton)
         parts: dict[str, Any] = {}
         template = None
@@ -48,7 +48,7 @@ def build_pipeline(repository: Repository, where: Placement) -> diffusers.ErnieI
             template = pool.submit(check_chat_template, parts["pe_tokenizer"])
         for name, part in repository.components.items():
             if name not in parts:
-                parts[name] = _load_component(part, where, source)
+                parts[name] = _load_component(part, placement, source)
         source.wait()
         pipe = diffusers.ErnieImagePipeline(**parts)
         if template:
@@ -59,22 +59,22 @@ def build_pipeline(repository: Repository, where: Placement) -> diffusers.ErnieI
 
 
 @contextmanager
-def _tensor_source(repository: Repository, where: Placement) -> Iterator[TensorSource]:
+def _tensor_source(repository: Repository, placement: Placement) -> Iterator[TensorSource]:
     """Where tensors come from. Weights that go to the device without upstream's help are on their way there at once."""
-    if not where.moves:
+    if not placement.moves:
         yield TensorSource()
         return
-    with DeviceReader(where.device) as reader:
+    with DeviceReader(placement.device) as reader:
         reader.start(
             stored
             for part in repository.components.values()
             if part.component.quantized
-            for stored in _to_be_read(part, where)
+            for stored in _to_be_read(part, placement)
         )
         yield TensorSource(reader)
 
 
-def _to_be_read(part: StoredComponent, where: Placement) -> list[StoredTensor]:
+def _to_be_read(part: StoredComponent, placement: Placement) -> list[StoredTensor]:
     """The tensors of a component that come to the device as they are stored; others are converted on the host first."""
     of_nf4 = {
         name.removesuffix(".absmax") + suffix
@@ -84,12 +84,12 @@ def _to_be_read(part: StoredComponent, where: Placement) -> list[StoredTensor]:
     }
     return [
         stored
-        for name, stored in part.device_tensors(where.fast).items()
-        if name in of_nf4 or DTYPES[stored.spec.dtype] == where.dtype
+        for name, stored in part.device_tensors(placement.fast).items()
+        if name in of_nf4 or DTYPES[stored.spec.dtype] == placement.dtype
     ]
 
 
-def _load_component(part: StoredComponent, where: Placement, source: TensorSource) -> Any:
+def _load_component(part: StoredComponent, placement: Placement, source: TensorSource) -> Any:
     """One component. Models with NF4 weights are on the device that they are loaded to, all else is on the CPU."""
     component = part.component
     if component.weights is None:
@@ -98,26 +98,26 @@ def _load_component(part: StoredComponent, where: Placement, source: TensorSourc
         logger.warning(
             "%s is not quantized: it is loaded in %s and takes about four times the memory of NF4.",
             part.folder,
-            where.dtype,
+            placement.dtype,
         )
-    if component.quantized and where.load_device.type != "cpu":
-        return load_plain(part, where)
-    model = assemble(part, source, where.dtype)
-    if where.device.type == "cpu":
+    if component.quantized and placement.load_device.type != "cpu":
+        return load_plain(part, placement)
+    model = assemble(part, source, placement.dtype)
+    if placement.device.type == "cpu":
         keep_as_stored(model)
-    if where.fast and component.quantized:
-        _leave_unused_on_host(model, part, where)
+    if placement.fast and component.quantized:
+        _leave_unused_on_host(model, part, placement)
     return model
 
 
-def _leave_unused_on_host(model: nn.Module, part: StoredComponent, where: Placement) -> None:
+def _leave_unused_on_host(model: nn.Module, part: StoredComponent, placement: Placement) -> None:
     """Move all of a model to the device that isn't there yet, but what text-to-image doesn't need there."""
     unused: list[nn.Module] = []
     if part.component.unused:
         enable_host_embeddings(model, part.component.unused)
         unused = unused_modules(model, part.component.unused)
-    if where.moves:
-        move_rest(model, where.device, unused)
+    if placement.moves:
+        move_rest(model, placement.device, unused)
 
 
 def _load_tokenizer(part: StoredComponent) -> transformers.PreTrainedTokenizerBase:

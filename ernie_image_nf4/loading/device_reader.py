@@ -22,11 +22,12 @@ from queue import SimpleQueue
 import torch
 
 from ..errors import InvalidRepository
+from ..memory.pinned_memory import PinnedBlock, pinned_buffer
 from ..repository.safetensors_io import DTYPES, StoredTensor, host_bytes
 from ..repository.security import DOWNLOAD_AGAIN, unreadable
 
 READERS = 4
-BUFFER_BYTES = 32 * 1024**2  # of one reader; all are one pinned allocation, which PyTorch rounds up to a power of two
+BUFFER_BYTES = 32 * 1024**2  # of one reader; all are one page-locked block
 ALIGNMENT = 256  # of tensors on the device
 RANGE_TENSORS = 1000  # parts of one read; systems take 1,024
 RANGE_BYTES = BUFFER_BYTES - RANGE_TENSORS * ALIGNMENT  # of a file that are read at once
@@ -66,9 +67,9 @@ class DeviceReader:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._memory: dict[Path, torch.Tensor] = {}  # (bytes,) uint8 on the device
-        self._places: dict[
-            tuple[Path, int], int
-        ] = {}  # file and offset of a tensor -> its first byte in the file's memory
+        # File and offset of a tensor -> its first byte in the file's memory.
+        self._places: dict[tuple[Path, int], int] = {}
+        self._staging: PinnedBlock | None = None
         self._reads: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(READERS)
         self._buffers: SimpleQueue[StagingBuffer] = SimpleQueue()
@@ -83,9 +84,7 @@ class DeviceReader:
         self._open.close()
         self._reads.clear()
         self._memory.clear()
-        self._buffers = SimpleQueue()
-        if self.device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # since PyTorch 2.12
-            torch.accelerator.empty_host_cache()
+        self._buffers, self._staging = SimpleQueue(), None
 
     def start(self, tensors: Iterable[StoredTensor]) -> None:
         """Start reading these tensors, of one file or several. To be called once.
@@ -129,11 +128,9 @@ class DeviceReader:
             read.result()
 
     def _make_buffers(self) -> None:
-        on_gpu = self.device.type == "cuda"
-        with torch.inference_mode(False):
-            memory = torch.empty(READERS * BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
-        for part in memory.chunk(READERS):
-            stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._staging = pinned_buffer(READERS * BUFFER_BYTES, self.device)
+        for part in self._staging.memory.chunk(READERS):
+            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             if stream:  # work that was queued before may still use the memory that the tensors go to
                 stream.wait_stream(torch.cuda.current_stream(self.device))
             self._buffers.put(StagingBuffer(part, host_bytes(part), stream))

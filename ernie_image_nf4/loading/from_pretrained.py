@@ -21,8 +21,8 @@ DTYPE_ARGUMENT = {
 }
 
 
-def load_plain(part: StoredComponent, where: Placement) -> nn.Module:
-    """A component on ``where.load_device``, loaded as in the model card's demo.
+def load_plain(part: StoredComponent, placement: Placement) -> nn.Module:
+    """A component on ``placement.load_device``, loaded as in the model card's demo.
 
     Raises:
         InvalidRepository: Its files don't fit its configuration, or upstream can't load them.
@@ -34,15 +34,15 @@ def load_plain(part: StoredComponent, where: Placement) -> nn.Module:
         with library_reading(part.folder):
             model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
                 part.folder,
-                device_map={"": where.load_device},
+                device_map={"": placement.load_device},
                 use_safetensors=True,
                 local_files_only=True,
-                **{DTYPE_ARGUMENT[component.library]: where.dtype},
+                **{DTYPE_ARGUMENT[component.library]: placement.dtype},
             )
     finally:
         torch.set_default_dtype(dtype)  # diffusers leaves its own behind if building a model fails
-    if where.dtype != torch.bfloat16:  # which the files are made for
-        _convert(model, where.dtype)
+    if placement.dtype != torch.bfloat16:  # which the files are made for
+        _convert(model, placement.dtype)
     return model
 
 

@@ -8,8 +8,8 @@ import diffusers
 import torch
 
 from ..fast.products import check_fp8, enable_fp8
-from ..memory import placement
-from ..memory.placement import Placement
+from ..memory.apply import apply_placement
+from ..memory.placement import Placement, find_device, find_dtype, find_memory, working_bytes
 from ..repository.integrity import check_integrity
 from ..repository.record import Repository, StoredComponent, open_repository
 from ..repository.resolve import find_repository
@@ -66,8 +66,8 @@ def load(
         >>> pipe = load("user/ERNIE-Image-NF4")
         >>> pipe("an orange cat on a wooden desk", height=512, width=512).images[0].save("cat.png")
     """
-    chosen_device = placement.find_device(device)  # before anything is downloaded for a device that isn't there
-    chosen_dtype = placement.find_dtype(dtype, chosen_device)
+    chosen_device = find_device(device)  # before anything is downloaded for a device that isn't there
+    chosen_dtype = find_dtype(dtype, chosen_device)
     if fp8:
         check_fp8(chosen_device, chosen_dtype, fast)
     folder = find_repository(
@@ -83,22 +83,22 @@ def load(
         check_integrity(repository)
     fast = fast and chosen_device.type == "cuda"
     mode = choose_memory_mode(repository, memory, chosen_device, fast)
-    where = Placement(chosen_device, chosen_dtype, mode, fast)
-    pipe = build_pipeline(repository, where)
-    placement.apply(pipe, where)
+    placement = Placement(chosen_device, chosen_dtype, mode, fast)
+    pipe = build_pipeline(repository, placement)
+    apply_placement(pipe, placement)
     if fp8:
         enable_fp8(pipe.transformer)
     return pipe
 
 
 def choose_memory_mode(repository: Repository, requested: str, device: torch.device, fast: bool) -> str:
-    """The memory mode for a repository on a device, by the device's free memory: see `placement.choose_memory`."""
+    """The memory mode for a repository on a device, by the device's free memory: see `memory.placement.choose_memory`."""
     recommended = repository.recommended
-    return placement.find_memory(
+    return find_memory(
         requested,
         device,
         weight_bytes={name: device_bytes(part, fast) for name, part in repository.components.items()},
-        working_bytes=placement.working_bytes(recommended.height * recommended.width, fast),
+        working_bytes=working_bytes(recommended.height * recommended.width, fast),
     )
 
 
