@@ -34,7 +34,7 @@ from ..repository.metadata import ComponentRecord, Metadata, Recommended, instal
 from ..repository.resolve import CONFIG_PATTERNS, check_repository, find_repository, weight_files
 from ..repository.safetensors_io import StoredTensor, TensorWriter, file_bytes, find_tensors, read_chunks, read_tensor
 from ..repository.upload import create_repository, upload
-from .gptq import NF4Weight, calibrate_transformer, move_weight
+from .calibration import NF4Weight, calibrate_transformer, move_weight
 from .layer_selection import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
 from .model_card import CARD, LICENSE, describe_source, license_file, model_card
 from .resumable_output import Staging, folder_records, staging

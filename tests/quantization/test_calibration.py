@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.loading.pipeline import DTYPE_ARGUMENT, _diffusers_nf4_on
-from ernie_image_nf4.quantization import gptq as calibration
+from ernie_image_nf4.quantization import calibration
 from ernie_image_nf4.quantization.convert import quantize
-from ernie_image_nf4.quantization.gptq import calibrate_transformer, record_samples, round_layers, round_weight
+from ernie_image_nf4.quantization.calibration import calibrate_transformer, record_samples, round_layers, round_weight
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.meta_model import skeleton
