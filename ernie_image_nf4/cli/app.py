@@ -142,12 +142,14 @@ def generate(
             batch_size=batch_size,
         )
         return
-    from ..generation.single import check_output, check_settings, draw_and_save, output_paths
+    from ..generation.image_file import check_output, output_paths
+    from ..generation.settings import check_settings
 
     check_settings(prompt, height=height, width=width, steps=steps, guidance=guidance, seed=seed, count=count)
     paths = output_paths(output, count)
     for path in paths:
         check_output(path)
+    from ..generation.single import draw_and_save
     from ..loading.pipeline import load
 
     pipe = load(model, device=device, memory=memory, compile=compile, fp8=fp8, prompt_enhancer=not no_pe)
@@ -183,15 +185,18 @@ def _generate_many(
     **options: Any,
 ) -> None:
     """Draw a file of prompts, on all processes that accelerate started; the main one says what came of it."""
+    from ..generation.image_file import make_output_folder
     from ..generation.prompt_file import read_prompts
-    from ..generation.single import check_settings, make_output_folder
+    from ..generation.settings import check_settings
 
     rows = read_prompts(prompts_file)
     check_settings("-", **{name: options[name] for name in ("height", "width", "steps", "guidance", "seed", "count")})
     make_output_folder(out_dir)
     from accelerate import PartialState
 
-    from ..generation.batch import MANIFEST, generate_batch, process_device, read_manifest, save_contact_sheet
+    from ..generation.batch import generate_batch, process_device
+    from ..generation.contact_sheet import save_contact_sheet
+    from ..generation.manifest import MANIFEST, read_manifest
     from ..loading.pipeline import load
 
     placement["device"] = process_device(placement["device"])
@@ -333,7 +338,7 @@ def evaluate(
     prompts = read_prompts(prompts_file) if prompts_file else None
     from ..evaluation.report import write_report
     from ..evaluation.run import evaluate
-    from ..generation.single import make_output_folder
+    from ..generation.image_file import make_output_folder
 
     make_output_folder(out_dir)
     for evaluation in evaluate(
@@ -387,7 +392,7 @@ def benchmark(
     from ..benchmarking.report import write_benchmark
     from ..benchmarking.run import Workload, benchmark, choose_arms, make_synthetic
     from ..errors import InvalidSettings
-    from ..generation.single import make_output_folder
+    from ..generation.image_file import make_output_folder
     from ..repository.resolve import find_repository
 
     arms = choose_arms(arm or (), peers=peers)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..generation.single import seeded
+from ..generation.seeding import seeded
 
 BATCH = 8  # pictures that a metric looks at together
 SET_PROMPTS = 100  # from how many pictures on the distances between two sets of pictures mean something

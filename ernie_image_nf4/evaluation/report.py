@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import InvalidSettings
-from ..generation.single import replacing
+from ..generation.image_file import replacing
 from .metrics import SET_METRICS
 from .run import Evaluation, Result, to_json
 

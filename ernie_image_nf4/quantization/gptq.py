@@ -94,9 +94,9 @@ def round_weight(
         get_4bit_type("nf4", device=weight.device),
     )
     problem = Problem(target[order], hessian[order][:, order], unit.T[block_order].contiguous(), tables)
-    del hessian, target
+    del hessian, target, damping
     codes, levels = round_columns(problem)
-    problem = problem._replace(hessian=problem.hessian.float())
+    problem = Problem(problem.target, problem.hessian.float(), problem.unit, tables)
     for _ in range(sweeps):
         coordinate_descent(codes, levels, problem)
 

@@ -147,7 +147,7 @@ def refused(kind: type[ErnieImageNF4Error], match: str, output: Path) -> Iterato
 def test_without_scale_search_components_are_byte_for_byte_those_of_the_conventional_way(
     component: Component, plain: Path, original: Path, stock: Path, tmp_path: Path
 ) -> None:
-    """Our source has shards and the tied head twice, as the release does, that of the conventional way has neither: the oldest
+    """Our source has shards and the tied head twice, as the release does; the conventional one has neither: the oldest
     transformers takes a head that is stored twice for an untied one."""
     assert len(weight_files(original, COMPONENT["transformer"])) == 2
     theirs = conventional(plain, component, tmp_path, torch.bfloat16, None)
