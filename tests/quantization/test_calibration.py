@@ -9,6 +9,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_samples_are_of_all_timesteps_with_the_prompt_and_the_empty_one(
     pipe = load(original, device="cpu", prompt_enhancer=False)
     for sample, prompt in ((samples[0], ""), (samples[1], PROMPTS[0]), (samples[-1], PROMPTS[1])):
         assert torch.equal(sample.text, pipe.encode_prompt(prompt, CPU)[0])
+
+
+def test_nobody_is_warned_that_the_original_is_not_quantized(original: Path, caplog: pytest.LogCaptureFixture) -> None:
+    level = calibration_data.loading_logger.level
+    record_samples(original, PROMPTS[:1], replace(SETTINGS, num_inference_steps=1), CPU, progress=False)
+    assert "not quantized" not in caplog.text
+    assert calibration_data.loading_logger.level == level
 
 
 def test_the_sensitivity_is_that_of_the_prediction(samples: Sequence[Sample]) -> None:

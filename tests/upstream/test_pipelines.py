@@ -32,6 +32,8 @@ def test_components_have_a_hook_while_they_are_offloaded(repository):
     assert offload_hook(pipe.pe) is None
     enable_offload(pipe, CPU)
     assert isinstance(offload_hook(pipe.pe), OffloadHook)
+    del pipe.pe._hf_hook  # as if accelerate kept it elsewhere
+    assert offload_hook(pipe.pe) is None
 
 
 def test_the_enhancer_is_asked_as_a_call_of_the_pipeline_asks_it(pipe):
