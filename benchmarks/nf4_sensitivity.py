@@ -34,10 +34,11 @@ from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
 from ernie_image_nf4.evaluation.predictions import Probe, encode, make_probe, predict, prediction_error
 from ernie_image_nf4.loading.pipeline import load
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches
+from ernie_image_nf4.quantization.scale_search import quantize_nf4
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.metadata import Recommended, installed_versions
-from ernie_image_nf4.repository.nf4_format import quantize_nf4, stored_specs
+from ernie_image_nf4.repository.nf4_format import stored_specs
 from ernie_image_nf4.upstream.pipelines import execution_device
 
 MAX_PSNR = 100.0  # Of equal pictures

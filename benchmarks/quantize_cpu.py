@@ -30,10 +30,10 @@ from diffusers import ErnieImageTransformer2DModel
 
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.layer_selection import plan_weights
+from ernie_image_nf4.quantization.scale_search import quantize_nf4, squared_error
 from ernie_image_nf4.quantization.synthetic import synthesize
 from ernie_image_nf4.repository.components import QUANTIZED, Component
 from ernie_image_nf4.repository.metadata import installed_versions
-from ernie_image_nf4.repository.nf4_format import quantize_nf4, squared_error
 from ernie_image_nf4.repository.safetensors_io import read_tensor
 
 FULL_SIZE_WEIGHTS = 14_504_427_520  # Values that become NF4 in the three components

@@ -13,15 +13,17 @@ from .upstream import local_import
 
 if TYPE_CHECKING:
     from .generation.batch import generate_batch
+    from .generation.prompt_file import Row
     from .loading.pipeline import load
     from .quantization.convert import quantize
     from .repository.integrity import verify
 
-__all__ = ["__version__", "generate_batch", "load", "quantize", "verify"]
+__all__ = ["Row", "__version__", "generate_batch", "load", "quantize", "verify"]
 __version__ = "0.1.0"
 
-# function -> module
+# public name -> module
 _PUBLIC = {
+    "Row": "generation.prompt_file",
     "generate_batch": "generation.batch",
     "load": "loading.pipeline",
     "quantize": "quantization.convert",
@@ -30,7 +32,7 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first asked for: torch and diffusers take seconds, ``--help`` needs neither."""
+    """Import a public name when it is first used: torch and diffusers take seconds, and ``--help`` needs neither."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from ..generation.single import seeded
+from ..generation.seeding import seeded
 
 BATCH = 8  # Pictures that go through a metric's network at once
 SET_PROMPTS = 100  # Distances between sets of fewer pictures mean nothing

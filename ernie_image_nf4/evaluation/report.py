@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import InvalidSettings
-from ..generation.single import replacing
+from ..generation.image_file import replacing
 from .grid import picture_grid
 from .metrics import SET_METRICS
 from .plots import has_matplotlib, plot_psnr, plot_timesteps

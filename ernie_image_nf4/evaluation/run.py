@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..errors import InvalidSettings
 from ..generation.prompt_file import Row
-from ..generation.single import check_settings, described_model
+from ..generation.settings import check_settings, described_model
 from ..loading.pipeline import load
 from ..memory.placement import find_device
 from ..repository.metadata import Recommended, read_metadata_if_ours

@@ -1,1 +1,8 @@
-"""Prompts become picture files that say how they were made."""
+"""Prompts become picture files that say how they were made.
+
+`single` draws one prompt. `batch` draws many: `prompt_file` reads them, `schedule` plans pictures and batches, `stages`
+enhances (`enhancement`), encodes, denoises and decodes them in groups, `manifest` records them, and `contact_sheet`
+shows them all. `settings`, `seeding` and `image_file` serve both.
+
+Imports from `memory`, `fast`, `repository`, `upstream` and `errors`.
+"""

@@ -1,4 +1,4 @@
-"""Prompt files: text, JSON Lines or CSV -> rows, every one of them checked before anything heavy is imported."""
+"""Prompt files: text, JSON Lines or CSV become rows, every one of them checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -8,27 +8,60 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..errors import InvalidSettings
-from .single import check_settings
+from .settings import check_settings
 
-KINDS: dict[str, type] = {
-    "prompt": str,
-    "negative": str,
-    "seed": int,
-    "height": int,
-    "width": int,
-    "steps": int,
-    "guidance": float,
-    "name": str,
-}
-KIND_NAMES = {str: "text", int: "a whole number", float: "a number"}
-UNSAFE_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')  # path parts, and what Windows refuses
+UNSAFE_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')  # path separators, and what Windows refuses
 MAX_NAME = 100  # characters; file systems allow 255 bytes
 MAX_PROBLEMS = 20  # shown at once
+
+
+def _problem(text: str) -> PydanticCustomError:
+    return PydanticCustomError("problem", "{text}", {"text": text})
+
+
+def _check_setting(value: Any, info: ValidationInfo) -> Any:
+    """Refuse a value that `check_settings` refuses. Its arguments have the names of the fields."""
+    try:
+        check_settings(**{"prompt": "-", str(info.field_name): value})
+    except InvalidSettings as error:
+        raise _problem(str(error)) from None
+    return value
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _problem("has half a surrogate pair, which is no character.") from None
+    return text
+
+
+def _check_name(name: str) -> str:
+    if UNSAFE_IN_NAMES.search(name) or name.startswith(".") or not 0 < len(name.strip()) <= MAX_NAME:
+        raise _problem(f"{name!r:.60} can't be part of a file name, use up to {MAX_NAME} letters and digits.")
+    return name
+
+
+Setting = AfterValidator(_check_setting)
+Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
+Name = Annotated[Text, AfterValidator(_check_name)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +71,7 @@ class Row:
     Attributes:
         prompt: What to draw.
         negative: What not to draw.
-        seed: Of the noise and of the prompt enhancer's sampling.
+        seed: Of the initial latents and of the prompt enhancer's sampling.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
         steps: Denoising steps.
@@ -46,24 +79,32 @@ class Row:
         name: Readable part of the file's name, instead of one made of the prompt.
     """
 
-    prompt: str
-    negative: str | None = None
-    seed: int | None = None
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    name: str | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    prompt: Annotated[Text, Setting]
+    negative: Text | None = None
+    seed: Annotated[StrictInt, Setting] | None = None
+    height: Annotated[StrictInt, Setting] | None = None
+    width: Annotated[StrictInt, Setting] | None = None
+    steps: Annotated[StrictInt, Setting] | None = None
+    guidance: Annotated[StrictFloat, Setting] | None = None
+    name: Name | None = None
+
+
+FIELDS = tuple(field.name for field in fields(Row))
+NUMBERS = {"seed": int, "height": int, "width": int, "steps": int, "guidance": float}  # all other fields are text
 
 
 def read_prompts(path: str | Path) -> list[Row]:
-    """The rows of a prompt file, which its suffix says how to read. All in UTF-8.
+    """The rows of a prompt file in UTF-8, read as its suffix says.
 
-    ``.txt`` (or no suffix): one prompt a line; blank lines and those that begin with ``#`` are skipped. ``.jsonl``: one object
-    a line, with the fields of `Row`. ``.csv``: a header line with names of those fields; an empty cell stands for None.
+    ``.txt`` (or no suffix) has one prompt a line; blank lines and those that begin with ``#`` are skipped. ``.jsonl``
+    has one object a line, with the fields of `Row`. ``.csv`` has a header line with names of these fields; an empty
+    cell stands for None.
 
     Raises:
-        InvalidSettings: The file can't be read, or rows are wrong; then a line for each says where (file, line, field) and why.
+        InvalidSettings: The file can't be read, or rows are wrong. The message names file, line and field of each
+            problem.
     """
     path = Path(path)
     read = READERS.get(path.suffix.lower())
@@ -86,63 +127,50 @@ def read_prompts(path: str | Path) -> list[Row]:
 
 
 def check_rows(entries: Iterable[tuple[str, Mapping[str, Any] | str]]) -> list[Row]:
-    """Rows of values that have been checked.
+    """Rows of values that have been checked. A `Row` made by hand isn't checked until then.
 
     Args:
-        entries: Where each row stands, and its values by field, or in words what kept them from being read.
+        entries: Place of each row, for messages, and its values by field; or the reason why it couldn't be read.
 
     Raises:
-        InvalidSettings: A row is wrong; its message has a line for each problem.
+        InvalidSettings: A row is wrong. The message has a line for each problem.
     """
-    rows, problems, names = [], [], {}
+    adapter = TypeAdapter(Row)
+    rows, problems = [], []
+    names: dict[str, str] = {}
     for place, values in entries:
         if isinstance(values, str):
             problems.append(f"{place}: {values}")
             continue
-        values = {field: value for field, value in values.items() if value is not None}
-        found = [f"{place}, {field}: {problem}" for field, problem in _problems(values)]
-        if not found and "name" in values:
-            key = unicodedata.normalize("NFC", values["name"]).casefold()  # one file on many file systems
+        try:
+            row = adapter.validate_python({field: value for field, value in values.items() if value is not None})
+        except ValidationError as error:
+            problems += [f"{place}, {_describe(each)}" for each in error.errors(include_url=False)]
+            continue
+        if row.name is not None:
+            key = unicodedata.normalize("NFC", row.name).casefold()  # one file on many file systems
             if key in names:
-                found = [f"{place}, name: {values['name']!r} was used before ({names[key]}), choose another."]
+                problems.append(f"{place}, name: {row.name!r} was used before ({names[key]}), choose another.")
             names.setdefault(key, place)
-        if not found:
-            rows.append(Row(**values))
-        problems += found
+        rows.append(row)
     if problems:
         more = [f"... and {len(problems) - MAX_PROBLEMS} more."] if len(problems) > MAX_PROBLEMS else []
         raise InvalidSettings("\n".join(problems[:MAX_PROBLEMS] + more))
     return rows
 
 
-def _problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each field that can't work, and why."""
-    if "prompt" not in values:
-        yield "prompt", "is missing."
-    for field, value in values.items():
-        kind = KINDS.get(field)
-        if kind is None:
-            yield field, f"is no known field, use {', '.join(KINDS)}."
-        elif type(value) is not kind and not (kind is float and type(value) is int and abs(value) < 2**53):
-            yield field, f"expected {KIND_NAMES[kind]}, found {value!r:.60}."
-        elif kind is str and not _is_unicode(value):
-            yield field, "has half a surrogate pair, which is no character."
-        elif field == "name":
-            if UNSAFE_IN_NAMES.search(value) or value.startswith(".") or not 0 < len(value.strip()) <= MAX_NAME:
-                yield field, f"{value!r:.60} can't be part of a file name, use up to {MAX_NAME} letters and digits."
-        elif field != "negative":
-            try:
-                check_settings(**{"prompt": "-", field: value})
-            except InvalidSettings as error:
-                yield field, str(error)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _describe(error: ErrorDetails) -> str:
+    """A problem that pydantic found, in plain words: the field and what is wrong with it."""
+    kind, value = error["type"], error["input"]
+    field = error["loc"][0] if error["loc"] else value  # pydantic gives no place to a field name that isn't Unicode
+    if kind == "problem":
+        return f"{field}: {error['ctx']['text']}"
+    if kind == "missing":
+        return f"{field}: is missing."
+    if field not in FIELDS:
+        return f"{field}: is no known field, use {', '.join(FIELDS)}."
+    expected = {int: "a whole number", float: "a number"}.get(NUMBERS.get(str(field), str), "text")
+    return f"{field}: expected {expected}, found {value!r:.60}."
 
 
 def _text_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -173,8 +201,11 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             cells = [cell.strip() for cell in cells]
             if not header:
                 header = cells
-                if unknown := [cell for cell in header if cell not in KINDS]:
-                    yield line, f"column {unknown[0]!r} is no known field, use {', '.join(KINDS)}, separated by commas."
+                if unknown := [cell for cell in header if cell not in FIELDS]:
+                    yield (
+                        line,
+                        f"column {unknown[0]!r} is no known field, use {', '.join(FIELDS)}, separated by commas.",
+                    )
                     return
                 if len(set(header)) < len(header):
                     yield line, "a column occurs twice."
@@ -182,19 +213,16 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             elif len(cells) > len(header):
                 yield line, f"has {len(cells)} cells, the header {len(header)}: quote a cell that has a comma in it."
             elif any(cells):
-                yield (
-                    line,
-                    {field: _typed(cell, KINDS[field]) for field, cell in zip(header, cells, strict=False) if cell},
-                )
+                yield line, {field: _typed(field, cell) for field, cell in zip(header, cells, strict=False) if cell}
             line = reader.line_num + 1
     except csv.Error as error:
         yield line, f"is not CSV ({error})."
 
 
-def _typed(cell: str, kind: type) -> str | int | float:
-    """A cell as its field's type, or as it is where it can't be: the check names it then."""
+def _typed(field: str, cell: str) -> str | int | float:
+    """A cell as its field's type, or as text where it can't be: the check says so then."""
     try:
-        return kind(cell)
+        return NUMBERS.get(field, str)(cell)
     except ValueError:
         return cell
 

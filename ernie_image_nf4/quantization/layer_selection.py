@@ -1,8 +1,8 @@
-"""What becomes of each tensor of a component, decided on a model without storage before a weight is read.
+"""Which tensors of a component become NF4, decided on a model without storage before a weight is read.
 
-Which linear layers bitsandbytes replaces, under which names weights are saved and what the configs say are questions that
-diffusers and transformers answer themselves here, so that the result is what their ``from_pretrained`` with a quantization
-config, followed by ``save_pretrained``, would give.
+diffusers and transformers themselves say which linear layers bitsandbytes replaces, under which names weights are
+saved, and what the configs hold. So the result is what ``from_pretrained`` with a quantization config and
+``save_pretrained`` would give.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -28,9 +29,9 @@ from ..repository.resolve import is_quantized, weight_files
 from ..repository.safetensors_io import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
 
 QUANTIZATION = Quantization()
-# Linear layers that keep their precision unless that is asked not to be. final_linear makes a quarter of the error of the mini's
-# predictions with 0.02% of the full-size transformer's bytes (benchmarks/nf4_sensitivity.json). The other two cost 1.7% and made
-# no difference there.
+# Linear layers that keep their precision by default. final_linear makes a quarter of the error of the mini's
+# predictions, with 0.02% of the full-size transformer's bytes (benchmarks/nf4_sensitivity.json). The other two cost
+# 1.7% and made no difference there.
 DEFAULT_KEEP = (
     "transformer.final_linear",
     "transformer.text_proj",
@@ -45,8 +46,8 @@ class WeightPlan:
     Attributes:
         model: The model without storage, its linear layers replaced and its config completed.
         tensors: Name in the output -> where the source has it.
-        quantized: The names that become NF4; all others are copied.
-        kept_modules: Names of linear layers that were asked to stay in original precision.
+        quantized: The names that become NF4. All others are copied.
+        kept_modules: Names of linear layers that were asked to keep their precision.
     """
 
     model: torch.nn.Module
@@ -56,7 +57,7 @@ class WeightPlan:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor of the output, NF4 settings at their largest possible size."""
-        specs = {}
+        specs: dict[str, TensorSpec] = {}
         for name, stored in self.tensors.items():
             parts = {"": stored.spec}
             if name in self.quantized:
@@ -66,13 +67,13 @@ class WeightPlan:
 
 
 def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -> WeightPlan:
-    """Decides which tensors of a component become NF4, and under which names all of them are saved.
+    """Decide which tensors of a component become NF4, and under which names all of them are saved.
 
     Args:
-        source: Folder of the original repository. Of the component only configs and headers are read, and a tied weight that is
-            stored twice.
+        source: Folder of the original repository. Only the component's configs and headers are read, and a tied weight
+            that is stored twice.
         component: One that is to be quantized.
-        keep: Globs over full names of linear layers, as in `quantize.quantize`.
+        keep: Globs over full names of linear layers, as in `convert.quantize`.
 
     Raises:
         InvalidRepository: It is quantized already, or a tensor is missing or has an unexpected shape or dtype.
@@ -84,31 +85,8 @@ def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -
     dtype = _main_dtype(folder, stored)
     model = skeleton(component, folder)
     model = model.to(dtype) if component.library == "transformers" else model
-    state, names = model.state_dict(), saved_names(model)
-    for alias, key in tied_weights(model).items():
-        if {alias, names[key]} <= stored.keys() and not _same_values(stored[alias], stored[names[key]]):
-            names[alias] = alias  # from_pretrained doesn't tie them then, whatever the config says
-        elif alias in stored:
-            stored.setdefault(names[key], stored[alias])
-
-    tensors = {}
-    for key, name in names.items():
-        found = stored.get(name) or stored.get(key)
-        if found is None:
-            raise InvalidRepository(
-                f"{folder} has no tensor {name}, which {component.class_name} needs: download it again."
-            )
-        if found.spec.shape != tuple(state[key].shape):
-            raise InvalidRepository(
-                f"{found.file}: tensor {name} has shape {list(found.spec.shape)}, but {component.config} asks for "
-                f"{list(state[key].shape)}: download both again."
-            )
-        if state[key].is_floating_point() and DTYPES[found.spec.dtype] not in nf4.DTYPES:
-            raise InvalidRepository(
-                f"{found.file}: tensor {name} is {found.spec.dtype}: convert the source to BF16, F16 or F32 first."
-            )
-        tensors[name] = found
-
+    state, names = model.state_dict(), _output_names(model, stored)
+    tensors = {name: _find_tensor(folder, component, stored, key, name, state[key]) for key, name in names.items()}
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = [name for name in linear if any(matches(f"{component.name}.{name}", pattern) for pattern in keep)]
     with upstream_lock:
@@ -116,8 +94,13 @@ def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -
     return WeightPlan(model, tensors, frozenset(names[f"{name}.weight"] for name in replaced), kept)
 
 
-def save_configs(model: torch.nn.Module, folder: Path) -> None:
-    """Writes the config files that ``save_pretrained`` writes."""
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob names a linear layer or a module above it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def save_configs(model: Any, folder: Path) -> None:
+    """Write the config files that ``save_pretrained`` writes."""
     if not isinstance(model, transformers.PreTrainedModel):
         model.save_config(folder)
         return
@@ -129,18 +112,51 @@ def save_configs(model: torch.nn.Module, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a glob names a linear layer or a module above it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+def _output_names(model: torch.nn.Module, stored: dict[str, StoredTensor]) -> dict[str, str]:
+    """State dict key -> name in the output.
+
+    A tied weight that the source stores a second time with other values is untied, as ``from_pretrained`` does whatever
+    the config says. One that is stored under its second name alone is added to `stored` under the first.
+    """
+    names = saved_names(model)
+    for alias, key in tied_weights(model).items():
+        if {alias, names[key]} <= stored.keys() and not _same_values(stored[alias], stored[names[key]]):
+            names[alias] = alias
+        elif alias in stored:
+            stored.setdefault(names[key], stored[alias])
+    return names
 
 
-def _replace_linear_layers(
-    model: torch.nn.Module, component: Component, dtype: torch.dtype, kept: Iterable[str]
-) -> list[str]:
-    """Has the library put bitsandbytes layers into the model and note it in the config; returns their names.
+def _find_tensor(
+    folder: Path, component: Component, stored: dict[str, StoredTensor], key: str, name: str, expected: torch.Tensor
+) -> StoredTensor:
+    """The source's tensor, by its name in the output or its state dict key.
 
-    The layers to keep go into the config by their full names, which both libraries match from the start of a name. If
-    transformers gets such a list it no longer adds its own choice (output embeddings, tied weights), so that is put in here.
+    Raises:
+        InvalidRepository: It isn't there, or has an unexpected shape or dtype.
+    """
+    found = stored.get(name) or stored.get(key)
+    if found is None:
+        raise InvalidRepository(
+            f"{folder} has no tensor {name}, which {component.class_name} needs: download it again."
+        )
+    if found.spec.shape != tuple(expected.shape):
+        raise InvalidRepository(
+            f"{found.file}: tensor {name} has shape {list(found.spec.shape)}, but {component.config} asks for "
+            f"{list(expected.shape)}: download both again."
+        )
+    if expected.is_floating_point() and DTYPES[found.spec.dtype] not in nf4.DTYPES:
+        raise InvalidRepository(
+            f"{found.file}: tensor {name} is {found.spec.dtype}: convert the source to BF16, F16 or F32 first."
+        )
+    return found
+
+
+def _replace_linear_layers(model: Any, component: Component, dtype: torch.dtype, kept: Iterable[str]) -> list[str]:
+    """Let the library put bitsandbytes layers into the model and settings into its config. Returns the layers' names.
+
+    Layers to keep go into the config by their full names, which both libraries match from the start of a name. Given
+    such a list, transformers no longer adds its own choice (output embeddings, tied weights), so that is added here.
     """
     skip = list(kept)
     if component.library == "diffusers":

@@ -1,4 +1,4 @@
-"""The model card of a quantized repository, made from its metadata, and what the original's card says."""
+"""The model card of a quantized repository, made from its metadata, and the origin and licence of the original."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SEARCHED_SCALES = (
     "Each block's scale, of either sign, was searched for the least squared error, in the same format and size."
 )
 CALIBRATED_CODES = (
-    "The transformer's codes were calibrated: rounded for the least error of what its layers give while {prompts} prompts are drawn. "
-    "Its weights are farther from the original for that, its predictions nearer."
+    "The transformer's codes were calibrated: rounded for the least error of what its layers give while "
+    "{prompts} prompts are drawn. Its weights are farther from the original for that, its predictions nearer."
 )
 PROMPT = "A realistic orange kitten sits on a wooden desk, soft natural lighting, centered composition."
 
@@ -66,15 +66,19 @@ def model_card(metadata: Metadata) -> str:
 
 
 def describe_source(folder: Path, token: str | bool | None = None) -> Source:
-    """Where a source folder came from: a snapshot in the Hub cache says so in its path, its card has the licence.
+    """Where a source folder came from, by its path if it is a snapshot in the Hub cache, and its licence, by its card.
 
-    The card and licence of a Hub repository are downloaded into the same snapshot if they aren't there.
+    Card and licence of a Hub repository are downloaded into the snapshot if they aren't there.
+
+    Args:
+        folder: The original repository.
+        token: Hub token, or True for the stored one.
     """
     repository, revision = folder.resolve().name, None
     if folder.parent.name == "snapshots":
         repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         revision = folder.name
-        with suppress(HTTPError, OSError):  # off the network what the cache has must do
+        with suppress(HTTPError, OSError):  # without network, what the cache has is used
             snapshot_download(
                 repository,
                 revision=revision,
@@ -90,13 +94,13 @@ def describe_source(folder: Path, token: str | bool | None = None) -> Source:
 
 
 def license_file(folder: Path, license: str | None) -> Path | None:
-    """The licence text that goes with the weights: the source's own file, or the text of Apache-2.0 if its card names that."""
+    """The licence text for the weights: the source's own file, or that of Apache-2.0 if its card names it."""
     own = sorted(path for path in folder.glob(f"{LICENSE}*") if path.is_file())
     return own[0] if own else PACKAGE_LICENSE if license == "apache-2.0" else None
 
 
 def _front_matter(source: Source) -> dict[str, object]:
-    """YAML keys of the Hub. Only a Hub repository can be named as the base model."""
+    """YAML keys that the Hub reads. Only a Hub repository can be a base model."""
     base = {"base_model": source.repository, "base_model_relation": "quantized"} if "/" in source.repository else {}
     return {
         "license": source.license or "unknown",
@@ -129,9 +133,8 @@ def _demo(metadata: Metadata) -> str:
     for part in quantized:
         imports.setdefault(part.library, []).append(part.class_name)
     lines = [f"from {library} import {', '.join(sorted(names))}" for library, names in sorted(imports.items())]
-    lines.append(
-        f'\nmodel = "{metadata.name}"  # this repository as a folder, or its Hub id with subfolder=... for each component'
-    )
+    where = "this repository as a folder, or its Hub id with subfolder=... for each component"
+    lines.append(f'\nmodel = "{metadata.name}"  # {where}')
     for part in quantized:
         lines.append(
             f"{part.name} = {part.class_name}.from_pretrained(\n"

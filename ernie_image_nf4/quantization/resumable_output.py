@@ -1,8 +1,8 @@
-"""A folder made of parts that appear whole or not at all, and a memory of the finished ones that outlives a killed process.
+"""An output folder whose parts appear whole or not at all, and that an interrupted run can go on with.
 
-Each part is made in a work folder inside the output and moved to its name when it is complete. What is finished is noted, with
-sizes and digests, in a state file that is replaced atomically. A lock, which the system drops with the process that holds it,
-keeps a second run out.
+Each part is made in a work folder inside the output and renamed when it is complete. Finished components are recorded,
+with sizes and digests, in a state file that is replaced atomically. A lock, which the system drops with the process
+that holds it, keeps a second run out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LOCK = "lock"
 
 
 @dataclass
-class Staging:
-    """An output folder in the making.
+class ResumableOutput:
+    """An output folder while it is written.
 
     Attributes:
         output: The folder.
-        job: What is being made from what; only a run of the same job may go on with it.
+        job: Everything that shapes the output. Only a run of an equal job may go on with it.
         records: The finished components.
     """
 
@@ -44,19 +44,20 @@ class Staging:
 
     @property
     def work(self) -> Path:
+        """Folder in which parts are made."""
         return self.output / WORK_FOLDER
 
     def finish(self, name: str, record: ComponentRecord) -> None:
-        """Notes that component `name` is complete in the work folder, then moves it to its name."""
+        """Record that component `name` is complete in the work folder, then move it to the output."""
         self.records[name] = record
         self.save()
         self.place(name)
 
     def is_finished(self, name: str) -> bool:
-        """Whether an earlier run finished the component: its files are read and compared with what was noted then."""
+        """Whether an earlier run finished the component: its files are read and compared with their records."""
         if name not in self.records:
             return False
-        if (self.work / name).is_dir():  # that run was killed between noting and moving
+        if (self.work / name).is_dir():  # killed between recording and moving
             self.place(name)
         if (self.output / name).is_dir() and folder_records(self.output / name) == self.records[name].files:
             return True
@@ -64,30 +65,67 @@ class Staging:
         return False
 
     def place(self, name: str) -> None:
-        """Moves a complete file or folder from the work folder to its name in the output."""
+        """Move a complete file or folder from the work folder to the output."""
         _remove(self.output / name)
         os.replace(self.work / name, self.output / name)
 
     def save(self) -> None:
-        """Replaces the state file."""
+        """Replace the state file."""
         records = {name: dataclasses.asdict(record) for name, record in self.records.items()}
         new = self.work / f"{STATE}.new"
         new.write_text(json.dumps({"job": self.job, "records": records}), encoding="utf-8")
         os.replace(new, self.work / STATE)
 
+    def discard_unfinished(self) -> None:
+        """Remove what the work folder holds of parts that aren't finished."""
+        for path in self.work.iterdir():
+            if path.name not in (STATE, LOCK, *self.records):
+                _remove(path)
+
 
 @contextmanager
-def staging(output: Path, job: dict[str, Any]) -> Iterator[Staging | None]:
-    """Opens an output folder for a job, new or where an earlier run of the same job left off, and clears up afterwards.
+def resumable_output(output: Path, job: dict[str, Any]) -> Iterator[ResumableOutput | None]:
+    """Open an output folder for a job, new or where an earlier run of the same job left off, and clean up at the end.
 
-    If the job fails, what it finished stays for the next run; if it finished nothing, all it made is removed.
+    After an error finished components stay for the next run. If there are none, everything that was made is removed.
 
     Yields:
-        The folder in the making, or None if an earlier run had made all of it and was killed while clearing up.
+        The folder, or None if an earlier run finished it and was killed while cleaning up.
 
     Raises:
-        InvalidSettings: The folder holds something else, another process is at work in it, or it can't be written.
+        InvalidSettings: The folder holds something else, another process works in it, or it can't be written.
     """
+    work = output / WORK_FOLDER
+    lock = _lock(output)
+    try:
+        state = _read_state(output)
+        complete = state is None and (output / MODEL_INDEX).exists()
+        made = None if complete else _resume(output, job, state)
+        try:
+            yield made
+        except BaseException:
+            if made and made.records:
+                made.discard_unfinished()
+                raise
+            _remove(work / STATE)
+            lock.release(force=True)  # Windows removes no open file
+            _remove(work)
+            if not any(output.iterdir()):
+                output.rmdir()
+            raise
+        _remove(work / STATE)  # from here on the folder counts as finished
+    finally:
+        lock.release(force=True)
+    _remove(work)
+
+
+def folder_records(folder: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file in a component's folder, by name."""
+    return {path.name: file_record(path) for path in sorted(folder.iterdir())}
+
+
+def _lock(output: Path) -> FileLock:
+    """The lock of an output folder, acquired. The folder is made if it isn't there."""
     work = output / WORK_FOLDER
     if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidSettings(
@@ -102,29 +140,7 @@ def staging(output: Path, job: dict[str, Any]) -> Iterator[Staging | None]:
         raise InvalidSettings(f"Another run is writing to {output}: wait for it, or name another folder.") from None
     except OSError as error:
         raise InvalidSettings(f"{output} can't be written ({error.strerror}): name another folder.") from None
-    with lock:
-        state = _read_state(output)
-        complete = state is None and (output / MODEL_INDEX).exists()
-        made = None if complete else _resume(output, job, state)
-        try:
-            yield made
-        except BaseException:
-            if made and made.records:
-                _discard_unfinished(made)
-                raise
-            _remove(work / STATE)
-            lock.release()
-            _remove(work)
-            if not any(output.iterdir()):
-                output.rmdir()
-            raise
-        _remove(work / STATE)  # from here on the folder counts as finished
-    _remove(work)
-
-
-def folder_records(folder: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file in a component's folder, by name."""
-    return {path.name: file_record(path) for path in sorted(folder.iterdir())}
+    return lock
 
 
 def _read_state(output: Path) -> dict[str, Any] | None:
@@ -132,9 +148,9 @@ def _read_state(output: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _resume(output: Path, job: dict[str, Any], state: dict[str, Any] | None) -> Staging:
-    """What an earlier run of the same job noted, without what it left half done."""
-    made = Staging(output, job)
+def _resume(output: Path, job: dict[str, Any], state: dict[str, Any] | None) -> ResumableOutput:
+    """What an earlier run of the same job finished, without its unfinished parts."""
+    made = ResumableOutput(output, job)
     if state:
         if differing := [key for key in job if job[key] != state["job"].get(key)]:
             raise InvalidSettings(
@@ -144,15 +160,9 @@ def _resume(output: Path, job: dict[str, Any], state: dict[str, Any] | None) -> 
         for name, record in state["records"].items():
             files = {file: FileRecord(**value) for file, value in record.pop("files").items()}
             made.records[name] = ComponentRecord(files=files, **record)
-    _discard_unfinished(made)
+    made.discard_unfinished()
     made.save()
     return made
-
-
-def _discard_unfinished(made: Staging) -> None:
-    for path in made.work.iterdir():
-        if path.name not in (STATE, LOCK, *made.records):
-            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The ERNIE-Image architecture with random weights: a complete original-precision repository, without the download.
+"""A complete original-precision repository of the ERNIE-Image architecture, with random weights instead of a download.
 
-At full size it has the published configs and byte counts, so that every speed and memory figure can be made by anyone; at tiny
-size it serves the tests. It draws noise.
+At full size it has the published configs and byte counts: everybody can repeat the figures on speed and memory with it.
+At tiny size it serves the tests. It draws noise.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ CHUNK = 1 << 25  # values drawn at a time: 128 MiB in float32
 SHARD_BYTES = 10_000_000_000  # diffusers' default limit, which splits the full transformer in two as the release does
 SHARDED = "transformer"
 
-# Special tokens fill the first twelve places, the padding token that of the published prompt enhancer config.
+# Special tokens fill the first twelve places, so that the padding token has its place in the published prompt enhancer
+# config.
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", *(f"<reserved_{place}>" for place in range(3, 11)), "<pad>"]
-# Token limits: the pipeline lets the prompt enhancer generate as many new tokens as its tokenizer's.
+# The limit of pe_tokenizer is also the number of new tokens that the pipeline lets the prompt enhancer generate.
 MODEL_MAX_LENGTH = {"full": {"tokenizer": 1024, "pe_tokenizer": 256}, "tiny": {"tokenizer": 64, "pe_tokenizer": 16}}
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -48,7 +49,8 @@ pipeline_tag: text-to-image
 ---
 # {name}
 
-The architecture of `baidu/ERNIE-Image` ({preset} size) with random weights, seed {seed}: for tests and measurements. It draws noise.
+The architecture of `baidu/ERNIE-Image` ({preset} size) with random weights, seed {seed}: for tests and measurements. \
+It draws noise.
 """
 
 
@@ -61,17 +63,18 @@ def synthesize(
     duplicate_lm_head: bool = True,
     progress: bool = True,
 ) -> Path:
-    """Writes an original-precision repository with random bfloat16 weights.
+    """Write an original-precision repository with random bfloat16 weights.
 
-    Linear, convolution and embedding weights are normal with standard deviation 0.02, drawn on the GPU if there is one. The
-    same seed gives the same weights on the same kind of device.
+    Weights of linear layers, convolutions and embeddings are normal with standard deviation 0.02, drawn on the GPU if
+    there is one. The same seed gives the same weights on the same kind of device.
 
     Args:
         output: Folder to write, new or empty.
         preset: ``"full"``, the published configs (31.6 GB), or ``"tiny"`` (3 MB).
         seed: Non-negative seed of the weights.
         shards: Whether to write the transformer in two shards with an index, as the release does.
-        duplicate_lm_head: Whether to store the tied ``lm_head`` of the prompt enhancer a second time, as the release does.
+        duplicate_lm_head: Whether to store the tied ``lm_head`` of the prompt enhancer a second time, as the release
+            does.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -101,7 +104,12 @@ def synthesize(
 
 
 def tensor_specs(model: torch.nn.Module, duplicate_lm_head: bool) -> dict[str, TensorSpec]:
-    """All tensors of a model by the name under which ``save_pretrained`` would write them."""
+    """Every tensor of a model, by the name under which ``save_pretrained`` would write it.
+
+    Args:
+        model: The model, without storage.
+        duplicate_lm_head: Whether a tied weight is stored a second time.
+    """
     state, names = model.state_dict(), saved_names(model)
     if duplicate_lm_head:
         names |= {alias: alias for alias in tied_weights(model)}
@@ -110,7 +118,7 @@ def tensor_specs(model: torch.nn.Module, duplicate_lm_head: bool) -> dict[str, T
 
 
 def _parts(specs: dict[str, TensorSpec], shards: bool) -> list[dict[str, TensorSpec]]:
-    """The tensors of each file: all of them in one, or two files, the first filled up to the limit of a shard."""
+    """The tensors of each file: one file, or two shards, the first filled up to the limit."""
     if not shards:
         return [specs]
     limit = min(SHARD_BYTES, sum(spec.bytes for spec in specs.values()) * 5 // 8)
@@ -131,7 +139,7 @@ def _write_weights(
     seed: int,
     progress: bool,
 ) -> None:
-    """Writes the files of one component, and their index where there are several; `aliases` have the values of others."""
+    """Write the files of one component, with an index if there are several. `aliases` get other tensors' values."""
     stem = weights.removesuffix(".safetensors")
     shard_names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     names = shard_names if len(parts) > 1 else [weights]
@@ -152,7 +160,7 @@ def _write_weights(
 
 
 def _random(name: str, spec: TensorSpec) -> Iterator[torch.Tensor]:
-    """Random values for one tensor, in pieces; its name seeds them. Scales and variances are one, counters zero."""
+    """Random values for one tensor, in pieces, seeded by its name. Scales and variances are one, other vectors zero."""
     dtype, count = DTYPES[spec.dtype], prod(spec.shape)
     if len(spec.shape) < 2:
         one = name.endswith(("weight", "running_var"))

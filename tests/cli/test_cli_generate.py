@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 
 import ernie_image_nf4
-from ernie_image_nf4.generation.single import Settings, draw, initial_latents, output_paths
+from ernie_image_nf4.generation.image_file import output_paths
+from ernie_image_nf4.generation.seeding import initial_latents
+from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.generation.single import draw
 from ernie_image_nf4.repository.metadata import read_metadata
 
 SMALL = ("--height", 32, "--width", 48, "--steps", 2, "--device", "cpu")

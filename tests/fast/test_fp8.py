@@ -35,8 +35,9 @@ from ernie_image_nf4.fast.products import (
 from ernie_image_nf4.fast.transformer import disable_fast_denoising, enable_fast_denoising, several_pictures
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.generation.single import draw_and_save
+from ernie_image_nf4.quantization.scale_search import quantize_nf4
 from ernie_image_nf4.repository.components import MODEL_INDEX
-from ernie_image_nf4.repository.nf4_format import block_scales, quantize_nf4
+from ernie_image_nf4.repository.nf4_format import block_scales
 
 CHECKOUT = Path(__file__).parents[2]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -1,4 +1,4 @@
-"""Many prompts: pictures that depend on their row alone, a manifest to go on from, and failures that stay where they are."""
+"""Many prompts: pictures that depend on their row alone, runs that go on, and failures that spoil nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,36 +21,24 @@ from accelerate import PartialState
 from conftest import CHECKOUT
 from PIL import Image
 
-from ernie_image_nf4 import generate_batch, load
+from ernie_image_nf4 import Row, generate_batch, load
 from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.fast.prompt_enhancer import Decoder, enable_fast_decoding
-from ernie_image_nf4.generation import batch
-from ernie_image_nf4.generation.batch import (
+from ernie_image_nf4.generation.batch import process_device
+from ernie_image_nf4.generation.contact_sheet import save_contact_sheet
+from ernie_image_nf4.generation.image_file import save_png
+from ernie_image_nf4.generation.manifest import (
     MANIFEST,
-    MAX_BATCH,
-    Picture,
     Record,
-    append,
-    choose_batch_size,
-    choose_writers,
-    dealt,
-    enhance,
-    enhance_all,
-    groups,
-    merge_manifests,
-    plan_pictures,
-    process_device,
     read_manifest,
-    save_contact_sheet,
-    slug,
-    to_json,
 )
-from ernie_image_nf4.generation.prompt_file import Row
-from ernie_image_nf4.generation.single import Settings, draw, save_png
+from ernie_image_nf4.generation.schedule import (
+    MAX_BATCH,
+    plan_pictures,
+)
+from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.generation.single import draw
 from ernie_image_nf4.memory.offload import enable_offload
-from ernie_image_nf4.memory.placement import GIB
-from ernie_image_nf4.memory.tensor_arena import HostArena
-from ernie_image_nf4.upstream.offloading import hook_of
+from ernie_image_nf4.memory.tensor_arena import HostWeights
 
 DEFAULTS = Settings("", "", 32, 32, 2, 3.0, seed=0)
 ROWS = [
@@ -131,8 +118,8 @@ def test_the_manifest_has_a_record_of_each_picture(whole):
 def test_a_line_of_the_manifest_is_flat(whole):
     line = json.loads((whole / MANIFEST).read_text(encoding="utf-8").splitlines()[1])
     assert list(line) == [
-        "file", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "seed", "use_pe", "model",
-        "revised_prompt", "seconds", "batch_size", "sha256", "fp8", "error",
+        "file", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "seed",
+        "use_pe", "model", "revised_prompt", "seconds", "batch_size", "sha256", "fp8", "error",
     ]  # fmt: skip
     assert (line["prompt"], line["seed"], line["model"]) == ("一只橙色的小猫坐在木桌上", 7, "ERNIE-Tiny-NF4")
 
@@ -162,7 +149,7 @@ def test_several_pictures_a_row_count_their_seeds_up(pipe, tmp_path):
 
 
 def test_the_pipeline_and_torch_are_left_as_they_were(pipe, tmp_path):
-    state, attributes, meanwhile = torch.get_rng_state(), set(vars(pipe)), set()
+    state, attributes, meanwhile = torch.get_rng_state(), vars(pipe) | {"_guidance_scale": None}, set()
     torch.set_num_threads(2)
     try:
         with broken(pipe, lambda _: meanwhile.add(torch.get_num_threads())):
@@ -171,8 +158,14 @@ def test_the_pipeline_and_torch_are_left_as_they_were(pipe, tmp_path):
     finally:
         torch.set_num_threads(1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(vars(pipe)) - attributes <= {"_progress_bar_config", "_guidance_scale"}
-    assert not pipe._progress_bar_config.get("disable")
+    assert vars(pipe) | {"_guidance_scale": None} == attributes
+
+
+def test_only_the_calls_of_a_group_have_no_progress_bar(pipe, tmp_path, capfd):
+    for _ in generate_batch(pipe, ROWS[:2], tmp_path, height=32, width=32, steps=2, guidance=1.0, use_pe=False):
+        assert capfd.readouterr().err == ""
+        pipe("a cat", height=32, width=32, num_inference_steps=1, guidance_scale=1.0, use_pe=False)
+        assert "1/1" in capfd.readouterr().err
 
 
 def test_a_contact_sheet_shows_every_picture(whole):
@@ -221,19 +214,6 @@ def test_a_manifest_of_another_kind_is_left_alone(pipe, tmp_path):
     with pytest.raises(InvalidSettings, match="line 1 is no record of a picture: move the file away"):
         run(pipe, tmp_path)
     assert (tmp_path / MANIFEST).read_text() == '{"name": "somebody else\'s"}\n'
-
-
-def test_manifests_of_several_processes_become_one(tmp_path):
-    records = [Record(f"000{number}.png", "mini", DEFAULTS, sha256=str(number)) for number in range(4)]
-    for record in records[::-1]:
-        append(tmp_path / f"manifest.{int(record.sha256) % 2}.jsonl", record)
-    append(tmp_path / "manifest.1.jsonl", Record("0003.png", "mini", DEFAULTS, error="bad luck"))
-    merge_manifests(tmp_path)
-    failed = Record("0003.png", "mini", DEFAULTS, error="bad luck")
-    assert read_manifest(tmp_path / MANIFEST) == [*records[:3], failed]
-    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
-    merge_manifests(tmp_path, failed=False)
-    assert (tmp_path / MANIFEST).read_text() == "".join(f"{to_json(record)}\n" for record in records[:3])
 
 
 # What fails
@@ -313,98 +293,6 @@ def test_an_output_folder_that_is_a_file(pipe, tmp_path):
 
 
 # Decisions
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("An Orange  cat, on_a desk!", "an-orange-cat-on-a-desk"),
-        ("一只橙色的小猫,坐在木桌上", "一只橙色的小猫-坐在木桌上"),
-        ("../../etc/passwd", "etc-passwd"),
-        ("🐱", ""),
-        ("word " * 20, "word-word-word-word-word-word-word-word"),
-        ("字" * 50, "字" * 40),
-    ],
-)
-def test_slugs(prompt, expected):
-    assert slug(prompt) == expected
-
-
-def test_a_prompt_without_words_leaves_the_number():
-    assert [picture.file for picture in plan_pictures([Row("🐱")], DEFAULTS)] == ["0001.png"]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("memory", ["resident", pytest.param("offload", marks=pytest.mark.gpu)])
-def test_texts_written_together_are_those_of_single_mode(repository, monkeypatch, device, memory):
-    if device == "cpu" and memory != "resident":
-        pytest.skip("a CPU has no offloading")
-    pipe = load(repository, device=device, memory=memory)
-    if device == "cpu":
-        enable_fast_decoding(pipe.pe)
-    rows = [Row("a cat", seed=3), Row("一只猫", seed=4), Row("a dog", seed=3), Row("a very long prompt " * 9, seed=9)]
-    settings = [
-        picture.settings for picture in plan_pictures(rows, Settings("", "", 64, 64, 1, 1.0, seed=0, use_pe=True))
-    ]
-    settings.insert(2, replace(settings[0], use_pe=False))
-    expected = [enhance(pipe, each) for each in settings]
-    calls, together = [], Decoder.generate_together
-    monkeypatch.setattr(Decoder, "generate_together", lambda *args: calls.append(args) or together(*args))
-    monkeypatch.setattr(batch, "find_writers", lambda pipe: 3)
-    assert enhance_all(pipe, settings) == expected
-    assert expected[2] is None
-    assert len(set(expected)) == len(expected)
-    assert [len(requests) for _, requests, _, _ in calls] == [4]
-
-
-def test_texts_are_written_one_by_one_where_several_take_too_much_memory(repository, monkeypatch):
-    pipe = load(repository, device="cpu")
-    enable_fast_decoding(pipe.pe)
-    settings = [Settings("a cat", "", 64, 64, 1, 1.0, seed=seed, use_pe=True) for seed in range(2)]
-
-    def out_of_memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(batch, "find_writers", lambda pipe: 2)
-    monkeypatch.setattr(Decoder, "generate_together", out_of_memory)
-    assert enhance_all(pipe, settings) == [enhance(pipe, each) for each in settings]
-
-
-@pytest.mark.parametrize(("free_gib", "count"), [(0.5, 1), (1.9, 1), (2.2, 2), (80, 4)])
-def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
-    assert choose_writers(free_gib * GIB) == count
-    assert choose_writers(None) == 1
-
-
-@pytest.mark.parametrize(
-    ("side", "free", "expected"),
-    [
-        (512, None, 1),
-        (512, 60 * GIB, MAX_BATCH),
-        (512, 3 * GIB, 4),
-        (1024, 6 * GIB, 2),
-        (1024, 1 * GIB, 1),
-        (512, 0, 1),
-    ],
-)
-def test_a_batch_fits_the_memory(side, free, expected):
-    assert choose_batch_size(side * side, free) == expected
-
-
-def shaped(number: int, height: int) -> Picture:
-    return Picture(f"{number}.png", Settings("", "", height, 32, 1, 1.0, seed=number))
-
-
-def test_batches_are_of_one_shape_and_groups_of_several_batches():
-    pictures = [shaped(number, 32 if number % 3 else 16) for number in range(10)]
-    found = [[[p.file[0] for p in batch] for batch in group] for group in groups(pictures, lambda _: 2, least=4)]
-    assert found == [[["0", "3"], ["6", "9"]], [["1", "2"], ["4", "5"]], [["7", "8"]]]
-
-
-def test_every_process_gets_its_share_of_each_size():
-    order = dealt([shaped(number, 16 if number < 5 else 32) for number in range(10)], 2)
-    assert [picture.settings.height for picture in order[:5]] == [16, 16, 16, 32, 32]
-    assert [picture.settings.height for picture in order[5:]] == [16, 16, 32, 32, 32]
 
 
 def test_one_process_draws_on_the_device_that_was_asked_for():
@@ -538,16 +426,16 @@ def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeyp
         enable_offload(offloaded, torch.device("cpu"))
     arrivals = []
     names = {
-        id(hook_of(getattr(offloaded, name)).weights.arena): name for name in ("pe", "text_encoder", "transformer", "vae")
+        id(getattr(offloaded, name)._hf_hook.weights): name for name in ("pe", "text_encoder", "transformer", "vae")
     }
-    prefetch = HostArena.prefetch
+    prefetch = HostWeights.prefetch
 
-    def recorded(arena: HostArena, stream: torch.cuda.Stream | None) -> None:
-        if not arena.device_blocks:
-            arrivals.append(names[id(arena)])
-        prefetch(arena, stream)
+    def recorded(weights: HostWeights, stream: torch.cuda.Stream | None) -> None:
+        if not weights.on_device:
+            arrivals.append(names[id(weights)])
+        prefetch(weights, stream)
 
-    monkeypatch.setattr(HostArena, "prefetch", recorded)
+    monkeypatch.setattr(HostWeights, "prefetch", recorded)
     records = run(offloaded, tmp_path, [Row("a cat", seed=seed) for seed in range(6)], batch_size=2)
     assert {record.batch_size for record in records} == {2}
     assert arrivals == ["pe", "text_encoder", "transformer", "vae"]

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.errors import DeviceUnavailable
-from ernie_image_nf4.generation.single import Settings, draw
+from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.generation.single import draw
 from ernie_image_nf4.memory.placement import GIB
 from ernie_image_nf4.repository.components import MODEL_INDEX
 

@@ -1,4 +1,4 @@
-"""Calibrated rounding lowers the error of what layers give, in the same format and bytes; and what `quantize` keeps by default."""
+"""Calibration lowers the error of predictions, in the same format and bytes. And what `quantize` keeps by default."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -22,14 +23,15 @@ from safetensors.torch import load_file
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.loading.pipeline import DTYPE_ARGUMENT, _diffusers_nf4_on
-from ernie_image_nf4.quantization import gptq as calibration
+from ernie_image_nf4.quantization import calibration_data
+from ernie_image_nf4.quantization.calibration import LayerRounding, calibrate_transformer, round_layers
+from ernie_image_nf4.quantization.calibration_data import Sample, conditions, record_samples
 from ernie_image_nf4.quantization.convert import quantize
-from ernie_image_nf4.quantization.gptq import calibrate_transformer, record_samples, round_layers, round_weight
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.metadata import Recommended, read_metadata
-from ernie_image_nf4.repository.nf4_format import QUANT_STATE, quantize_nf4, stored_specs
+from ernie_image_nf4.repository.nf4_format import QUANT_STATE, stored_specs
 from ernie_image_nf4.repository.safetensors_io import find_tensors, read_tensor
 
 TRANSFORMER = COMPONENT["transformer"]
@@ -38,24 +40,8 @@ SETTINGS = Recommended(64, 64, 4, 4.0)
 CPU = torch.device("cpu")
 
 
-def products_error(weight: torch.Tensor, made: tuple, inputs: torch.Tensor, given: torch.Tensor) -> float:
-    """Squared error of the products of NF4 with what it is given, beside those of the weight with the right inputs."""
-    restored = dequantize_4bit(*made).float()
-    return (inputs @ weight.float().T - given @ restored.T).square().sum().item()
-
-
 @pytest.fixture(scope="module")
-def layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight (96, 256), correlated inputs (4096, 256), and the same with errors that depend on them."""
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(256, 256, generator=generator) * torch.linspace(0, 1, 256) ** 2
-    inputs = torch.randn(4096, 256, generator=generator) @ mix
-    given = inputs + 0.05 * inputs @ torch.randn(256, 256, generator=generator) / 16
-    return torch.randn(96, 256, generator=generator).bfloat16(), inputs, given
-
-
-@pytest.fixture(scope="module")
-def samples(original: Path) -> list[calibration.Sample]:
+def samples(original: Path) -> list[Sample]:
     return record_samples(original, PROMPTS, SETTINGS, CPU, progress=False)
 
 
@@ -66,68 +52,11 @@ def calibrated(original: Path) -> Path:
     return quantize(original, output, device="cpu", calibrate=PROMPTS, recommended=SETTINGS, progress=False)
 
 
-# One layer
-
-
-def test_products_have_less_than_half_the_error_of_searched_scales(layer: tuple) -> None:
-    weight, inputs, _ = layer
-    gram = inputs.T @ inputs
-    error = products_error(weight, round_weight(weight, gram, gram), inputs, inputs)
-    assert error < 0.5 * products_error(weight, quantize_nf4(weight), inputs, inputs)
-
-
-def test_it_makes_up_for_errors_of_the_inputs(layer: tuple) -> None:
-    weight, inputs, given = layer
-    gram, cross = given.T @ given, inputs.T @ given
-    aware = products_error(weight, round_weight(weight, gram, cross), inputs, given)
-    assert aware < 0.5 * products_error(weight, round_weight(weight, gram, gram), inputs, given)
-
-
-def test_sweeps_lower_the_error_further(layer: tuple) -> None:
-    weight, inputs, _ = layer
-    gram = inputs.T @ inputs
-    errors = [
-        products_error(weight, round_weight(weight, gram, gram, sweeps=count), inputs, inputs) for count in range(3)
-    ]
-    assert errors[2] < errors[1] < errors[0]
-
-
-def test_it_is_nf4_of_the_same_size(layer: tuple) -> None:
-    weight, inputs, _ = layer
-    gram = inputs.T @ inputs
-    packed, state = round_weight(weight, gram, gram)
-    expected = quantize_nf4(weight)
-    assert packed.shape == expected[0].shape
-    assert packed.dtype == expected[0].dtype
-    tensors, others = state.as_dict(packed=True), expected[1].as_dict(packed=True)
-    assert tensors.keys() == others.keys()
-    for name in tensors.keys() - {QUANT_STATE}:
-        assert tensors[name].shape == others[name].shape
-        assert tensors[name].dtype == others[name].dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_weights_of_other_dtypes(dtype: torch.dtype, layer: tuple) -> None:
-    weight, inputs, _ = layer
-    gram = inputs.T @ inputs
-    packed, state = round_weight(weight.to(dtype), gram, gram)
-    assert dequantize_4bit(packed, state).dtype == dtype
-    assert torch.equal(packed, round_weight(weight, gram, gram)[0])
-
-
-@pytest.mark.parametrize(
-    ("columns", "scale"), [(96, 1.0), (128, 0.0), (128, torch.nan)], ids=["part of a block", "no inputs", "NaN"]
-)
-def test_what_cannot_be_calibrated_is_left_to_the_scale_search(columns: int, scale: float) -> None:
-    gram = torch.eye(columns) * scale
-    assert round_weight(torch.randn(64, columns), gram, gram) is None
-
-
 # The transformer
 
 
 def test_samples_are_of_all_timesteps_with_the_prompt_and_the_empty_one(
-    samples: Sequence[calibration.Sample], original: Path
+    samples: Sequence[Sample], original: Path
 ) -> None:
     assert len(samples) == 2 * 2 * SETTINGS.num_inference_steps
     assert [sample.weight for sample in samples[:2]] == [-3, 4]
@@ -137,7 +66,14 @@ def test_samples_are_of_all_timesteps_with_the_prompt_and_the_empty_one(
         assert torch.equal(sample.text, pipe.encode_prompt(prompt, CPU)[0])
 
 
-def test_the_sensitivity_is_that_of_the_prediction(samples: Sequence[calibration.Sample]) -> None:
+def test_nobody_is_warned_that_the_original_is_not_quantized(original: Path, caplog: pytest.LogCaptureFixture) -> None:
+    level = calibration_data.loading_logger.level
+    record_samples(original, PROMPTS[:1], replace(SETTINGS, num_inference_steps=1), CPU, progress=False)
+    assert "not quantized" not in caplog.text
+    assert calibration_data.loading_logger.level == level
+
+
+def test_the_sensitivity_is_that_of_the_prediction(samples: Sequence[Sample]) -> None:
     """Text tokens have none in what the last block makes of them after attention, and some as its keys and values."""
     image = samples[1].latents.shape[-2:].numel()
     for name in ("self_attention.to_q", "self_attention.to_out.0", "mlp.gate_proj", "mlp.linear_fc2"):
@@ -149,13 +85,13 @@ def test_the_sensitivity_is_that_of_the_prediction(samples: Sequence[calibration
 
 
 def test_predictions_come_nearer_to_the_originals(
-    original: Path, calibrated: Path, repository: Path, samples: Sequence[calibration.Sample]
+    original: Path, calibrated: Path, repository: Path, samples: Sequence[Sample]
 ) -> None:
     def predictions(folder: Path) -> torch.Tensor:
         model = load(folder, device="cpu", prompt_enhancer=False).transformer
         with torch.no_grad():
             return torch.cat(
-                [model(sample.latents, *calibration._conditions(sample, CPU, model.dtype)).sample for sample in samples]
+                [model(sample.latents, *conditions(sample, CPU, model.dtype)).sample for sample in samples]
             )
 
     expected = predictions(original)
@@ -187,24 +123,24 @@ def test_the_bytes_are_those_of_the_scale_search(calibrated: Path, repository: P
 
 
 def test_only_one_block_of_the_original_is_held(
-    original: Path, samples: Sequence[calibration.Sample], monkeypatch: pytest.MonkeyPatch
+    original: Path, samples: Sequence[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a block is read, those before it are gone."""
     alive: list[weakref.ref] = []
     most = 0
 
-    def watch(module: torch.nn.Module, prefix: str, *arguments: object) -> torch.nn.Module:
+    def watch(rounding: LayerRounding, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
         nonlocal most
         if prefix:
             gc.collect()
             most = max(most, sum(each() is not None for each in alive))
-            made = read(module, prefix, *arguments)
+            made = read(rounding, module, prefix)
             alive.append(weakref.ref(made.mlp.linear_fc2.weight))
             return made
-        return read(module, prefix, *arguments)
+        return read(rounding, module, prefix)
 
-    read = calibration._read_weights
-    monkeypatch.setattr(calibration, "_read_weights", watch)
+    read = LayerRounding.read_weights
+    monkeypatch.setattr(LayerRounding, "read_weights", watch)
     plan = plan_weights(original, TRANSFORMER)
     round_layers(original, TRANSFORMER, plan, samples[:2], CPU, progress=False)
     assert len(alive) == 2
@@ -224,8 +160,8 @@ def test_the_metadata_and_the_card_say_so(calibrated: Path, repository: Path) ->
 def test_a_run_of_the_command_line_gives_the_same_bytes(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(calibration, "SAMPLES", 2)
-    monkeypatch.setattr(calibration, "MAX_SIZE", 64)
+    monkeypatch.setattr(calibration_data, "SAMPLES", 2)
+    monkeypatch.setattr(calibration_data, "MAX_SIZE", 64)
     monkeypatch.setattr(
         importlib.import_module("ernie_image_nf4.quantization.convert"), "_recommended", lambda *_: SETTINGS
     )
@@ -260,14 +196,14 @@ def test_an_interrupted_run_is_not_continued_with_other_prompts(
     options = {"device": "cpu", "recommended": SETTINGS, "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", interrupt)  # of the VAE, after the quantized components
-        patch.setattr(calibration, "SAMPLES", 2)
+        patch.setattr(calibration_data, "SAMPLES", 2)
         with pytest.raises(KeyboardInterrupt):
             quantize(original, tmp_path / "output", calibrate=PROMPTS, **options)
     for prompts in (PROMPTS[:1], None):
         with pytest.raises(InvalidSettings, match="unfinished run with different calibration"):
             quantize(original, tmp_path / "output", calibrate=prompts, **options)
     with monkeypatch.context() as patch:  # the transformer is finished
-        patch.setattr(calibration, "load", interrupt)
+        patch.setattr(calibration_data, "load", interrupt)
         quantize(original, tmp_path / "output", calibrate=PROMPTS, **options)
 
 

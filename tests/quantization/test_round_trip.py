@@ -82,7 +82,7 @@ def hub(repository: Path) -> Iterator[Hub]:
 
 
 def environment(hub: Hub, home: Path, **variables: str) -> dict[str, str]:
-    """What a process of a user of that Hub has set. Xet, the Hub's other transfer protocol, needs a server of its own."""
+    """Environment of a user of that Hub. Xet, the Hub's other transfer protocol, would need a server of its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
     switched_off = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK")
     return {

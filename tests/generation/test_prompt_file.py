@@ -10,7 +10,7 @@ import pytest
 from conftest import CHECKOUT
 
 from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.generation.prompt_file import Row, read_prompts
+from ernie_image_nf4.generation.prompt_file import FIELDS, Row, read_prompts
 
 
 @pytest.fixture
@@ -42,7 +42,8 @@ def test_a_file_without_suffix_is_text(write):
 
 def test_json_lines_override_what_holds_for_all(write):
     lines = [
-        '{"prompt": "a cat", "negative": "dogs", "seed": 7, "height": 32, "width": 64, "steps": 3, "guidance": 2, "name": "cat"}',
+        '{"prompt": "a cat", "negative": "dogs", "seed": 7, "height": 32, "width": 64, "steps": 3, "guidance": 2, '
+        '"name": "cat"}',
         "",
         '{"prompt": "# 猫", "seed": null}',
     ]
@@ -67,6 +68,7 @@ def test_csv_has_the_fields_in_its_header(write):
         ('{"prompt": "a", "height": 512.0}', "height: expected a whole number, found 512.0."),
         ('{"prompt": "a", "steps": true}', "steps: expected a whole number, found True."),
         ('{"prompt": "a", "guidance": "4"}', "guidance: expected a number, found '4'."),
+        ('{"prompt": "a", "guidance": true}', "guidance: expected a number, found True."),
         ('{"prompt": "a", "guidance": 1' + "0" * 400 + "}", "guidance: expected a number, found 1"),
         ('{"prompt": "a", "guidance": NaN}', "guidance: Guidance nan is not a finite number"),
         ('{"prompt": "a", "height": 100}', "height: Height 100 is not a positive multiple of 16: try 96."),
@@ -75,6 +77,9 @@ def test_csv_has_the_fields_in_its_header(write):
         ('{"prompt": "a", "seed": -1}', "seed: Seed -1 is out of range"),
         ('{"prompt": "a", "colour": "red"}', "colour: is no known field, use prompt, negative, seed, "),
         ('{"prompt": "a", "negative": ["b"]}', "negative: expected text, found ['b']."),
+        ('{"prompt": "a", "": 1}', ": is no known field, use prompt, negative, seed, "),
+        ('{"prompt": "a", "\\ud800": 1}', "\ud800: is no known field, use prompt, negative, seed, "),
+        ('{"prompt": "a", "negative": "\\ud800"}', "negative: has half a surrogate pair, which is no character."),
         ('{"prompt": "\\ud800"}', "prompt: has half a surrogate pair, which is no character."),
         ('{"prompt": "a", "name": ""}', "name: '' can't be part of a file name"),
         ('{"prompt": "a", "name": "../a"}', "name: '../a' can't be part of a file name"),
@@ -92,7 +97,7 @@ def test_csv_has_the_fields_in_its_header(write):
 def test_a_wrong_row_is_named_by_line_and_field(write, row, problem):
     path = write("prompts.jsonl", f'{{"prompt": "a cat"}}\n\n{row}\n')
     (found,) = problems(path)
-    separator = ", " if problem.partition(":")[0].isalpha() else ": "
+    separator = ": " if problem.startswith(("is not", "expected an object")) else ", "
     assert found.startswith(f"line 3{separator}{problem}")
 
 
@@ -147,9 +152,18 @@ def test_a_file_that_cannot_be_read(tmp_path, name, message):
 
 def test_the_command_checks_the_whole_file_before_it_imports_anything_heavy(write):
     path = write("prompts.jsonl", '{"prompt": "a cat"}\n{"prompt": "a dog", "height": 100}\n')
+    arguments = [
+        "generate",
+        "--prompts-file",
+        str(path),
+        "--out-dir",
+        str(path.parent / "out"),
+        "-m",
+        "user/never-asked",
+    ]
     code = f"""
 import sys
-sys.argv[1:] = ["generate", "--prompts-file", {str(path)!r}, "--out-dir", {str(path.parent / "out")!r}, "-m", "user/never-asked-for"]
+sys.argv[1:] = {arguments!r}
 from ernie_image_nf4.cli.app import main
 try:
     main()
@@ -160,3 +174,19 @@ print({{"torch", "diffusers", "transformers", "accelerate"}} & set(sys.modules))
     out = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
     assert out == f"Error: {path}, line 2, height: Height 100 is not a positive multiple of 16: try 96.\nset()\n"
     assert not (path.parent / "out").exists()
+
+
+def test_a_row_is_public_a_plain_dataclass_and_needs_no_torch():
+    code = """
+import sys
+from ernie_image_nf4 import Row
+print(Row("a cat", seed=7, guidance="not checked until it is drawn"))
+print({"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules))
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == [
+        "Row(prompt='a cat', negative=None, seed=7, height=None, width=None, steps=None, "
+        "guidance='not checked until it is drawn', name=None)",
+        "set()",
+    ]
+    assert vars(Row("a", "b", 1)) == dict.fromkeys(FIELDS) | {"prompt": "a", "negative": "b", "seed": 1}

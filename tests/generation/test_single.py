@@ -15,7 +15,8 @@ import torch
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import DeviceUnavailable
-from ernie_image_nf4.generation.single import Settings, draw, draw_and_save
+from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.generation.single import draw, draw_and_save
 
 SMALL = Settings("a cat", "", 32, 48, 2, 4.0, seed=0, use_pe=False)
 HUGE = Settings("a cat", "", 2**20, 2**20, 2, 4.0, seed=0, use_pe=False)  # its latents alone take 2 TB

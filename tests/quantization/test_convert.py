@@ -33,9 +33,9 @@ from ernie_image_nf4.errors import (
     RepositoryNotFound,
 )
 from ernie_image_nf4.loading.pipeline import DTYPE_ARGUMENT, _convert, _diffusers_nf4_on
+from ernie_image_nf4.quantization import weight_writer
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.synthetic import synthesize
-from ernie_image_nf4.repository import nf4_format as nf4
 from ernie_image_nf4.repository.components import (
     COMPONENT,
     COMPONENTS,
@@ -114,7 +114,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stock(original: Path) -> Path:
-    """The NF4 repository of `original` with the layers and scales that diffusers, transformers and bitsandbytes take."""
+    """The NF4 repository of `original` with the layers and scales of diffusers, transformers and bitsandbytes."""
     return conventionally(original, original.with_name("ERNIE-Tiny-stock"))
 
 
@@ -147,8 +147,8 @@ def refused(kind: type[ErnieImageNF4Error], match: str, output: Path) -> Iterato
 def test_without_scale_search_components_are_byte_for_byte_those_of_the_conventional_way(
     component: Component, plain: Path, original: Path, stock: Path, tmp_path: Path
 ) -> None:
-    """Of a source in shards and with the tied head stored twice, as the release has it, where the conventional way gets neither:
-    the oldest transformers takes a head that is stored twice for an untied one."""
+    """Our source has shards and the tied head twice, as the release does; the conventional one has neither: the oldest
+    transformers takes a head that is stored twice for an untied one."""
     assert len(weight_files(original, COMPONENT["transformer"])) == 2
     theirs = conventional(plain, component, tmp_path, torch.bfloat16, None)
     assert_same_component(stock / component.name, theirs)
@@ -187,7 +187,7 @@ def test_scale_search_takes_no_more_bytes_and_lowers_the_error(
 def test_searched_scales_load_the_conventional_way_and_are_multiplied_with(
     component: Component, device: str, repository: Path
 ) -> None:
-    """A model from ``from_pretrained`` gives what it gives with its layers replaced by products with the restored weights."""
+    """A model from ``from_pretrained`` computes the same with its layers replaced by products with restored weights."""
     library = importlib.import_module(component.library)
     with _diffusers_nf4_on(torch.device(device)):
         model = getattr(library, component.class_name).from_pretrained(
@@ -494,13 +494,13 @@ def test_a_bad_tensor_that_is_kept_ends_it_at_once(
     stored = find_tensors((source / "transformer").glob("*.safetensors"))["x_embedder.proj.weight"]
     edit_tensors(stored.file, lambda tensors: tensors["x_embedder.proj.weight"].view(-1)[0].fill_(math.nan))
     done = []
-    quantize_nf4 = nf4.quantize_nf4
+    quantize_nf4 = weight_writer.quantize_nf4
 
     def slowly(weight: torch.Tensor, **options: object) -> tuple:
         done.append(time.sleep(0.2))
         return quantize_nf4(weight, **options)
 
-    monkeypatch.setattr(nf4, "quantize_nf4", slowly)
+    monkeypatch.setattr(weight_writer, "quantize_nf4", slowly)
     with pytest.raises(InvalidRepository, match=r"x_embedder\.proj\.weight has NaN"):
         quantize(source, tmp_path / "out", device="cpu", progress=False)
     assert len(done) < 8  # of 18
@@ -519,8 +519,8 @@ def test_an_error_does_not_wait_for_what_is_written_beside(
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(importlib.import_module("ernie_image_nf4.quantization.convert"), "read_chunks", slowly)
-    monkeypatch.setattr(nf4, "quantize_nf4", fail)
+    monkeypatch.setattr(weight_writer, "read_chunks", slowly)
+    monkeypatch.setattr(weight_writer, "quantize_nf4", fail)
     with refused(DeviceUnavailable, "memory", tmp_path / "out"):
         quantize(source, tmp_path / "out", device="cpu", progress=False)
     tensors = find_tensors((repository / "transformer").glob("*.safetensors")).values()

@@ -21,7 +21,7 @@ import transformers
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidRepository, InvalidSettings
 from ernie_image_nf4.quantization.convert import quantize
-from ernie_image_nf4.quantization.resumable_output import WORK_FOLDER, staging
+from ernie_image_nf4.quantization.resumable_output import WORK_FOLDER, resumable_output
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED
 from ernie_image_nf4.repository.integrity import verify
 
@@ -223,7 +223,7 @@ def test_a_run_that_finished_nothing_leaves_nothing(
 
 
 def test_a_second_run_into_the_folder_stops(original: Path, tmp_path: Path) -> None:
-    with staging(tmp_path / "output", {}) as made:
+    with resumable_output(tmp_path / "output", {}) as made:
         with pytest.raises(InvalidSettings, match="Another run is writing to"):
             quantize(original, made.output, device="cpu", progress=False)
         assert (made.work / "state.json").exists()

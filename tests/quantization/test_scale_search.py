@@ -1,4 +1,4 @@
-"""NF4 of one tensor is bit for bit what bitsandbytes makes of it or, in the same format and bytes, nearer to the weight."""
+"""NF4 of one weight is bit for bit what bitsandbytes makes or, in the same format and bytes, nearer to the weight."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from conftest import CHECKOUT
 from safetensors.torch import load_file
 
-from ernie_image_nf4.repository import nf4_format as nf4
+from ernie_image_nf4.quantization import weight_pieces
+from ernie_image_nf4.quantization.scale_search import nearest, quantize_nf4, squared_error
 from ernie_image_nf4.repository.components import COMPONENT
-from ernie_image_nf4.repository.nf4_format import quantize_nf4, squared_error, state_tensors, stored_specs
-from ernie_image_nf4.repository.safetensors_io import DTYPE_NAMES, TensorSpec
+from ernie_image_nf4.repository.nf4_format import quant_state_tensors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Whole blocks, a last block of 2 values, fewer values than a block, one dimension, more than one group of 256 scales.
@@ -63,11 +63,11 @@ def random_weight(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Ten
 def test_codes_and_state_are_those_of_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype, piece: int
 ) -> None:
-    monkeypatch.setattr(nf4, "CPU_PIECE", piece)
+    monkeypatch.setattr(weight_pieces, "CPU_PIECE", piece)
     weight = random_weight(*shape, dtype=dtype)
     packed, state = quantize_nf4(weight, scale_search=False)
     expected, expected_state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    tensors, expected_tensors = state_tensors(state), expected_state.as_dict(packed=True)
+    tensors, expected_tensors = quant_state_tensors(state), expected_state.as_dict(packed=True)
     assert torch.equal(packed, expected)
     assert tensors.keys() == expected_tensors.keys()
     for name, tensor in tensors.items():
@@ -81,31 +81,13 @@ def test_codes_and_state_are_those_of_bitsandbytes(
 def test_codes_and_state_are_those_of_bitsandbytes_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, piece: int
 ) -> None:
-    monkeypatch.setattr(nf4, "GPU_PIECE", piece)
+    monkeypatch.setattr(weight_pieces, "GPU_PIECE", piece)
     weight = random_weight(300, 100, dtype=dtype).cuda()
     packed, state = quantize_nf4(weight, scale_search=False)
     expected, expected_state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    tensors, expected_tensors = state_tensors(state), expected_state.as_dict(packed=True)
+    tensors, expected_tensors = quant_state_tensors(state), expected_state.as_dict(packed=True)
     assert torch.equal(packed, expected)
     assert all(torch.equal(tensors[name], expected_tensors[name]) for name in expected_tensors)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale", [1e-30, 1e-7, 0.0, 1.0, 1e4])
-@pytest.mark.parametrize("scale_search", [False, True])
-def test_stored_sizes_are_known_beforehand_and_the_same_with_scale_search(
-    shape: tuple[int, ...], dtype: torch.dtype, scale: float, scale_search: bool
-) -> None:
-    weight = random_weight(*shape).mul(scale).to(dtype)
-    packed, state = quantize_nf4(weight, scale_search=scale_search)
-    stored = {"": packed} | {f".{name}": tensor for name, tensor in state_tensors(state).items()}
-    specs = stored_specs(shape, dtype)
-    assert stored.keys() == specs.keys()
-    settings = specs.pop(f".{nf4.QUANT_STATE}")
-    for name, spec in specs.items():
-        assert TensorSpec(DTYPE_NAMES[stored[name].dtype], tuple(stored[name].shape)) == spec, name
-    assert settings.bytes - 24 <= stored[f".{nf4.QUANT_STATE}"].nbytes <= settings.bytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,7 +96,7 @@ def test_stored_sizes_are_known_beforehand_and_the_same_with_scale_search(
 def test_the_error_is_that_of_the_restored_weight(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, piece: int, scale_search: bool
 ) -> None:
-    monkeypatch.setattr(nf4, "CPU_PIECE", piece)
+    monkeypatch.setattr(weight_pieces, "CPU_PIECE", piece)
     weight = random_weight(300, 100, dtype=dtype)
     packed, state = quantize_nf4(weight, scale_search=scale_search)
     error, squares = squared_error(weight, packed, state)
@@ -194,7 +176,7 @@ def test_no_weight_is_restored_worse_than_without_the_search(
 
 
 def test_scales_are_the_best_that_8_bits_allow_to_a_thousandth() -> None:
-    """Against every one of the 256 levels for every block, with the codes nearest to the values. Rows differ up to 20 times."""
+    """Against all 256 levels for every block, with the codes nearest to the values. Rows differ up to 20 times."""
     order = torch.randperm(256, generator=torch.Generator().manual_seed(2))
     weight = random_weight(256, 256, dtype=torch.float32) * torch.linspace(0.05, 1, 256)[order, None]
     packed, state = quantize_nf4(weight)
@@ -202,7 +184,7 @@ def test_scales_are_the_best_that_8_bits_allow_to_a_thousandth() -> None:
     levels = create_dynamic_map() * state.state2.absmax.repeat_interleave(256)[:, None]
     least = torch.full((len(blocks),), math.inf)
     for scale in levels.T[..., None]:
-        restored = NF4[nf4.nearest(blocks / scale, NF4)] * scale
+        restored = NF4[nearest(blocks / scale, NF4)] * scale
         least = torch.fmin(least, (restored - blocks).square().sum(1))
     assert restoring_error(weight, packed, state) <= 1.001 * least.sum().item()
 
@@ -212,8 +194,8 @@ def test_codes_are_the_nearest_for_the_stored_scales() -> None:
     packed, state = quantize_nf4(weight)
     distance = (dequantize_4bit(packed, state) - weight).abs().view(-1)
     scale = scales(state).repeat_interleave(64)[: weight.numel(), None]
-    nearest = (NF4 * scale - weight.view(-1, 1)).abs().amin(1)
-    assert torch.allclose(distance, nearest, rtol=0, atol=1e-7)
+    least = (NF4 * scale - weight.view(-1, 1)).abs().amin(1)
+    assert torch.allclose(distance, least, rtol=0, atol=1e-7)
 
 
 def test_scales_have_both_signs() -> None:
@@ -276,7 +258,7 @@ def test_other_block_sizes(block_size: int) -> None:
 def test_pieces_and_threads_make_no_difference(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     weight = random_weight(300, 100)
     packed, state = quantize_nf4(weight)
-    monkeypatch.setattr(nf4, "CPU_PIECE", 1)
+    monkeypatch.setattr(weight_pieces, "CPU_PIECE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -284,7 +266,9 @@ def test_pieces_and_threads_make_no_difference(monkeypatch: pytest.MonkeyPatch, 
     finally:
         torch.set_num_threads(before)
     assert torch.equal(packed, again)
-    assert all(torch.equal(tensor, again_state.as_dict(packed=True)[n]) for n, tensor in state_tensors(state).items())
+    assert all(
+        torch.equal(tensor, again_state.as_dict(packed=True)[n]) for n, tensor in quant_state_tensors(state).items()
+    )
 
 
 # Negative scales in bitsandbytes
@@ -295,7 +279,7 @@ def negative_scales(weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
     packed, state = quantize_nf4(weight)
     assert (scales(state) < 0).any()
     assert (scales(state) > 0).any()
-    return packed, QuantState.from_dict(dict(state_tensors(state)), device=weight.device)
+    return packed, QuantState.from_dict(dict(quant_state_tensors(state)), device=weight.device)
 
 
 def by_hand(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
@@ -312,7 +296,7 @@ def by_hand(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
 def layer(packed: torch.Tensor, state: QuantState, dtype: torch.dtype) -> Linear4bit:
     rows, columns = state.shape
     linear = Linear4bit(columns, rows, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-    linear.weight = Params4bit.from_prequantized(packed, state_tensors(state), device=packed.device)
+    linear.weight = Params4bit.from_prequantized(packed, quant_state_tensors(state), device=packed.device)
     return linear.eval()
 
 
@@ -321,7 +305,7 @@ def layer(packed: torch.Tensor, state: QuantState, dtype: torch.dtype) -> Linear
 def test_bitsandbytes_restores_negative_scales(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     packed, state = quantize_nf4(random_weight(*shape, dtype=dtype))
     state.absmax[0] = 255 - state.absmax[0]  # so that there is one even of one block
-    restored = dequantize_4bit(packed, QuantState.from_dict(dict(state_tensors(state)), device="cpu"))
+    restored = dequantize_4bit(packed, QuantState.from_dict(dict(quant_state_tensors(state)), device="cpu"))
     assert torch.equal(restored, by_hand(packed, state).to(dtype))
 
 
@@ -359,7 +343,7 @@ def test_the_packing_for_processors_with_avx512_keeps_negative_scales() -> None:
 def test_layers_multiply_by_what_is_restored_on_a_gpu(
     shape: tuple[int, int], batch: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Fused kernels for the small batches, for one row and for more, dequantization and a product for the large ones."""
+    """Small batches take fused kernels, for one row and for more; large ones dequantization and a product."""
     packed, state = negative_scales(random_weight(*shape, dtype=dtype).cuda())
     restored = by_hand(packed, state).cuda()
     assert torch.equal(dequantize_4bit(packed, state), restored.to(dtype))
@@ -388,7 +372,9 @@ def test_a_gpu_finds_the_same_scales_and_codes(shape: tuple[int, ...], dtype: to
 def test_a_gpu_finds_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(1024, 1024).cuda()
     packed, state = quantize_nf4(weight)
-    monkeypatch.setattr(nf4, "GPU_PIECE", 1)
+    monkeypatch.setattr(weight_pieces, "GPU_PIECE", 1)
     again, again_state = quantize_nf4(weight)
     assert torch.equal(packed, again)
-    assert all(torch.equal(tensor, again_state.as_dict(packed=True)[n]) for n, tensor in state_tensors(state).items())
+    assert all(
+        torch.equal(tensor, again_state.as_dict(packed=True)[n]) for n, tensor in quant_state_tensors(state).items()
+    )

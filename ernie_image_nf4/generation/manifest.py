@@ -1,0 +1,118 @@
+"""The manifest of a folder of pictures: a line of JSON for each, from which a later run goes on.
+
+Each process appends to a manifest of its own, ``manifest.0.jsonl`` and so on. At the end they become one,
+``manifest.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ..errors import InvalidSettings
+from .image_file import replacing
+from .settings import Settings
+
+MANIFEST = "manifest.jsonl"
+PARTS = "manifest.*.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the manifest: a picture that is there, or one that failed.
+
+    Attributes:
+        file: Name of the PNG file in the manifest's folder.
+        model: Name of the model.
+        settings: What it was drawn with. In JSON its fields stand beside the others.
+        revised_prompt: The prompt as the prompt enhancer rewrote it, None without it.
+        seconds: Its share of the wall time of its group.
+        batch_size: Pictures that were denoised together.
+        sha256: Digest of the file.
+        fp8: Whether the transformer's blocks multiplied in fp8.
+        error: Why there is no picture, None if there is one.
+    """
+
+    file: str
+    model: str
+    settings: Settings
+    revised_prompt: str | None = None
+    seconds: float | None = None
+    batch_size: int | None = None
+    sha256: str | None = None
+    fp8: bool = False
+    error: str | None = None
+
+
+def part_of(folder: Path, process: int) -> Path:
+    """The manifest of one process."""
+    return folder / f"manifest.{process}.jsonl"
+
+
+def append(manifest: Path, record: Record) -> None:
+    """Add a line to a manifest. It is on the disk when this returns."""
+    with manifest.open("a", encoding="utf-8") as file:
+        file.write(to_line(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_line(record: Record) -> str:
+    """A record as one line of JSON, without the newline."""
+    values = asdict(record)
+    settings = values.pop("settings")
+    return json.dumps({"file": record.file, **settings, **values}, ensure_ascii=False)
+
+
+def read_manifest(path: Path, *, unfinished: bool = False) -> list[Record]:
+    """The records of a manifest; none if it isn't there.
+
+    Args:
+        path: The file.
+        unfinished: Whether its process may have been killed: a line that was cut short then counts as none.
+
+    Raises:
+        InvalidSettings: A line is no record.
+    """
+    records = []
+    names = [field.name for field in fields(Settings)]
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            values = json.loads(line)
+            records.append(Record(settings=Settings(**{name: values.pop(name) for name in names}), **values))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if not unfinished:
+                raise InvalidSettings(
+                    f"{path}, line {number} is no record of a picture: move the file away, or name another folder."
+                ) from None
+    return records
+
+
+def merge_manifests(folder: Path, *, failed: bool = True) -> None:
+    """Merge the manifests of all processes into ``manifest.jsonl``, one record a file, and delete them.
+
+    If it is killed it can be repeated.
+
+    Args:
+        folder: Folder with the pictures.
+        failed: Whether to keep records of pictures that failed.
+
+    Raises:
+        InvalidSettings: There is a ``manifest.jsonl`` of another kind.
+    """
+    records = {record.file: record for record in read_manifest(folder / MANIFEST)}
+    parts = sorted(folder.glob(PARTS))
+    for part in parts:
+        records |= {record.file: record for record in read_manifest(part, unfinished=True)}
+    with replacing(folder / MANIFEST) as temporary:
+        lines = [to_line(records[file]) + "\n" for file in sorted(records) if failed or records[file].error is None]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    for part in parts:
+        part.unlink()
+
+
+def count_lines(folder: Path) -> int:
+    """Pictures that all processes have done in this run."""
+    return sum(part.read_bytes().count(b"\n") for part in folder.glob(PARTS))

@@ -1,0 +1,145 @@
+"""Which pictures to draw, in which batches and groups: file names, shares of processes, sizes that fit the memory."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from diffusers import ErnieImagePipeline
+
+from ..memory.placement import GIB, WORKING_BYTES, free_memory, memory_mode
+from ..repository.metadata import file_record
+from ..upstream.pipelines import execution_device
+from .manifest import Record
+from .prompt_file import Row
+from .settings import Settings, check_settings
+
+MAX_BATCH = 8
+# Activations of the transformer for one picture with guidance. benchmarks/batch_h100_resident.json has 1.6 GiB a
+# megapixel beside the weights' 7.7 GiB, for batches of 8 at 512x512. A batch that turns out too large is halved.
+DENOISE_BYTES_PER_PIXEL = 2 * GIB / 1024**2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is to be drawn.
+
+    Attributes:
+        file: Name of the PNG file.
+        settings: What to draw, and how.
+    """
+
+    file: str
+    settings: Settings
+
+
+def plan_pictures(rows: Sequence[Row], defaults: Settings, count: int = 1) -> list[Picture]:
+    """The pictures of all rows, numbered in order: ``0001-an-orange-cat.png``.
+
+    Args:
+        rows: What to draw.
+        defaults: For what a row leaves open, everything but the prompt.
+        count: Pictures of each row, with seeds counting up.
+
+    Raises:
+        InvalidSettings: Seeds count up beyond the largest one.
+    """
+    pictures: list[Picture] = []
+    digits = max(4, len(str(len(rows) * count)))
+    for row in rows:
+        settings = row_settings(row, defaults)
+        check_settings(settings.prompt, seed=settings.seed, count=count)
+        for offset in range(count):
+            number = f"{len(pictures) + 1:0{digits}}"
+            file = "-".join(filter(None, (number, row.name or slug(row.prompt)))) + ".png"
+            pictures.append(Picture(file, replace(settings, seed=settings.seed + offset)))
+    return pictures
+
+
+def row_settings(row: Row, defaults: Settings) -> Settings:
+    """The settings of a row, with the defaults for what it leaves open."""
+    return replace(
+        defaults,
+        prompt=row.prompt,
+        negative_prompt=defaults.negative_prompt if row.negative is None else row.negative,
+        height=defaults.height if row.height is None else row.height,
+        width=defaults.width if row.width is None else row.width,
+        num_inference_steps=defaults.num_inference_steps if row.steps is None else row.steps,
+        guidance_scale=defaults.guidance_scale if row.guidance is None else float(row.guidance),
+        seed=defaults.seed if row.seed is None else row.seed,
+    )
+
+
+def slug(prompt: str, length: int = 40) -> str:
+    """The words of a prompt as part of a file name, in any script: ``an-orange-cat``, ``一只橙色的小猫``."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    if len(words) <= length:
+        return words
+    return words[: length + 1].rpartition("-")[0] or words[:length]
+
+
+def is_finished(picture: Picture, record: Record | None, folder: Path, model: str, fp8: bool) -> bool:
+    """Whether the record is of this very picture, and the file is still what was written."""
+    return (
+        record is not None
+        and record.error is None
+        and (record.settings, record.model, record.fp8) == (picture.settings, model, fp8)
+        and (folder / picture.file).is_file()
+        and file_record(folder / picture.file).sha256 == record.sha256
+    )
+
+
+def dealt(pictures: Sequence[Picture], processes: int) -> list[Picture]:
+    """In an order in which equal consecutive parts, one for each process, have the same share of every shape."""
+    ordered = sorted(pictures, key=shape)
+    return [picture for first in range(processes) for picture in ordered[first::processes]]
+
+
+def shape(picture: Picture) -> tuple[int, int, int, float]:
+    """What pictures of a batch have in common: height, width, steps and guidance scale."""
+    settings = picture.settings
+    return settings.height, settings.width, settings.num_inference_steps, settings.guidance_scale
+
+
+def groups(
+    pictures: Iterable[Picture], batch_size: Callable[[Picture], int], least: int
+) -> Iterator[list[list[Picture]]]:
+    """Batches of one shape each, in groups of at least `least` pictures. The last group may be smaller."""
+    group: list[list[Picture]] = []
+    for _, same in groupby(sorted(pictures, key=shape), key=shape):
+        left = list(same)
+        while left:
+            size = batch_size(left[0])
+            group.append(left[:size])
+            left = left[size:]
+            if sum(map(len, group)) >= least:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+def choose_batch_size(pixels: int, free_bytes: int | None) -> int:
+    """Pictures to denoise together.
+
+    Args:
+        pixels: Of one picture.
+        free_bytes: Free memory of the device beside the transformer's weights; None for the machine's own memory. There
+            it is one picture: a CPU gains less from several (a third of the time at 128x128) than from results that are
+            equal to the bit.
+    """
+    if free_bytes is None:
+        return 1
+    return min(MAX_BATCH, max(1, int((free_bytes - WORKING_BYTES) / (DENOISE_BYTES_PER_PIXEL * pixels))))
+
+
+def find_batch_size(pipe: ErnieImagePipeline, settings: Settings) -> int:
+    """`choose_batch_size` by the device's free memory. Offloaded components must all be on the CPU."""
+    free = free_memory(execution_device(pipe))
+    if free is not None and memory_mode(pipe) != "resident":
+        free -= pipe.transformer.get_memory_footprint()
+    return choose_batch_size(settings.height * settings.width, free)

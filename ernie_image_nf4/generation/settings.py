@@ -1,0 +1,113 @@
+"""The settings of a picture, and which values can't work. Nothing heavy is imported, so that checks come first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidSettings
+from ..repository.components import PIXELS_PER_PATCH
+from ..repository.metadata import Recommended, read_metadata_if_ours
+
+if TYPE_CHECKING:
+    from diffusers import ErnieImagePipeline
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes a picture, apart from the weights.
+
+    Attributes:
+        prompt: What to draw.
+        negative_prompt: What not to draw.
+        height: Pixels, a multiple of 16.
+        width: Pixels, a multiple of 16.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Weight of the prompt against the negative prompt. Up to 1 there is no guidance, in half the
+            time.
+        seed: Of the initial latents and of the prompt enhancer's sampling.
+        use_pe: Whether the prompt enhancer rewrites the prompt.
+    """
+
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    use_pe: bool = True
+
+
+def check_settings(
+    prompt: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    count: int = 1,
+) -> None:
+    """Refuse what can't work before anything is loaded; None stands for the recommended value.
+
+    Raises:
+        InvalidSettings: Blank prompt, size not a positive multiple of 16, fewer than 1 step or picture, guidance that
+            is no finite number, seed out of range.
+    """
+    if not prompt.strip():
+        raise InvalidSettings("The prompt is empty: say what to draw.")
+    for name, value in (("Height", height), ("Width", width)):
+        if value is not None and (value < PIXELS_PER_PATCH or value % PIXELS_PER_PATCH):
+            nearest = max(PIXELS_PER_PATCH, round(value / PIXELS_PER_PATCH) * PIXELS_PER_PATCH)
+            raise InvalidSettings(f"{name} {value} is not a positive multiple of {PIXELS_PER_PATCH}: try {nearest}.")
+    for name, value in (("steps", steps), ("count", count)):
+        if value is not None and value < 1:
+            raise InvalidSettings(f"{value} is too few for {name}: use 1 or more.")
+    if guidance is not None and not math.isfinite(guidance):
+        raise InvalidSettings(f"Guidance {guidance} is not a finite number: try 4.0, or 1.0 for none.")
+    if seed is not None and not 0 <= seed <= seed + count - 1 <= MAX_SEED:
+        raise InvalidSettings(f"Seed {seed} is out of range: use 0 to {MAX_SEED}.")
+
+
+def complete_settings(
+    recommended: Recommended,
+    prompt: str,
+    *,
+    negative: str,
+    height: int | None,
+    width: int | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    use_pe: bool,
+) -> Settings:
+    """Settings with the recommended values for what is None."""
+    return Settings(
+        prompt=prompt,
+        negative_prompt=negative,
+        height=recommended.height if height is None else height,
+        width=recommended.width if width is None else width,
+        num_inference_steps=recommended.num_inference_steps if steps is None else steps,
+        guidance_scale=recommended.guidance_scale if guidance is None else guidance,
+        seed=seed,
+        use_pe=use_pe,
+    )
+
+
+def described_model(pipe: ErnieImagePipeline, model: str | None = None) -> tuple[Recommended, str]:
+    """Recommended settings and name of a pipeline, by its repository's metadata.
+
+    Args:
+        pipe: The pipeline, as from `load`.
+        model: Name where the repository gives itself none; None takes the folder's.
+    """
+    folder = Path(pipe.name_or_path)
+    metadata = read_metadata_if_ours(folder)
+    if metadata is None:
+        return Recommended(), model or folder.resolve().name
+    return metadata.recommended, metadata.name

@@ -1,0 +1,221 @@
+"""Groups of pictures: all prompts are enhanced, then encoded, then denoised in batches, then decoded one by one.
+
+So offloading moves each component once a group. Noise and the enhancer's sampling are seeded row by row, and only
+denoising works on several pictures at once. In batches of one, the default on a CPU, a picture is equal to the bit
+however pictures are grouped; larger batches change how products are rounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from diffusers import ErnieImagePipeline
+from PIL import Image
+from tqdm import tqdm
+
+from ..fast.products import is_in_fp8
+from ..fast.transformer import several_pictures
+from ..memory.placement import memory_mode
+from ..upstream.pipelines import execution_device
+from .enhancement import enhance_all
+from .image_file import Drawing
+from .schedule import Picture, find_batch_size, groups
+from .seeding import initial_latents
+from .settings import Settings
+from .single import memory_ran_out
+
+logger = logging.getLogger(__name__)
+
+GROUP = 16  # pictures for which offloading moves a component once; as many are lost when the process is killed
+
+# By the pixels of a picture, the batch size that an out-of-memory error left.
+Limits = dict[int, int]
+
+
+def draw_in_groups(
+    pipe: ErnieImagePipeline, pictures: Iterable[Picture], batch_size: int | None = None
+) -> Iterator[tuple[Picture, Drawing | str]]:
+    """Draw in this process. Yields each picture with its drawing, or with the reason why there is none.
+
+    Args:
+        pipe: The pipeline, as from `load`.
+        pictures: What to draw, of any shapes.
+        batch_size: Pictures to denoise together at most; None chooses by free memory.
+    """
+    limits: Limits = {}
+
+    def size(picture: Picture) -> int:
+        found = batch_size or find_batch_size(pipe, picture.settings)
+        return min(found, limits.get(picture.settings.height * picture.settings.width, found))
+
+    for group in groups(pictures, size, GROUP if memory_mode(pipe) != "resident" else 1):
+        yield from _draw_group_or_each(pipe, group, limits)
+
+
+def _draw_group_or_each(
+    pipe: ErnieImagePipeline, group: Sequence[Sequence[Picture]], limits: Limits
+) -> Iterator[tuple[Picture, Drawing | str]]:
+    """`draw_group`. If it fails, each picture that is left is drawn alone, so that one bad row spoils no other."""
+    left = [picture for batch in group for picture in batch]
+    try:
+        for drawing in draw_group(pipe, [[picture.settings for picture in batch] for batch in group], limits):
+            yield left.pop(0), drawing
+        return
+    except Exception as error:  # whatever it is, the other rows go on
+        logger.debug("A group failed.", exc_info=True)
+        reason = f"{type(error).__name__}: {error}"
+        if should_reduce_batch_size(error):
+            reason = memory_ran_out(pipe, left[0].settings)
+    clear_device_cache(garbage_collection=True)  # out here, where no traceback holds tensors any more
+    if len(left) == 1:
+        yield left[0], reason
+        return
+    for picture in left:
+        yield from _draw_group_or_each(pipe, [[picture]], limits)
+
+
+def draw_group(pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], limits: Limits) -> Iterator[Drawing]:
+    """Enhance, encode, denoise and decode pictures, each stage for all of them before the next.
+
+    Args:
+        pipe: The pipeline, as from `load`.
+        batches: What to denoise together: one size, number of steps and guidance scale each.
+        limits: Gets the batch sizes that the memory turned out to allow.
+    """
+    settings = [each for batch in batches for each in batch]
+    with _group_calls(pipe) as calls:
+        started = time.perf_counter()
+        revised = enhance_all(calls, settings)
+        prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
+        negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
+        embeddings = encode(calls, [*prompts, *negatives])
+        shared = (time.perf_counter() - started) / len(settings)
+        denoised: list[Denoised] = []
+        for batch in batches:
+            texts = [embeddings[prompt] for prompt in prompts[len(denoised) : len(denoised) + len(batch)]]
+            denoised += denoise(calls, batch, texts, [embeddings.get(each.negative_prompt) for each in batch], limits)
+        for each, prompt, text, result in zip(settings, prompts, revised, denoised, strict=True):
+            started = time.perf_counter()
+            image = decode(calls, each, embeddings[prompt], result.latents)
+            seconds = shared + result.seconds + time.perf_counter() - started
+            yield Drawing(image, each, text, seconds, result.batch_size, is_in_fp8(pipe.transformer))
+
+
+def encode(pipe: ErnieImagePipeline, texts: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Embeddings of each different text, (tokens, text_in_dim), on the CPU: a few MB each, for up to a group."""
+    return {text: pipe.encode_prompt(text, execution_device(pipe))[0].cpu() for text in dict.fromkeys(texts)}
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents of one picture, and what they cost.
+
+    Attributes:
+        latents: (1, channels, height / 16, width / 16) on the CPU.
+        batch_size: Pictures that were denoised together.
+        seconds: Its share of the wall time.
+    """
+
+    latents: torch.Tensor
+    batch_size: int
+    seconds: float
+
+
+def denoise(
+    pipe: ErnieImagePipeline,
+    batch: Sequence[Settings],
+    texts: Sequence[torch.Tensor],
+    negatives: Sequence[torch.Tensor | None],
+    limits: Limits,
+) -> list[Denoised]:
+    """Latents of a batch. If the memory runs out it is halved, and `limits` gets the size that is left."""
+    first = batch[0]
+    started = time.perf_counter()
+    try:
+        with several_pictures(pipe.transformer, len(batch)):
+            result = pipe(
+                prompt_embeds=list(texts),
+                negative_prompt_embeds=list(negatives) if first.guidance_scale > 1 else None,
+                height=first.height,
+                width=first.width,
+                num_inference_steps=first.num_inference_steps,
+                guidance_scale=first.guidance_scale,
+                latents=torch.cat([initial_latents(pipe, settings) for settings in batch]),
+                output_type="latent",
+            )
+        latents = getattr(result, "images", result).cpu()  # diffusers 0.38 returns the latents themselves
+        seconds = (time.perf_counter() - started) / len(batch)
+        return [Denoised(one, len(batch), seconds) for one in latents.split(1)]
+    except RuntimeError as error:
+        if len(batch) == 1 or not should_reduce_batch_size(error):
+            raise
+    clear_device_cache(garbage_collection=True)  # out here, where no traceback holds tensors any more
+    half = len(batch) // 2
+    limits[first.height * first.width] = half
+    logger.info(
+        "The memory ran out with %d pictures of %dx%d at once: %d.", len(batch), first.width, first.height, half
+    )
+    parts = [slice(start, start + half) for start in range(0, len(batch), half)]
+    return [result for part in parts for result in denoise(pipe, batch[part], texts[part], negatives[part], limits)]
+
+
+def decode(pipe: ErnieImagePipeline, settings: Settings, text: torch.Tensor, latents: torch.Tensor) -> Image.Image:
+    """The picture of finished latents. One at a time: decoding needs more memory a picture than denoising.
+
+    Upstream has no function for what comes after denoising. Its pipeline does that alone when there are no steps.
+    """
+    return pipe(
+        prompt_embeds=[text],
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=0,
+        guidance_scale=1.0,
+        latents=latents.to(execution_device(pipe)),
+    ).images[0]
+
+
+class _GroupCalls:
+    """Mixed into a pipeline's class for the calls of a group: no progress bar, and no offloading after each call.
+
+    A pipeline ends each call by offloading everything and adding its hooks anew. For a group that is due once, at its
+    end.
+    """
+
+    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
+        return tqdm(iterable, total=total, disable=True)
+
+    def maybe_free_model_hooks(self) -> None:
+        pass
+
+
+@functools.cache
+def _group_class(pipeline_class: type) -> type:
+    return type(pipeline_class.__name__, (_GroupCalls, pipeline_class), {})
+
+
+@contextmanager
+def _group_calls(pipe: ErnieImagePipeline) -> Iterator[ErnieImagePipeline]:
+    """The same pipeline for the calls of a group: an object of a class with `_GroupCalls` that shares all attributes.
+
+    On a CPU there is one thread meanwhile: the number of threads changes how sums are rounded, and accelerate chooses
+    it by the number of processes.
+    """
+    pipeline_class: Any = type(pipe)
+    calls: Any = object.__new__(_group_class(pipeline_class))
+    calls.__dict__ = pipe.__dict__
+    threads = torch.get_num_threads()
+    if execution_device(pipe).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield calls
+    finally:
+        torch.set_num_threads(threads)
+        pipe.maybe_free_model_hooks()

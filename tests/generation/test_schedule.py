@@ -1,0 +1,79 @@
+"""What is drawn: file names, batches that fit the memory, groups, and the shares of processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ernie_image_nf4.generation.prompt_file import Row
+from ernie_image_nf4.generation.schedule import (
+    MAX_BATCH,
+    Picture,
+    choose_batch_size,
+    dealt,
+    groups,
+    plan_pictures,
+    slug,
+)
+from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.memory.placement import GIB
+
+DEFAULTS = Settings("", "none", 32, 32, 2, 3.0, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("An Orange  cat, on_a desk!", "an-orange-cat-on-a-desk"),
+        ("一只橙色的小猫,坐在木桌上", "一只橙色的小猫-坐在木桌上"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("🐱", ""),
+        ("word " * 20, "word-word-word-word-word-word-word-word"),
+        ("字" * 50, "字" * 40),
+    ],
+)
+def test_slugs(prompt, expected):
+    assert slug(prompt) == expected
+
+
+def test_a_prompt_without_words_leaves_the_number():
+    assert [picture.file for picture in plan_pictures([Row("🐱")], DEFAULTS)] == ["0001.png"]
+
+
+def test_a_row_overrides_the_defaults_and_zero_is_a_value():
+    row = Row("a", negative="", seed=0, height=64, width=48, steps=7, guidance=0)
+    (picture,) = plan_pictures([row], DEFAULTS)
+    assert picture.settings == Settings("a", "", 64, 48, 7, 0.0, seed=0)
+    assert isinstance(picture.settings.guidance_scale, float)
+    (picture,) = plan_pictures([Row("a")], DEFAULTS)
+    assert picture.settings == Settings("a", "none", 32, 32, 2, 3.0, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("side", "free", "expected"),
+    [
+        (512, None, 1),
+        (512, 60 * GIB, MAX_BATCH),
+        (512, 3 * GIB, 4),
+        (1024, 6 * GIB, 2),
+        (1024, 1 * GIB, 1),
+        (512, 0, 1),
+    ],
+)
+def test_a_batch_fits_the_memory(side, free, expected):
+    assert choose_batch_size(side * side, free) == expected
+
+
+def shaped(number: int, height: int) -> Picture:
+    return Picture(f"{number}.png", Settings("", "", height, 32, 1, 1.0, seed=number))
+
+
+def test_batches_are_of_one_shape_and_groups_of_several_batches():
+    pictures = [shaped(number, 32 if number % 3 else 16) for number in range(10)]
+    found = [[[p.file[0] for p in batch] for batch in group] for group in groups(pictures, lambda _: 2, least=4)]
+    assert found == [[["0", "3"], ["6", "9"]], [["1", "2"], ["4", "5"]], [["7", "8"]]]
+
+
+def test_every_process_gets_its_share_of_each_size():
+    order = dealt([shaped(number, 16 if number < 5 else 32) for number in range(10)], 2)
+    assert [picture.settings.height for picture in order[:5]] == [16, 16, 16, 32, 32]
+    assert [picture.settings.height for picture in order[5:]] == [16, 16, 32, 32, 32]

@@ -1,0 +1,70 @@
+"""Private names of diffusers' pipelines: what they give, and that upstream's own way is taken once they are gone."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ernie_image_nf4 import load
+from ernie_image_nf4.fast.prompt_enhancer import enable_fast_decoding
+from ernie_image_nf4.generation import enhancement
+from ernie_image_nf4.generation.enhancement import enhance, enhance_all
+from ernie_image_nf4.generation.seeding import seeded
+from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.memory.offload import OffloadHook, enable_offload
+from ernie_image_nf4.upstream import pipelines
+from ernie_image_nf4.upstream.pipelines import enhance_prompt, execution_device, offload_hook
+
+CPU = torch.device("cpu")
+SETTINGS = [Settings("a cat", "", 32, 48, 1, 1.0, seed=3), Settings("一只猫", "", 32, 32, 1, 1.0, seed=4)]
+
+
+def test_the_execution_device_is_that_of_the_weights_where_diffusers_has_no_other(pipe, monkeypatch):
+    assert execution_device(pipe) == CPU
+    monkeypatch.delattr(DiffusionPipeline, "_execution_device")
+    assert execution_device(pipe) == CPU
+
+
+def test_components_have_a_hook_while_they_are_offloaded(repository):
+    pipe = load(repository, device="cpu")
+    assert offload_hook(pipe.pe) is None
+    enable_offload(pipe, CPU)
+    assert isinstance(offload_hook(pipe.pe), OffloadHook)
+    del pipe.pe._hf_hook  # as if accelerate kept it elsewhere
+    assert offload_hook(pipe.pe) is None
+
+
+def test_the_enhancer_is_asked_as_a_call_of_the_pipeline_asks_it(pipe):
+    settings = SETTINGS[0]
+    with seeded(settings.seed, CPU):
+        expected = pipe("a cat", height=32, width=48, num_inference_steps=1, guidance_scale=1.0).revised_prompts[0]
+    assert enhance(pipe, settings) == expected
+
+
+def test_another_generate_changes_neither_the_pipeline_nor_the_enhancer(pipe):
+    before, enhancer, asked = dict(vars(pipe)), dict(vars(pipe.pe)), []
+
+    def generate(**options: object) -> torch.Tensor:
+        asked.append(options)
+        return torch.cat([options["input_ids"], pipe.pe_tokenizer("a dog", return_tensors="pt").input_ids], 1)
+
+    text = enhance_prompt(pipe, "a cat", CPU, width=48, height=32, generate=generate)
+    assert text == "a dog"
+    assert [options["max_new_tokens"] for options in asked] == [pipe.pe_tokenizer.model_max_length]
+    assert vars(pipe) == before
+    assert vars(pipe.pe) == enhancer
+
+
+def test_without_its_method_prompts_are_enhanced_to_the_same_texts(repository, monkeypatch, caplog):
+    pipe = load(repository, device="cpu")
+    enable_fast_decoding(pipe.pe)
+    expected = [enhance(pipe, settings) for settings in SETTINGS]
+    caplog.set_level(logging.INFO, logger=pipelines.logger.name)
+    monkeypatch.setattr(enhancement, "find_decode_slots", lambda pipe: 2)
+    monkeypatch.setattr(pipelines, "ENHANCE_PROMPT", "_renamed")
+    assert [enhance(pipe, settings) for settings in SETTINGS] == expected
+    assert enhance_all(pipe, SETTINGS) == expected
+    messages = [record.message for record in caplog.records if record.name == pipelines.logger.name]
+    assert messages == ["diffusers has no ErnieImagePipeline._renamed any more: prompts are enhanced one by one."]
