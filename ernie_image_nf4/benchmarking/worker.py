@@ -19,8 +19,10 @@ from diffusers import ErnieImagePipeline
 
 from ..errors import InvalidSettings
 from ..evaluation.baselines import load_baseline
-from ..loading.pipeline import DTYPE_ARGUMENT, load
+from ..loading.from_pretrained import DTYPE_ARGUMENT
+from ..loading.pipeline import load
 from ..repository.components import COMPONENTS, PIPELINE_CLASS, QUANTIZED
+from ..repository.record import open_repository
 from .arms import PROMPT, Arm, Workload
 from .device import peak_memory, reserved_memory, reset_peak_memory, synchronize
 from .predictions import save_predictions
@@ -88,7 +90,7 @@ def load_arm(arm: Arm, folder: Path, device: str) -> ErnieImagePipeline:
     if arm.way == "ours":
         return load(folder, device=device, **arm.options)
     if arm.way == "baseline":
-        return load_baseline(arm.options["baseline"], folder, device=device)
+        return load_baseline(arm.options["baseline"], open_repository(folder, prompt_enhancer=False), device=device)
     dtypes = {library: {name: torch.bfloat16} for library, name in DTYPE_ARGUMENT.items()}
     parts = {}
     if arm.way == "demo":

@@ -70,7 +70,9 @@ def _draw_prompt(
     prompt: str, output: Path, count: int, loading: dict[str, Any], *, model: str | None, **settings: Any
 ) -> None:
     """Draw one prompt `count` times, and say what came of it."""
-    from ..generation.single import check_output, check_settings, draw_and_save, output_paths
+    from ..generation.image_file import check_output, output_paths
+    from ..generation.settings import check_settings
+    from ..generation.single import draw_and_save
 
     checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed")}
     check_settings(prompt, count=count, **checked)
@@ -100,8 +102,9 @@ def _draw_file(
     **settings: Any,
 ) -> None:
     """Draw a file of prompts on all processes that accelerate started; the main process says what came of it."""
+    from ..generation.image_file import make_output_folder
     from ..generation.prompt_file import read_prompts
-    from ..generation.single import check_settings, make_output_folder
+    from ..generation.settings import check_settings
 
     rows = read_prompts(prompts_file)
     checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed", "count")}
@@ -109,7 +112,9 @@ def _draw_file(
     make_output_folder(out_dir)
     from accelerate import PartialState
 
-    from ..generation.batch import MANIFEST, generate_batch, process_device, read_manifest, save_contact_sheet
+    from ..generation.batch import generate_batch, process_device
+    from ..generation.contact_sheet import save_contact_sheet
+    from ..generation.manifest import MANIFEST, read_manifest
     from ..loading.pipeline import load
 
     pipe = load(model, **{**loading, "device": process_device(loading["device"])})

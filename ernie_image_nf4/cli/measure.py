@@ -46,7 +46,7 @@ def evaluate(
     prompts = read_prompts(prompts_file) if prompts_file else None
     from ..evaluation.report import write_report
     from ..evaluation.run import evaluate
-    from ..generation.single import make_output_folder
+    from ..generation.image_file import make_output_folder
 
     make_output_folder(out_dir)
     for evaluation in evaluate(
@@ -107,7 +107,7 @@ def benchmark(
     from ..benchmarking.report import write_benchmark
     from ..benchmarking.run import benchmark, make_synthetic
     from ..errors import InvalidSettings
-    from ..generation.single import make_output_folder
+    from ..generation.image_file import make_output_folder
     from ..repository.resolve import find_repository
 
     try:

@@ -10,15 +10,14 @@ import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import ErnieImagePipeline
 from torch import nn
 
 from ..errors import DeviceUnavailable, InvalidRepository, InvalidSettings
-from ..loading.pipeline import load
-from ..repository.resolve import is_quantized
+from ..loading.pipeline import load_opened
+from ..repository.record import Repository
 from .weights import COMPARED_COMPONENTS, Model, linear_layers
 
 TORCHAO_GROUP = 128  # Values that share a scale and a zero point
@@ -42,7 +41,7 @@ class Baseline:
 
 
 def load_baseline(
-    name: str, folder: Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    name: str, original: Repository, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> ErnieImagePipeline:
     """Load an original repository and quantize it with a baseline: all on the device, without the prompt enhancer.
 
@@ -50,7 +49,7 @@ def load_baseline(
 
     Args:
         name: A key of `BASELINES`.
-        folder: Folder of the original repository.
+        original: The original repository.
         device: As for `load`.
         dtype: As for `load`.
 
@@ -64,9 +63,11 @@ def load_baseline(
         raise InvalidSettings(f"There is no baseline {name!r}: use one of {', '.join(BASELINES)}.")
     baseline_version(name)
     for component in COMPARED_COMPONENTS:
-        if is_quantized(folder, component):
-            raise InvalidRepository(f"{folder} is quantized, baselines are made from originals: name the original.")
-    pipe = load(folder, device=device, dtype=dtype, memory="resident", fast=False, prompt_enhancer=False)
+        if original.components[component.name].quantized:
+            raise InvalidRepository(
+                f"{original.folder} is quantized, baselines are made from originals: name the original."
+            )
+    pipe = load_opened(original.without_prompt_enhancer(), device=device, dtype=dtype, memory="resident")
     with torch.no_grad():
         for component in COMPARED_COMPONENTS:
             BASELINES[name].quantize(getattr(pipe, component.name))

@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -23,11 +21,12 @@ from tqdm import tqdm
 
 from ..errors import InvalidSettings
 from ..generation.prompt_file import Row
-from ..generation.settings import check_settings, described_model
-from ..loading.pipeline import load
+from ..generation.settings import check_settings
+from ..loading.pipeline import load_opened
 from ..memory.placement import find_device
-from ..repository.metadata import Recommended, read_metadata_if_ours
-from ..repository.resolve import check_repository, find_repository
+from ..repository.metadata import Recommended
+from ..repository.record import Repository, open_repository
+from ..repository.resolve import find_repository
 from .baselines import BASELINES, baseline_version, load_baseline
 from .environment import device_name, library_versions
 from .measure import Reference, Work, measure_candidate, measure_reference
@@ -106,9 +105,9 @@ def evaluate(
     _check(rows, candidates, batch_size)
     check_settings("-", height=height, width=width, steps=steps, guidance=guidance, seed=seed, count=len(rows))
     options = LoadOptions(find_device(device), dtype, memory)
-    original = _find(reference)
-    folders = {name: _find(name) for name in map(str, candidates) if name not in BASELINES}
-    settings = _choose_settings([original, *folders.values()], height, width, steps, guidance)
+    original = _open(reference)
+    repositories = {name: _open(name) for name in map(str, candidates) if name not in BASELINES}
+    settings = _choose_settings([original, *repositories.values()], height, width, steps, guidance)
     metrics, statuses = find_metrics(options.device, len(rows), download_metrics)
     with tqdm(total=len(rows) * (1 + len(candidates)), unit="picture", disable=not progress) as bar:
         work = Work([row.prompt for row in rows], settings, _seeds(rows, seed), batch_size, metrics, bar)
@@ -116,7 +115,7 @@ def evaluate(
         yield evaluation
         for candidate in map(str, candidates):
             clear_device_cache(garbage_collection=True)  # Free the previous pipeline
-            _evaluate_candidate(evaluation, candidate, folders.get(candidate), original, measured, options, work)
+            _evaluate_candidate(evaluation, candidate, repositories.get(candidate), original, measured, options, work)
             bar.update(len(rows) * len(evaluation.results) - bar.n)
             yield evaluation
 
@@ -142,18 +141,15 @@ def _check(rows: Sequence[Row], candidates: Sequence[object], batch_size: int) -
                 )
 
 
-def _find(model: str | os.PathLike[str]) -> Path:
-    folder = find_repository(model, prompt_enhancer=False)
-    check_repository(folder, prompt_enhancer=False)
-    return folder
+def _open(model: str | os.PathLike[str]) -> Repository:
+    return open_repository(find_repository(model, prompt_enhancer=False), prompt_enhancer=False)
 
 
 def _choose_settings(
-    folders: Iterable[Path], height: int | None, width: int | None, steps: int | None, guidance: float | None
+    repositories: Iterable[Repository], height: int | None, width: int | None, steps: int | None, guidance: float | None
 ) -> Recommended:
     """The settings asked for. Those left out are of the first repository with metadata; an original has none."""
-    metadata = next((found for folder in folders if (found := read_metadata_if_ours(folder))), None)
-    recommended = metadata.recommended if metadata else Recommended()
+    recommended = next((each.recommended for each in repositories if each.metadata), Recommended())
     return Recommended(
         height=recommended.height if height is None else height,
         width=recommended.width if width is None else width,
@@ -169,15 +165,15 @@ def _seeds(rows: Sequence[Row], first: int) -> list[int]:
 
 def _evaluate_reference(
     source: str,
-    folder: Path,
+    repository: Repository,
     options: LoadOptions,
     work: Work,
     statuses: dict[str, MetricStatus],
     command: str | None,
 ) -> tuple[Evaluation, Reference]:
     """An evaluation of the reference alone, and what to compare with. Errors aren't caught: they end the evaluation."""
-    pipe = _load(folder, options)
-    result = Result(described_model(pipe)[1], "reference", source, _format(folder))
+    pipe = _load(repository, options)
+    result = Result(repository.name, "reference", source, _format(repository))
     reference = measure_reference(result, pipe, work)
     evaluation = Evaluation(
         settings=work.settings,
@@ -198,8 +194,8 @@ def _evaluate_reference(
 def _evaluate_candidate(
     evaluation: Evaluation,
     source: str,
-    folder: Path | None,
-    original: Path,
+    repository: Repository | None,
+    original: Repository,
     reference: Reference,
     options: LoadOptions,
     work: Work,
@@ -209,23 +205,22 @@ def _evaluate_candidate(
     Args:
         evaluation: The evaluation.
         source: The argument that named the candidate.
-        folder: Of its repository; None for a baseline.
-        original: Folder of the reference.
+        repository: The candidate; None for a baseline.
+        original: The reference.
         reference: What to compare with.
         options: How to load.
         work: What to draw.
     """
-    result = Result(source, "repository" if folder else "baseline", source)
+    result = Result(source, "repository" if repository else "baseline", source)
     try:
-        if folder:
-            result.format = _format(folder)
-            pipe = _load(folder, options)
-            result.name = described_model(pipe)[1]
+        if repository:
+            result.format = _format(repository)
+            pipe = _load(repository, options)
+            result.name = repository.name
         else:
             baseline = BASELINES[source]
             result.format = f"{baseline.format} ({baseline.package} {baseline_version(source)})"
-            with _quiet_loading():
-                pipe = load_baseline(source, original, device=options.device, dtype=options.dtype)
+            pipe = load_baseline(source, original, device=options.device, dtype=options.dtype)
         if result.name in evaluation.pictures:
             result.name = f"{result.name} ({source})"
         evaluation.pictures[result.name] = measure_candidate(result, pipe, reference, work)
@@ -235,35 +230,13 @@ def _evaluate_candidate(
     evaluation.results.append(result)
 
 
-def _load(folder: Path, options: LoadOptions) -> ErnieImagePipeline:
-    with _quiet_loading():
-        return load(
-            folder,
-            device=options.device,
-            dtype=options.dtype,
-            memory=options.memory,
-            fast=False,
-            prompt_enhancer=False,
-        )
+def _load(repository: Repository, options: LoadOptions) -> ErnieImagePipeline:
+    return load_opened(repository, device=options.device, dtype=options.dtype, memory=options.memory)
 
 
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Mute what `load` says below errors: originals are loaded on purpose, and the memory mode is the same for all."""
-    loggers = [logging.getLogger(name) for name in ("ernie_image_nf4.loading", "ernie_image_nf4.memory")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
-
-
-def _format(folder: Path) -> str:
+def _format(repository: Repository) -> str:
     """What the metadata of a repository says of its quantization."""
-    metadata = read_metadata_if_ours(folder)
+    metadata = repository.metadata
     if metadata is None:
         return "a repository without quantization metadata"
     scheme = metadata.quantization

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from diffusers import ErnieImagePipeline
 
-from ..memory.placement import GIB, WORKING_BYTES, free_memory, memory_mode
+from ..memory.apply import memory_mode
+from ..memory.placement import GIB, WORKING_BYTES, free_memory
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
 from .manifest import Record

@@ -14,8 +14,8 @@ from diffusers import ErnieImagePipeline
 
 from ..errors import DeviceUnavailable
 from ..fast.products import is_in_fp8
-from ..memory.offload import free_device
-from ..memory.placement import memory_mode
+from ..memory.apply import memory_mode
+from ..memory.offload import offload_all as free_device
 from ..upstream.pipelines import execution_device
 from .image_file import Drawing, save_png
 from .seeding import initial_latents, seeded

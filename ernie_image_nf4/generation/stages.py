@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..fast.products import is_in_fp8
 from ..fast.transformer import several_pictures
-from ..memory.placement import memory_mode
+from ..memory.apply import memory_mode
 from ..upstream.pipelines import execution_device
 from .enhancement import enhance_all
 from .image_file import Drawing

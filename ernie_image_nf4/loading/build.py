@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,6 @@ from ..repository.security import library_reading
 from .assembly import TensorSource, assemble, keep_as_stored, move_rest
 from .device_reader import DeviceReader
 from .from_pretrained import load_plain
-
-logger = logging.getLogger(__name__)
 
 
 def build_pipeline(repository: Repository, placement: Placement) -> diffusers.ErnieImagePipeline:
@@ -94,12 +91,6 @@ def _load_component(part: StoredComponent, placement: Placement, source: TensorS
     component = part.component
     if component.weights is None:
         return _load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
-    if component.quantized and not part.quantized:
-        logger.warning(
-            "%s is not quantized: it is loaded in %s and takes about four times the memory of NF4.",
-            part.folder,
-            placement.dtype,
-        )
     if component.quantized and placement.load_device.type != "cpu":
         return load_plain(part, placement)
     model = assemble(part, source, placement.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import diffusers
@@ -14,6 +15,8 @@ from ..repository.integrity import check_integrity
 from ..repository.record import Repository, StoredComponent, open_repository
 from ..repository.resolve import find_repository
 from .build import build_pipeline
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -81,9 +84,9 @@ def load(
     repository = open_repository(folder, prompt_enhancer=prompt_enhancer)
     if verify:
         check_integrity(repository)
-    fast = fast and chosen_device.type == "cuda"
-    mode = choose_memory_mode(repository, memory, chosen_device, fast)
-    placement = Placement(chosen_device, chosen_dtype, mode, fast)
+    placement, reason = decide_placement(repository, chosen_device, chosen_dtype, memory, fast)
+    logger.info("Memory mode %s on %s: %s", placement.memory, placement.device, reason)
+    warn_of_unquantized(repository, chosen_dtype)
     pipe = build_pipeline(repository, placement)
     apply_placement(pipe, placement)
     if fp8:
@@ -91,15 +94,51 @@ def load(
     return pipe
 
 
-def choose_memory_mode(repository: Repository, requested: str, device: torch.device, fast: bool) -> str:
-    """The memory mode for a repository on a device, by the device's free memory: see `memory.placement.choose_memory`."""
+def load_opened(
+    repository: Repository,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+) -> diffusers.ErnieImagePipeline:
+    """`load` with ``fast=False`` of a repository that was opened before, original or quantized, without a log line.
+
+    Raises:
+        InvalidRepository: As `load`, and so are the next two.
+        DeviceUnavailable: See there.
+        InvalidSettings: See there.
+    """
+    chosen_device = find_device(device)
+    placement, _ = decide_placement(repository, chosen_device, find_dtype(dtype, chosen_device), memory, fast=False)
+    pipe = build_pipeline(repository, placement)
+    apply_placement(pipe, placement)
+    return pipe
+
+
+def decide_placement(
+    repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: bool
+) -> tuple[Placement, str]:
+    """Where and how a pipeline of this repository runs, by the device's free memory, and the reason in words."""
+    fast = fast and device.type == "cuda"
     recommended = repository.recommended
-    return find_memory(
-        requested,
+    mode, reason = find_memory(
+        memory,
         device,
         weight_bytes={name: device_bytes(part, fast) for name, part in repository.components.items()},
         working_bytes=working_bytes(recommended.height * recommended.width, fast),
     )
+    return Placement(device, dtype, mode, fast), reason
+
+
+def warn_of_unquantized(repository: Repository, dtype: torch.dtype) -> None:
+    """Warn of components that take far more memory than expected of an NF4 repository."""
+    for part in repository.components.values():
+        if part.component.quantized and not part.quantized:
+            logger.warning(
+                "%s is not quantized: it is loaded in %s and takes about four times the memory of NF4.",
+                part.folder,
+                dtype,
+            )
 
 
 def device_bytes(part: StoredComponent, fast: bool) -> int:

@@ -6,7 +6,6 @@ call them. A `Placement` records the decision, which ``apply.py`` carries out.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,6 @@ import torch
 from ..errors import DeviceUnavailable, InvalidSettings
 from ..repository.components import COMPONENT
 from ..upstream.devices import cpu_has_bfloat16
-
-logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 DEVICE_TYPES = ("cuda", "xpu", "mps", "cpu")  # in order of preference; bitsandbytes has NF4 for each of them
@@ -230,13 +227,13 @@ def find_dtype(requested: str | torch.dtype | None, device: torch.device) -> tor
     return choose_dtype(requested, device, capability, cpu_has_bfloat16())
 
 
-def find_memory(requested: str, device: torch.device, *, weight_bytes: dict[str, int], working_bytes: int) -> str:
-    """`choose_memory` for the memory that is free now. Logs the choice and its reason at INFO."""
-    mode, reason = choose_memory(
+def find_memory(
+    requested: str, device: torch.device, *, weight_bytes: dict[str, int], working_bytes: int
+) -> tuple[str, str]:
+    """`choose_memory` by the device's free memory now."""
+    return choose_memory(
         requested, device, weight_bytes=weight_bytes, free_bytes=free_memory(device), working_bytes=working_bytes
     )
-    logger.info("Memory mode %s on %s: %s", mode, device, reason)
-    return mode
 
 
 def device_counts() -> dict[str, int]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -24,10 +23,10 @@ from diffusers import ErnieImageTransformer2DModel
 from torch import nn
 from tqdm import tqdm
 
-from ..repository.components import Component
-from ..repository.meta_model import skeleton
+from ..repository.meta_model import meta_model
 from ..repository.metadata import Recommended
 from ..repository.nf4_format import NF4Weight
+from ..repository.record import Repository, StoredComponent
 from ..repository.safetensors_io import read_tensor
 from .calibration_data import Sample, conditions, record_samples
 from .gptq import PERCDAMP, round_weight
@@ -48,8 +47,7 @@ STAGES = (
 
 @torch.no_grad()
 def calibrate_transformer(
-    folder: Path,
-    component: Component,
+    source: Repository,
     plan: WeightPlan,
     prompts: Sequence[str],
     settings: Recommended,
@@ -60,8 +58,7 @@ def calibrate_transformer(
     """NF4 of the transformer's linear layers, rounded for what a few prompts need.
 
     Args:
-        folder: The original repository.
-        component: Its transformer.
+        source: The original repository.
         plan: What becomes of the transformer.
         prompts: What to draw, eight or more: those unlike each other calibrate best.
         settings: Size (at most 512 pixels a side are drawn), steps and guidance scale that the model is for.
@@ -75,14 +72,17 @@ def calibrate_transformer(
     Raises:
         torch.OutOfMemoryError: The device is too small to draw with the original.
     """
-    samples = record_samples(folder, prompts, settings, device, progress)
-    return round_layers(folder, component, plan, samples, device, progress)
+    samples = record_samples(source, prompts, settings, device, progress)
+    return round_layers(_transformer(source), plan, samples, device, progress)
+
+
+def _transformer(source: Repository) -> StoredComponent:
+    return next(part for part in source.components.values() if part.component.streamed)
 
 
 @torch.no_grad()
 def round_layers(
-    folder: Path,
-    component: Component,
+    part: StoredComponent,
     plan: WeightPlan,
     samples: Sequence[Sample],
     device: torch.device,
@@ -91,7 +91,7 @@ def round_layers(
     """Round every layer that `plan` quantizes, each given what the layers before it have become."""
     dtype = samples[0].latents.dtype
     rounding = LayerRounding(plan, device, dtype)
-    model: ErnieImageTransformer2DModel = skeleton(component, folder / component.name)
+    model: ErnieImageTransformer2DModel = meta_model(part.component, part.settings)
     blocks, model.layers = model.layers, nn.ModuleList()
     rounding.read_weights(model, "")
     original = copy.deepcopy(model)

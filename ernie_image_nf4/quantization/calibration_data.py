@@ -5,11 +5,8 @@ The whole transformer is on the device for this, as in drawing with offloading.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -17,9 +14,9 @@ from diffusers import ErnieImagePipeline
 from torch import nn
 from tqdm import tqdm
 
-from ..loading.pipeline import load
-from ..loading.pipeline import logger as loading_logger
+from ..loading.pipeline import load_opened
 from ..repository.metadata import Recommended
+from ..repository.record import Repository
 from ..upstream.pipelines import execution_device
 
 SAMPLES = 128  # pairs of predictions, with the prompt and with the empty one: 280,000 tokens at 512x512
@@ -48,18 +45,18 @@ class Sample:
 
 @torch.no_grad()
 def record_samples(
-    folder: Path, prompts: Sequence[str], settings: Recommended, device: torch.device, progress: bool
+    source: Repository, prompts: Sequence[str], settings: Recommended, device: torch.device, progress: bool
 ) -> list[Sample]:
     """Predictions on the way to the prompts' pictures, at timesteps that take turns from prompt to prompt.
 
     Args:
-        folder: The original repository.
+        source: The original repository.
         prompts: What to draw.
         settings: Size (at most `MAX_SIZE` pixels a side are drawn), steps and guidance scale.
         device: Where to draw.
         progress: Whether to show progress bars.
     """
-    pipe = _load_original(folder, device)
+    pipe = _load_original(source, device)
     guidance = settings.guidance_scale
     weights = (1 - guidance, guidance) if guidance > 1 else (1.0,)
     each = min(-(-SAMPLES // len(prompts)), settings.num_inference_steps)
@@ -87,24 +84,13 @@ def conditions(
     return timestep, sample.text[None].to(device, dtype), torch.tensor([len(sample.text)], device=device)
 
 
-def _load_original(folder: Path, device: torch.device) -> ErnieImagePipeline:
+def _load_original(source: Repository, device: torch.device) -> ErnieImagePipeline:
     memory = "resident" if device.type == "cpu" else "offload"
-    with _errors_only(loading_logger):  # it would warn that the original isn't quantized
-        pipe = load(folder, device=device, memory=memory, fast=False, prompt_enhancer=False)
+    pipe = load_opened(source.without_prompt_enhancer(), device=device, memory=memory)
     pipe.transformer.requires_grad_(False)
     pipe.transformer.enable_gradient_checkpointing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@contextmanager
-def _errors_only(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _record_steps(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,12 @@ from tqdm import tqdm
 from ..errors import DeviceUnavailable, InvalidSettings
 from ..generation.prompt_file import read_prompts
 from ..memory.placement import find_device
-from ..repository.components import METADATA, MODEL_INDEX, Component
+from ..repository.components import METADATA, MODEL_INDEX
 from ..repository.metadata import ComponentRecord, Metadata, Recommended, Source, installed_versions, to_json
-from ..repository.resolve import CONFIG_PATTERNS, check_repository, find_repository, weight_files
-from ..repository.safetensors_io import file_bytes, find_tensors
+from ..repository.record import Repository, StoredComponent, open_repository
+from ..repository.resolve import CONFIG_PATTERNS, find_repository
+from ..repository.safetensors_io import file_bytes
+from ..repository.security import WEIGHTS
 from ..repository.upload import create_repository, upload
 from .calibration import calibrate_transformer
 from .layer_selection import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
@@ -45,8 +46,7 @@ class Conversion:
     """What is made of what, decided before a weight is read.
 
     Attributes:
-        source: Folder of the original repository.
-        components: Its components.
+        source: The original repository.
         plans: Quantized component -> what becomes of its weights.
         keep: Globs of layers that keep their precision, default ones included.
         device: Where to quantize.
@@ -55,8 +55,7 @@ class Conversion:
         recommended: Call settings to record.
     """
 
-    source: Path
-    components: tuple[Component, ...]
+    source: Repository
     plans: dict[str, WeightPlan]
     keep: list[str]
     device: torch.device
@@ -123,12 +122,13 @@ def quantize(
     folder = find_repository(source, revision=revision, token=token)
     if output.resolve().is_relative_to(folder.resolve()):
         raise InvalidSettings(f"{output} lies in the source, which is only read: name a folder outside of it.")
-    components = check_repository(folder)
+    repository = open_repository(folder)
     kept = [*keep, *(DEFAULT_KEEP if default_keep else ())]
-    plans = {part.name: plan_weights(folder, part, kept) for part in components if part.quantized}
+    parts = repository.components
+    plans = {name: plan_weights(part, kept) for name, part in parts.items() if part.component.quantized}
     _check_patterns(keep, plans)
-    recommended = recommended or _recommended(folder, components)
-    conversion = Conversion(folder, components, plans, kept, target, scale_search, prompts, recommended)
+    recommended = recommended or _recommended(repository)
+    conversion = Conversion(repository, plans, kept, target, scale_search, prompts, recommended)
     described = describe_source(folder, token)
     if push_to_hub:
         create_repository(push_to_hub, token)
@@ -165,18 +165,18 @@ def _check_patterns(keep: Sequence[str], plans: dict[str, WeightPlan]) -> None:
             )
 
 
-def _recommended(folder: Path, components: Sequence[Component]) -> Recommended:
+def _recommended(repository: Repository) -> Recommended:
     """Call settings for this member of the family."""
-    configs = [json.loads((folder / part.name / part.config).read_text(encoding="utf-8")) for part in components]
-    return TURBO if any(TURBO_KEYS.issubset(config) for config in configs) else Recommended()
+    is_turbo = any(TURBO_KEYS.issubset(part.config) for part in repository.components.values())
+    return TURBO if is_turbo else Recommended()
 
 
 def _job(conversion: Conversion) -> dict[str, Any]:
     """Everything that shapes the components: an unfinished output is only continued if all of it is the same."""
     source, prompts = conversion.source, conversion.prompts
-    folders = [source / part.name for part in conversion.components]
+    folders = [part.folder for part in source.components.values()]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-    stats = [(path.relative_to(source).as_posix(), path.stat()) for path in files]
+    stats = [(path.relative_to(source.folder).as_posix(), path.stat()) for path in files]
     digest = hashlib.sha256("\0".join(prompts).encode()).hexdigest()
     return {
         "source files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
@@ -209,10 +209,10 @@ def _clear_errors(output: Path, device: torch.device) -> Iterator[None]:
 
 def _write_components(made: ResumableOutput, conversion: Conversion, progress: bool) -> None:
     """Write all components that aren't finished, after checking that the disk has room for them."""
-    source, plans = conversion.source, conversion.plans
-    missing = [part for part in conversion.components if not made.is_finished(part.name)]
-    _check_space(made.output, sum(_output_bytes(source, part, plans.get(part.name)) for part in missing))
-    sizes = {part.name: _read_bytes(source, part, plans.get(part.name)) for part in conversion.components}
+    parts, plans = conversion.source.components, conversion.plans
+    missing = [part for name, part in parts.items() if not made.is_finished(name)]
+    _check_space(made.output, sum(_output_bytes(part, plans.get(part.name)) for part in missing))
+    sizes = {name: _read_bytes(part, plans.get(name)) for name, part in parts.items()}
     total, left = sum(sizes.values()), sum(sizes[part.name] for part in missing)
     with (
         ThreadPoolExecutor(1) as finisher,
@@ -221,29 +221,28 @@ def _write_components(made: ResumableOutput, conversion: Conversion, progress: b
         ) as bar,
     ):
         finishing = []
-        for component in missing:
-            bar.set_postfix_str(component.name)
-            error = _write_component(made.work / component.name, conversion, component, bar)
+        for part in missing:
+            bar.set_postfix_str(part.name)
+            error = _write_component(made.work / part.name, conversion, part, bar)
             # The next component doesn't wait for this one's digests.
-            finishing.append(finisher.submit(_finish, made, conversion, component, error))
+            finishing.append(finisher.submit(_finish, made, conversion, part, error))
         for finished in finishing:
             finished.result()
 
 
-def _write_component(work: Path, conversion: Conversion, component: Component, bar: tqdm) -> float | None:
+def _write_component(work: Path, conversion: Conversion, part: StoredComponent, bar: tqdm) -> float | None:
     """Write one component to its work folder. Returns its relative weight error if it is quantized."""
-    folder, plan = conversion.source / component.name, conversion.plans.get(component.name)
+    plan, component = conversion.plans.get(part.name), part.component
     work.mkdir()
     if plan is None or component.weights is None:
-        configs = [file for pattern in CONFIG_PATTERNS for file in folder.glob(pattern)]
-        copy_component(weight_files(conversion.source, component), configs, work, bar)
+        configs = [file for pattern in CONFIG_PATTERNS for file in part.folder.glob(pattern)]
+        copy_component(part, configs, work, bar)
         return None
     save_configs(plan.model, work)
     calibrated = {}
     if conversion.prompts and component.streamed:
         calibrated = calibrate_transformer(
             conversion.source,
-            component,
             plan,
             conversion.prompts,
             conversion.recommended,
@@ -253,19 +252,19 @@ def _write_component(work: Path, conversion: Conversion, component: Component, b
     return write_quantized(plan, work / component.weights, conversion.device, conversion.scale_search, calibrated, bar)
 
 
-def _finish(made: ResumableOutput, conversion: Conversion, component: Component, error: float | None) -> None:
+def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent, error: float | None) -> None:
     """Record what was written of a component and move it to the output."""
-    plan = conversion.plans.get(component.name)
+    plan, files = conversion.plans.get(part.name), folder_records(made.work / part.name)
     record = ComponentRecord(
-        class_name=component.class_name,
-        quantized=component.quantized,
-        files=folder_records(made.work / component.name),
-        bytes=_weight_bytes(made.work, component),
-        original_bytes=_weight_bytes(conversion.source, component),
+        class_name=part.component.class_name,
+        quantized=part.component.quantized,
+        files=files,
+        bytes=sum(file.bytes for name, file in files.items() if name.endswith(WEIGHTS)),
+        original_bytes=part.bytes,
         kept_modules=plan.kept_modules if plan else [],
         relative_weight_error=error,
     )
-    made.finish(component.name, record)
+    made.finish(part.name, record)
 
 
 def _check_space(output: Path, needed: int) -> None:
@@ -277,18 +276,14 @@ def _check_space(output: Path, needed: int) -> None:
         )
 
 
-def _read_bytes(folder: Path, component: Component, plan: WeightPlan | None) -> int:
+def _read_bytes(part: StoredComponent, plan: WeightPlan | None) -> int:
     """Bytes of the tensors that are read; a tied weight that is stored twice is read once."""
-    tensors = plan.tensors if plan else find_tensors(weight_files(folder, component))
+    tensors = plan.tensors if plan else part.tensors
     return sum(stored.spec.bytes for stored in tensors.values())
 
 
-def _output_bytes(folder: Path, component: Component, plan: WeightPlan | None) -> int:
-    return file_bytes(plan.specs()) if plan else _weight_bytes(folder, component)
-
-
-def _weight_bytes(folder: Path, component: Component) -> int:
-    return sum(file.stat().st_size for file in weight_files(folder, component))
+def _output_bytes(part: StoredComponent, plan: WeightPlan | None) -> int:
+    return file_bytes(plan.specs()) if plan else part.bytes
 
 
 # What stands beside the components
@@ -300,7 +295,7 @@ def _metadata(made: ResumableOutput, conversion: Conversion, name: str, source: 
         name=name,
         source=source,
         quantization=replace(QUANTIZATION, scale_search=scale_search, calibration_prompts=prompts),
-        components={part.name: made.records[part.name] for part in conversion.components},
+        components={name: made.records[name] for name in conversion.source.components},
         recommended=conversion.recommended,
         versions=installed_versions(),
     )

@@ -13,20 +13,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..errors import InvalidRepository
 from ..repository import nf4_format as nf4
 from ..repository.components import Component
-from ..repository.meta_model import saved_names, skeleton, tied_weights, upstream_lock
+from ..repository.meta_model import MetaParameters, meta_model, saved_names, tied_weights
 from ..repository.metadata import Quantization
-from ..repository.resolve import is_quantized, weight_files
-from ..repository.safetensors_io import DTYPES, StoredTensor, TensorSpec, find_tensors, read_chunks
+from ..repository.record import StoredComponent
+from ..repository.safetensors_io import DTYPES, StoredTensor, TensorSpec, read_chunks
+from ..repository.security import library_reading
+from ..upstream.models_in_memory import exchange_layers, nf4_quantizer
 
 QUANTIZATION = Quantization()
 # Linear layers that keep their precision by default. final_linear makes a quarter of the error of the mini's
@@ -66,31 +66,29 @@ class WeightPlan:
         return specs
 
 
-def plan_weights(source: Path, component: Component, keep: Sequence[str] = ()) -> WeightPlan:
+def plan_weights(part: StoredComponent, keep: Sequence[str] = ()) -> WeightPlan:
     """Decide which tensors of a component become NF4, and under which names all of them are saved.
 
     Args:
-        source: Folder of the original repository. Only the component's configs and headers are read, and a tied weight
+        part: A component of the original repository, one that is to be quantized. Nothing is read but a tied weight
             that is stored twice.
-        component: One that is to be quantized.
         keep: Globs over full names of linear layers, as in `convert.quantize`.
 
     Raises:
         InvalidRepository: It is quantized already, or a tensor is missing or has an unexpected shape or dtype.
     """
-    folder = source / component.name
-    if is_quantized(source, component):
+    folder, component, stored = part.folder, part.component, dict(part.tensors)
+    if part.quantized:
         raise InvalidRepository(f"{folder} is quantized already: name the original repository instead.")
-    stored = find_tensors(weight_files(source, component))
     dtype = _main_dtype(folder, stored)
-    model = skeleton(component, folder)
+    with library_reading(part.config_file):
+        model: Any = meta_model(component, part.settings)
     model = model.to(dtype) if component.library == "transformers" else model
     state, names = model.state_dict(), _output_names(model, stored)
     tensors = {name: _find_tensor(folder, component, stored, key, name, state[key]) for key, name in names.items()}
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = [name for name in linear if any(matches(f"{component.name}.{name}", pattern) for pattern in keep)]
-    with upstream_lock:
-        replaced = _replace_linear_layers(model, component, dtype, kept)
+    replaced = _replace_linear_layers(model, component, dtype, kept)
     return WeightPlan(model, tensors, frozenset(names[f"{name}.weight"] for name in replaced), kept)
 
 
@@ -159,24 +157,22 @@ def _replace_linear_layers(model: Any, component: Component, dtype: torch.dtype,
     such a list, transformers no longer adds its own choice (output embeddings, tied weights), so that is added here.
     """
     skip = list(kept)
+    if skip and component.library == "transformers":
+        skip = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, skip, add_default_skips=True)
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": QUANTIZATION.quant_type,
+        "bnb_4bit_use_double_quant": QUANTIZATION.double_quantization,
+        "bnb_4bit_compute_dtype": QUANTIZATION.compute_dtype,
+        "llm_int8_skip_modules": sorted(skip) or None,
+    }
+    quantizer = nf4_quantizer(component.library, settings, pre_quantized=False)
+    with MetaParameters():
+        exchange_layers(model, quantizer, dtype)
     if component.library == "diffusers":
-        quantizer_class, config_class = BnB4BitDiffusersQuantizer, diffusers.BitsAndBytesConfig
+        model.register_to_config(quantization_config=quantizer.quantization_config)
     else:
-        quantizer_class, config_class = Bnb4BitHfQuantizer, transformers.BitsAndBytesConfig
-        skip = skip and Bnb4BitHfQuantizer.get_modules_to_not_convert(model, skip, add_default_skips=True)
-    config = config_class(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=QUANTIZATION.quant_type,
-        bnb_4bit_use_double_quant=QUANTIZATION.double_quantization,
-        bnb_4bit_compute_dtype=getattr(torch, QUANTIZATION.compute_dtype),
-        llm_int8_skip_modules=sorted(skip) or None,
-    )
-    quantizer = quantizer_class(config, pre_quantized=False)
-    quantizer.preprocess_model(model, config=model.config, dtype=dtype, device_map=None, keep_in_fp32_modules=[])
-    if component.library == "diffusers":
-        model.register_to_config(quantization_config=config)
-    else:
-        model.config.quantization_config = config
+        model.config.quantization_config = quantizer.quantization_config
     return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib.resources import as_file, files
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import InvalidSettings
 from ..repository.components import COMPONENTS
-from ..repository.meta_model import saved_names, skeleton, tied_weights
+from ..repository.meta_model import meta_model, saved_names, tied_weights
 from ..repository.safetensors_io import DTYPE_NAMES, DTYPES, TensorSpec, TensorWriter
 
 PRESETS = ("full", "tiny")
@@ -93,7 +94,7 @@ def synthesize(
     for component in COMPONENTS:
         folder = output / component.name
         if component.weights:
-            model = skeleton(component, folder)
+            model = meta_model(component, {component.config: _read(folder / component.config)})
             parts = _parts(tensor_specs(model, duplicate_lm_head), component.name == SHARDED and shards)
             _write_weights(folder, component.weights, parts, tied_weights(model), seed, progress)
         elif component.name in MODEL_MAX_LENGTH[preset]:
@@ -101,6 +102,10 @@ def synthesize(
     card = CARD.format(name=output.resolve().name, preset=preset, seed=seed)
     (output / "README.md").write_text(card, encoding="utf-8")
     return output
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def tensor_specs(model: torch.nn.Module, duplicate_lm_head: bool) -> dict[str, TensorSpec]:

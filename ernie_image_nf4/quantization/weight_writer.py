@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..errors import InvalidRepository
 from ..repository.nf4_format import NF4Weight, quant_state_tensors
-from ..repository.safetensors_io import StoredTensor, TensorWriter, find_tensors, read_chunks, read_tensor
+from ..repository.record import StoredComponent
+from ..repository.safetensors_io import StoredTensor, TensorWriter, read_chunks, read_tensor
 from .calibration import move_weight
 from .layer_selection import WeightPlan
 from .scale_search import quantize_nf4, squared_error
@@ -79,11 +80,11 @@ def write_quantized(
     return math.sqrt(error / squares) if squares else 0.0
 
 
-def copy_component(files: Iterable[Path], configs: Iterable[Path], folder: Path, bar: tqdm) -> None:
+def copy_component(part: StoredComponent, configs: Iterable[Path], folder: Path, bar: tqdm) -> None:
     """Copy a component that keeps its precision byte for byte, after checking its values.
 
     Args:
-        files: Its weight files.
+        part: The component.
         configs: Its other files.
         folder: Folder to write to.
         bar: Progress bar over the bytes that are read.
@@ -91,11 +92,10 @@ def copy_component(files: Iterable[Path], configs: Iterable[Path], folder: Path,
     Raises:
         InvalidRepository: A value is NaN or infinite.
     """
-    files = list(files)
-    for name, stored in find_tensors(files).items():
+    for name, stored in part.tensors.items():
         for _ in _checked_chunks(name, stored, bar):
             pass
-    for file in (*files, *configs):
+    for file in (*part.files, *configs):
         shutil.copyfile(file, folder / file.name)
 
 

@@ -129,24 +129,3 @@ def saved_names(model: nn.Module, stored: Container[str] = ()) -> dict[str, str]
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """State dict key of a tied weight -> key of the weight that it shares."""
     return dict(getattr(model, "all_tied_weights_keys", {}))
-
-
-# SHIMS, to go
-import threading  # noqa: E402
-
-from ..upstream.models_in_memory import persistent_tensors as state_tensors  # noqa: E402, F401
-
-upstream_lock = threading.RLock()
-
-
-def skeleton(component: Component, folder: Any) -> nn.Module:
-    import json
-
-    return meta_model(
-        component,
-        {
-            f.name: json.loads(f.read_text())
-            for f in folder.glob("*.json")
-            if f.name in (component.config, "generation_config.json")
-        },
-    )

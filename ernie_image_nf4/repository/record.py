@@ -119,6 +119,11 @@ class Repository:
     metadata: Metadata | None = None
     metadata_problem: InvalidRepository | None = None
 
+    def without_prompt_enhancer(self) -> Repository:
+        """The same repository, as if it had been opened with ``prompt_enhancer=False``."""
+        kept = {name: part for name, part in self.components.items() if not part.component.optional}
+        return dataclasses.replace(self, components=kept)
+
     @property
     def recommended(self) -> Recommended:
         """The call settings that the metadata recommends, ERNIE-Image's without metadata."""

@@ -146,26 +146,3 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
         raise RepositoryNotFound(
             f"Downloading {repo_id}{at_revision} failed ({first_line(error)}): try again, what is there is kept."
         ) from error
-
-
-# SHIMS, to go
-def check_repository(folder, *, prompt_enhancer=True):
-    from .record import open_repository
-
-    return tuple(p.component for p in open_repository(folder, prompt_enhancer=prompt_enhancer).components.values())
-
-
-def _open(folder, component, weights):
-    from .record import StoredComponent
-    from .security import read_component_files
-
-    place = folder / component.name
-    return StoredComponent(component, place, component.class_name, read_component_files(folder, place))
-
-
-def weight_files(folder, component):
-    return list(_open(folder, component, False).weight_files()) if component.weights else []
-
-
-def is_quantized(folder, component):
-    return _open(folder, component, False).quantized

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.loading.pipeline import DTYPE_ARGUMENT, _diffusers_nf4_on
+from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT
+from ernie_image_nf4.loading.pipeline import _diffusers_nf4_on
 from ernie_image_nf4.quantization import calibration_data
 from ernie_image_nf4.quantization.calibration import LayerRounding, calibrate_transformer, round_layers
 from ernie_image_nf4.quantization.calibration_data import Sample, conditions, record_samples

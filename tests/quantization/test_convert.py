@@ -32,7 +32,8 @@ from ernie_image_nf4.errors import (
     InvalidSettings,
     RepositoryNotFound,
 )
-from ernie_image_nf4.loading.pipeline import DTYPE_ARGUMENT, _convert, _diffusers_nf4_on
+from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT, _convert
+from ernie_image_nf4.loading.pipeline import _diffusers_nf4_on
 from ernie_image_nf4.quantization import weight_writer
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.synthetic import synthesize
