@@ -35,8 +35,8 @@ from ernie_image_nf4.evaluation.predictions import Probe, encode, make_probe, pr
 from ernie_image_nf4.loading.pipeline import load
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches
 from ernie_image_nf4.quantization.scale_search import quantize_nf4
-from ernie_image_nf4.repository.components import COMPONENT
-from ernie_image_nf4.repository.meta_model import skeleton
+from ernie_image_nf4.repository.components import COMPONENT, Component
+from ernie_image_nf4.repository.meta_model import meta_model
 from ernie_image_nf4.repository.metadata import Recommended, installed_versions
 from ernie_image_nf4.repository.nf4_format import stored_specs
 from ernie_image_nf4.upstream.pipelines import execution_device
@@ -281,9 +281,15 @@ def extra_bytes(patterns: Sequence[str], size: str, original: Path) -> int:
 def configured(component: str, size: str, original: Path | None) -> nn.Module:
     """A component of the mini or of the full size, without storage."""
     if size == "mini":
-        return skeleton(COMPONENT[component], original / component)
+        return without_storage(COMPONENT[component], original / component)
     with as_file(files("ernie_image_nf4") / "quantization" / "configs" / "full") as configs:
-        return skeleton(COMPONENT[component], configs / component)
+        return without_storage(COMPONENT[component], configs / component)
+
+
+def without_storage(component: Component, folder: Path) -> nn.Module:
+    return meta_model(
+        component, {component.config: json.loads((folder / component.config).read_text(encoding="utf-8"))}
+    )
 
 
 def full_transformer_bytes() -> int:

@@ -34,6 +34,7 @@ from ernie_image_nf4.quantization.scale_search import quantize_nf4, squared_erro
 from ernie_image_nf4.quantization.synthetic import synthesize
 from ernie_image_nf4.repository.components import QUANTIZED, Component
 from ernie_image_nf4.repository.metadata import installed_versions
+from ernie_image_nf4.repository.record import open_component, read_model_index
 from ernie_image_nf4.repository.safetensors_io import read_tensor
 
 FULL_SIZE_WEIGHTS = 14_504_427_520  # Values that become NF4 in the three components
@@ -100,7 +101,7 @@ def make_source(folder: Path, layers: int) -> Path:
 
 def nf4_weights(source: Path, component: Component) -> Iterator[torch.Tensor]:
     """The weights of a component that become NF4."""
-    plan = plan_weights(source, component)
+    plan = plan_weights(open_component(source, read_model_index(source), component))
     for name in sorted(plan.quantized):
         yield read_tensor(plan.tensors[name])
 

@@ -90,10 +90,11 @@ def scale_search(work: Path, preset: str) -> None:
 def conventional(work: Path, preset: str) -> None:
     import torch
 
-    from ernie_image_nf4.loading.pipeline import _diffusers_nf4_on
     from ernie_image_nf4.repository.components import QUANTIZED
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        allow_nf4_on_cpus()
     for component in QUANTIZED:
         library = importlib.import_module(component.library)
         config = library.BitsAndBytesConfig(
@@ -102,17 +103,24 @@ def conventional(work: Path, preset: str) -> None:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        with _diffusers_nf4_on(device):
-            model = getattr(library, component.class_name).from_pretrained(
-                work / ORIGINAL / component.name,
-                quantization_config=config,
-                torch_dtype=torch.bfloat16,
-                device_map={"": device},
-                local_files_only=True,
-            )
+        model = getattr(library, component.class_name).from_pretrained(
+            work / ORIGINAL / component.name,
+            quantization_config=config,
+            torch_dtype=torch.bfloat16,
+            device_map={"": device},
+            local_files_only=True,
+        )
         model.save_pretrained(work / CONVENTIONAL / component.name)
         del model
         torch.cuda.empty_cache()
+
+
+def allow_nf4_on_cpus() -> None:
+    """Take back diffusers' demand for a GPU, which bitsandbytes no longer has; in this process, which makes one step."""
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
+    BnB4BitDiffusersQuantizer.validate_environment = lambda *args, **kwargs: None
+    BnB4BitDiffusersQuantizer.update_device_map = lambda self, device_map: device_map
 
 
 STEPS = {"synthesize": synthesize, "quantize": quantize, "conventional": conventional, "scale_search": scale_search}

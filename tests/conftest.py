@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from diffusers import ErnieImagePipeline
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
 from ernie_image_nf4 import cli, load
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.synthetic import synthesize
 from ernie_image_nf4.repository.components import Component
+from ernie_image_nf4.repository.meta_model import meta_model
 from ernie_image_nf4.repository.record import StoredComponent, open_component, read_model_index
 
 CHECKOUT = Path(__file__).parent.parent
@@ -54,6 +59,33 @@ def copy(repository: Path, tmp_path: Path) -> Path:
 def pipe(repository: Path) -> ErnieImagePipeline:
     """`repository`, loaded on the CPU. Not to be changed."""
     return load(repository, device="cpu")
+
+
+class QuantizerForCPUs(BnB4BitDiffusersQuantizer):
+    """diffusers' NF4 quantizer without its demand for a GPU, which bitsandbytes no longer has."""
+
+    def validate_environment(self, *args, **kwargs) -> None:
+        pass
+
+    def update_device_map(self, device_map):
+        return device_map
+
+
+@contextmanager
+def diffusers_nf4_on_cpus() -> Iterator[None]:
+    """Let diffusers' own `from_pretrained` load and make NF4 weights on a CPU, to compare with."""
+    mapping = AUTO_QUANTIZER_MAPPING
+    upstream = mapping["bitsandbytes_4bit"]
+    mapping["bitsandbytes_4bit"] = QuantizerForCPUs
+    try:
+        yield
+    finally:
+        mapping["bitsandbytes_4bit"] = upstream
+
+
+def skeleton(component: Component, folder: Path) -> torch.nn.Module:
+    """The model that the configuration in a folder describes, without storage."""
+    return meta_model(component, {component.config: json.loads((folder / component.config).read_text())})
 
 
 def stored(folder: Path, component: Component) -> StoredComponent:

@@ -137,5 +137,5 @@ def _offloaded_bytes(pipe: ErnieImagePipeline) -> int:
     if hook is None:
         return 0
     if isinstance(hook, OffloadHook):  # the component after the enhancer may be fetched meanwhile
-        return hook.turns.limit
+        return hook.scheduler.limit
     return pipe.pe.get_memory_footprint()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import skeleton, stored
 from doc_pages import blocks, read
 from huggingface_hub import ModelCard
 from typer.main import get_command
@@ -23,7 +24,6 @@ from ernie_image_nf4.memory.placement import GIB, choose_memory, mode_bytes, wor
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weights
 from ernie_image_nf4.quantization.synthetic import tensor_specs
 from ernie_image_nf4.repository.components import COMPONENTS
-from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.safetensors_io import TensorSpec
 
 README = read("README.md")
@@ -65,7 +65,7 @@ def full_size_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int
             file = folder / component.name / component.weights
             hollow_file(file, tensor_specs(skeleton(component, folder / component.name), duplicate_lm_head=False))
             if component.quantized:
-                hollow_file(file, plan_weights(folder, component, DEFAULT_KEEP).specs())
+                hollow_file(file, plan_weights(stored(folder, component), DEFAULT_KEEP).specs())
             weights[component.name] = device_bytes(folder, component, fast=True)
     return weights
 

@@ -38,7 +38,7 @@ from ernie_image_nf4.generation.schedule import (
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.generation.single import draw
 from ernie_image_nf4.memory.offload import enable_offload
-from ernie_image_nf4.memory.tensor_arena import HostWeights
+from ernie_image_nf4.memory.tensor_arena import HostArena
 
 DEFAULTS = Settings("", "", 32, 32, 2, 3.0, seed=0)
 ROWS = [
@@ -426,16 +426,17 @@ def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeyp
         enable_offload(offloaded, torch.device("cpu"))
     arrivals = []
     names = {
-        id(getattr(offloaded, name)._hf_hook.weights): name for name in ("pe", "text_encoder", "transformer", "vae")
+        id(getattr(offloaded, name)._hf_hook.weights.arena): name
+        for name in ("pe", "text_encoder", "transformer", "vae")
     }
-    prefetch = HostWeights.prefetch
+    prefetch = HostArena.prefetch
 
-    def recorded(weights: HostWeights, stream: torch.cuda.Stream | None) -> None:
-        if not weights.on_device:
+    def recorded(weights: HostArena, stream: torch.cuda.Stream | None) -> None:
+        if not weights.device_blocks:
             arrivals.append(names[id(weights)])
         prefetch(weights, stream)
 
-    monkeypatch.setattr(HostWeights, "prefetch", recorded)
+    monkeypatch.setattr(HostArena, "prefetch", recorded)
     records = run(offloaded, tmp_path, [Row("a cat", seed=seed) for seed in range(6)], batch_size=2)
     assert {record.batch_size for record in records} == {2}
     assert arrivals == ["pe", "text_encoder", "transformer", "vae"]

@@ -6,15 +6,14 @@ import gc
 import importlib
 import shutil
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
-from conftest import stored, weight_files
-from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from conftest import diffusers_nf4_on_cpus, stored, weight_files
 from safetensors.torch import load_file, save_file
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
@@ -32,19 +31,10 @@ components = pytest.mark.parametrize("component", WITH_WEIGHTS, ids=lambda part:
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
-class QuantizerForCPUs(BnB4BitDiffusersQuantizer):
-    """diffusers' NF4 loader without its demand for a GPU."""
-
-    def validate_environment(self, *args, **kwargs) -> None:
-        pass
-
-    def update_device_map(self, device_map):
-        return device_map
-
-
 @pytest.fixture(autouse=True)
-def upstream_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", QuantizerForCPUs)
+def upstream_on_cpus() -> Iterator[None]:
+    with diffusers_nf4_on_cpus():
+        yield
 
 
 def assembled(folder: Path, component: Component, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:

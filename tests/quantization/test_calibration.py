@@ -17,22 +17,22 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from conftest import diffusers_nf4_on_cpus, skeleton, stored
 from diffusers import ErnieImageTransformer2DModel
 from safetensors.torch import load_file
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT
-from ernie_image_nf4.loading.pipeline import _diffusers_nf4_on
 from ernie_image_nf4.quantization import calibration_data
 from ernie_image_nf4.quantization.calibration import LayerRounding, calibrate_transformer, round_layers
 from ernie_image_nf4.quantization.calibration_data import Sample, conditions, record_samples
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights
 from ernie_image_nf4.repository.components import COMPONENT
-from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.metadata import Recommended, read_metadata
 from ernie_image_nf4.repository.nf4_format import QUANT_STATE, stored_specs
+from ernie_image_nf4.repository.record import open_repository
 from ernie_image_nf4.repository.safetensors_io import find_tensors, read_tensor
 
 TRANSFORMER = COMPONENT["transformer"]
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def samples(original: Path) -> list[Sample]:
-    return record_samples(original, PROMPTS, SETTINGS, CPU, progress=False)
+    return record_samples(open_repository(original), PROMPTS, SETTINGS, CPU, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_samples_are_of_all_timesteps_with_the_prompt_and_the_empty_one(
 
 def test_nobody_is_warned_that_the_original_is_not_quantized(original: Path, caplog: pytest.LogCaptureFixture) -> None:
     level = calibration_data.loading_logger.level
-    record_samples(original, PROMPTS[:1], replace(SETTINGS, num_inference_steps=1), CPU, progress=False)
+    record_samples(
+        open_repository(original), PROMPTS[:1], replace(SETTINGS, num_inference_steps=1), CPU, progress=False
+    )
     assert "not quantized" not in caplog.text
     assert calibration_data.loading_logger.level == level
 
@@ -101,10 +103,10 @@ def test_predictions_come_nearer_to_the_originals(
 
 
 def test_what_is_stored_is_what_was_rounded_and_loads_the_conventional_way(original: Path, calibrated: Path) -> None:
-    plan = plan_weights(original, TRANSFORMER, DEFAULT_KEEP)
-    rounded = calibrate_transformer(original, TRANSFORMER, plan, PROMPTS, SETTINGS, device=CPU, progress=False)
+    plan = plan_weights(stored(original, TRANSFORMER), DEFAULT_KEEP)
+    rounded = calibrate_transformer(open_repository(original), plan, PROMPTS, SETTINGS, device=CPU, progress=False)
     assert rounded.keys() == plan.quantized
-    with _diffusers_nf4_on(CPU):
+    with diffusers_nf4_on_cpus():
         model = ErnieImageTransformer2DModel.from_pretrained(calibrated / "transformer", device_map={"": "cpu"})
     for name, made in rounded.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
@@ -142,8 +144,8 @@ def test_only_one_block_of_the_original_is_held(
 
     read = LayerRounding.read_weights
     monkeypatch.setattr(LayerRounding, "read_weights", watch)
-    plan = plan_weights(original, TRANSFORMER)
-    round_layers(original, TRANSFORMER, plan, samples[:2], CPU, progress=False)
+    plan = plan_weights(stored(original, TRANSFORMER))
+    round_layers(stored(original, TRANSFORMER), plan, samples[:2], CPU, progress=False)
     assert len(alive) == 2
     assert most == 0
 
@@ -236,7 +238,7 @@ def test_the_default_list_is_kept_recorded_and_honoured_by_stock_loading(origina
     assert all(f"`transformer.{name}`" in (repository / "README.md").read_text() for name in kept)
     config = json.loads((repository / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == sorted(kept)
-    with _diffusers_nf4_on(CPU):
+    with diffusers_nf4_on_cpus():
         model = ErnieImageTransformer2DModel.from_pretrained(
             repository / "transformer", device_map={"": "cpu"}, **{DTYPE_ARGUMENT["diffusers"]: torch.bfloat16}
         )

@@ -20,7 +20,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
-from conftest import weight_files
+from conftest import diffusers_nf4_on_cpus, weight_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +33,6 @@ from ernie_image_nf4.errors import (
     RepositoryNotFound,
 )
 from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT, _convert
-from ernie_image_nf4.loading.pipeline import _diffusers_nf4_on
 from ernie_image_nf4.quantization import weight_writer
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.synthetic import synthesize
@@ -64,7 +63,7 @@ def conventional(source: Path, component: Component, output: Path, dtype: torch.
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=skip,
     )
-    with _diffusers_nf4_on(torch.device("cpu")):
+    with diffusers_nf4_on_cpus():
         model = getattr(library, component.class_name).from_pretrained(
             source / component.name, quantization_config=config, torch_dtype=dtype, device_map={"": "cpu"}
         )
@@ -190,7 +189,7 @@ def test_searched_scales_load_the_conventional_way_and_are_multiplied_with(
 ) -> None:
     """A model from ``from_pretrained`` computes the same with its layers replaced by products with restored weights."""
     library = importlib.import_module(component.library)
-    with _diffusers_nf4_on(torch.device(device)):
+    with diffusers_nf4_on_cpus():
         model = getattr(library, component.class_name).from_pretrained(
             repository / component.name, device_map={"": device}, **{DTYPE_ARGUMENT[component.library]: torch.bfloat16}
         )

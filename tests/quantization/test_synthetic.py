@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import weight_files
+from conftest import skeleton, stored, weight_files
 from diffusers import ErnieImagePipeline
 from safetensors.torch import load_file
 
@@ -18,7 +18,6 @@ from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.quantization.layer_selection import plan_weights
 from ernie_image_nf4.quantization.synthetic import synthesize, tensor_specs
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED, Component
-from ernie_image_nf4.repository.meta_model import skeleton
 from ernie_image_nf4.repository.safetensors_io import TensorSpec, file_bytes
 
 # Published byte counts of the weight files: baidu/ERNIE-Image in bfloat16, and its NF4 release.
@@ -47,7 +46,7 @@ def test_full_size_has_the_published_byte_counts(component: Component, tmp_path:
         ORIGINAL_BYTES[component.name], abs=2000
     )
     hollow_file(tmp_path / component.name / component.weights, tensor_specs(model, duplicate_lm_head=False))
-    plan = plan_weights(tmp_path, component)
+    plan = plan_weights(stored(tmp_path, component))
     # Up to 5 digits fewer in the settings of each of some 250 weights.
     assert file_bytes(plan.specs()) == pytest.approx(NF4_BYTES[component.name], abs=2000)
 

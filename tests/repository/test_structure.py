@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stored
+from conftest import skeleton, stored
 from safetensors.torch import load_file, save_file
 
 from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import InvalidRepository
 from ernie_image_nf4.repository import meta_model
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, METADATA, Component
-from ernie_image_nf4.repository.meta_model import saved_names, skeleton, state_tensors
+from ernie_image_nf4.repository.meta_model import saved_names
 from ernie_image_nf4.repository.validation import structure_problems
+from ernie_image_nf4.upstream.models_in_memory import persistent_tensors
 
 TRANSFORMER = COMPONENT["transformer"]
 WEIGHT = "layers.0.self_attention.to_q.weight"  # stored as NF4
@@ -235,7 +236,7 @@ def test_a_configuration_that_describes_no_model(unrecorded: Path) -> None:
 def test_tensors_of_a_model_are_those_of_its_state_dict(original: Path, component: Component) -> None:
     model = skeleton(component, original / component.name)
     state = model.state_dict()
-    assert {key: tensor.shape for key, tensor in state_tensors(model).items()} == {
+    assert {key: tensor.shape for key, tensor in persistent_tensors(model).items()} == {
         key: tensor.shape for key, tensor in state.items()
     }
 
