@@ -90,7 +90,7 @@ def _enhance_together(pipe: ErnieImagePipeline, settings: Sequence[Settings]) ->
         known = len(requests)
         texts.append(enhance(pipe, each, record))
         seeds += [each.seed] * (len(requests) - known)
-    if not requests:
+    if not requests:  # nothing to enhance, or upstream has done it without asking `record`
         return texts
     if len(requests) == 1:
         return None
