@@ -95,14 +95,20 @@ def _end_capture(stream: torch.cuda.Stream) -> None:
 
 
 class Predictor(Protocol):
-    """A transformer.
-
-    Its latents are (B, C, height, width), timestep (B,), text (B, T, width) and lengths, of the texts, (B,).
-    """
+    """What `CapturedStep` captures: a transformer, and the method that computes its prediction."""
 
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """The prediction (B, C, height, width).
+
+        Args:
+            latents: (B, C, height, width).
+            timestep: (B,).
+            text: (B, T, width).
+            lengths: (B,), of the texts.
+        """
+        ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 

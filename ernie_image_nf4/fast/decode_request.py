@@ -95,13 +95,13 @@ def request_of(
     ):
         return None
     warpers = [item for item in logits_processor if isinstance(item, WARPERS)]
-    eos = config.eos_token_id
+    eos = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
     return DecodeRequest(
         input_ids=input_ids,
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=max(config.min_new_tokens or 0, (config.min_length or 0) - length),
         do_sample=bool(config.do_sample),
         warpers=LogitsProcessorList(warpers if config.do_sample else []),
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        pad_token_id=config.pad_token_id,
+        eos_token_ids=tuple(eos),
+        pad_token_id=int(config.pad_token_id),
     )

@@ -40,11 +40,13 @@ ATTENTION = "sdpa"  # the implementation that the fast attention and the capture
 
 def make_prompt_enhancer_fast(pe: Ministral3ForCausalLM) -> None:
     """Make an upstream prompt enhancer a `FastPromptEnhancer`. Parts of other classes stay as they are."""
-    if type(pe) is not Ministral3ForCausalLM:
+    if type(pe) not in (Ministral3ForCausalLM, FastPromptEnhancer):
         logger.info("The prompt enhancer is a %s, which has no fast decoding.", type(pe).__name__)
         return
-    become(pe, FastPromptEnhancer)
-    pe.runtime = DecoderRuntime()
+    if type(pe) is Ministral3ForCausalLM:
+        become(pe, FastPromptEnhancer)
+    if pe.runtime is None:
+        pe.runtime = DecoderRuntime()
     fast = {Ministral3RMSNorm: FastRMSNorm}
     if ministral_attention_scale() is not None:
         fast |= {Ministral3Attention: FastAttention, Ministral3RotaryEmbedding: FastRotaryEmbedding}
@@ -56,6 +58,10 @@ def make_prompt_enhancer_fast(pe: Ministral3ForCausalLM) -> None:
 def _needs_upstream() -> bool:
     """Whether a layer has to be upstream's: gradients are computed, or torch.compile traces it."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @named_as_upstream
@@ -86,10 +92,12 @@ class RotaryTables(tuple):
 class FastRotaryEmbedding(Ministral3RotaryEmbedding):
     """A rotary embedding that hands more than cosine and sine to the layers."""
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | RotaryTables:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor] | RotaryTables:
         """Cosine and sine, (batch, length, head_dim) each in the dtype of `x`, for positions (batch, length)."""
-        cosine, sine = super().forward(x, position_ids)
-        if _needs_upstream() or attention_implementation(self.config) != ATTENTION:
+        cosine, sine = super().forward(x, position_ids, **kwargs)
+        if kwargs or _needs_upstream() or attention_implementation(self.config) != ATTENTION:
             return cosine, sine
         tables = RotaryTables((cosine, sine))
         first, second = sine.chunk(2, -1)
@@ -151,7 +159,7 @@ class FastAttention(Ministral3Attention):
             or not isinstance(position_embeddings, RotaryTables)
             or position_embeddings.signed_sine is None
             or not (cache is None or type(cache) is StaticCache)
-            or torch.is_autocast_enabled(hidden_states.device.type)
+            or _is_autocast(hidden_states.device.type)
         ):
             return None
         scale = ministral_attention_scale()

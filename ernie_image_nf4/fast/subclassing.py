@@ -15,16 +15,13 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 class Runtime:
     """Base of what a model keeps beside its weights: graphs, streams, caches, locks.
 
-    A copy or a pickle of the model gets a new one, with the settings that `__reduce__` names and nothing else. Nothing
-    in a runtime may refer to the model: a cycle would keep the weights until the next garbage collection.
+    A copy or a pickle of the model gets a new one. Nothing in a runtime may refer to the model: a cycle would keep the
+    weights until the next garbage collection.
     """
 
     def __reduce__(self) -> tuple:
+        """The class, and the settings that copies and pickles keep."""
         return type(self), ()
-
-    def __deepcopy__(self, memo: dict) -> Runtime:
-        cls, settings = self.__reduce__()
-        return cls(*settings)
 
 
 def named_as_upstream(cls: ModuleClass) -> ModuleClass:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -38,23 +38,37 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def make_transformer_fast(transformer: ErnieImageTransformer2DModel, *, capture_steps: bool) -> None:
-    """Make an upstream transformer a `FastErnieImageTransformer`. One that the kernels don't fit stays as it is.
+    """Make an upstream transformer a `FastErnieImageTransformer`. One that `is_suitable` isn't for stays as it is.
 
     Args:
-        transformer: The transformer.
+        transformer: The transformer. One that is fast already gets a runtime of this setting.
         capture_steps: Whether the steps of a picture may be captured as a CUDA graph. Whoever moves weights has to call
             ``transformer.runtime.release_graph()`` before.
     """
-    if not (fits_kernels(transformer) and attention_dispatch()):
+    if not is_suitable(transformer):
         return
-    become(transformer, FastErnieImageTransformer)
+    before = runtime_of(transformer)
+    if before is not None:
+        before.release_graph()
+    if type(transformer) is ErnieImageTransformer2DModel:
+        become(transformer, FastErnieImageTransformer)
     for block in transformer.layers.children():
-        become(block, FastErnieImageBlock)
-    transformer.runtime = TransformerRuntime(capture_steps)
+        if type(block) is ErnieImageSharedAdaLNBlock:
+            become(block, FastErnieImageBlock)
+    transformer.runtime = TransformerRuntime(capture_steps, fp8=before is not None and before.fp8)
 
 
-def fits_kernels(transformer: ErnieImageTransformer2DModel) -> bool:
-    """Whether heads are rotated as a whole, and of a size that is a power of two."""
+def is_suitable(transformer: ErnieImageTransformer2DModel) -> bool:
+    """Whether a transformer can become a fast one: of upstream's very classes, with heads that the kernels fit.
+
+    Heads have to be rotated as a whole and of a size that is a power of two.
+    """
+    if type(transformer) not in (ErnieImageTransformer2DModel, FastErnieImageTransformer) or any(
+        type(block) not in (ErnieImageSharedAdaLNBlock, FastErnieImageBlock) for block in transformer.layers.children()
+    ):
+        return False
+    if attention_dispatch() is None:
+        return False
     config = transformer.config
     head_size = config.hidden_size // config.num_attention_heads
     power_of_two = head_size >= MINIMUM_HEAD_SIZE and not head_size & (head_size - 1)
@@ -160,8 +174,7 @@ def scaled_attention(
     attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """(1, S, heads, D), by the attention backend set on the model. One of the user's choice may know no masks."""
-    options, dispatch = attention_backend(attention), attention_dispatch()
-    assert dispatch is not None  # `make_transformer_fast` has seen it
+    options, dispatch = attention_backend(attention), cast(Callable, attention_dispatch())
     return dispatch(query, key, value, attn_mask=mask if options["backend"] is None else None, **options)
 
 
@@ -181,7 +194,12 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
     ) -> ErnieImageTransformer2DModelOutput | tuple[torch.Tensor]:
         """As upstream's: latents (B, C, height, width), timestep (B,), text (B, T, width) and its lengths (B,)."""
         runtime = self.runtime
-        if runtime is None or torch.is_grad_enabled() or self._is_compiled(runtime):
+        if (
+            runtime is None
+            or torch.is_grad_enabled()
+            or self._is_compiled(runtime)
+            or attention_dispatch() is None  # of a pickle that another version of diffusers loads
+        ):
             return super().forward(hidden_states, timestep, text_bth, text_lens, return_dict)
         if runtime.captured_step is None:
             sample = self.predict(hidden_states, timestep, text_bth, text_lens)

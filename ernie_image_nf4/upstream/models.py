@@ -61,7 +61,7 @@ def is_hooked(module: nn.Module, *, except_offload: bool = False) -> bool:
     if after or hasattr(module, "_diffusers_hook"):
         return True
     if except_offload:
-        return any(getattr(each, "__self__", each) is not hook for each in before.values())
+        return any(hook is None or getattr(each, "__self__", each) is not hook for each in before.values())
     return bool(before) or hook is not None or "forward" in vars(module)
 
 

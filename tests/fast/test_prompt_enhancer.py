@@ -282,6 +282,8 @@ def test_a_request_holds_what_the_call_asks_for():
     assert request.input_ids is inputs["input_ids"]
     assert (request.max_new_tokens, request.min_new_tokens, request.do_sample) == (9, 3, True)
     assert (request.eos_token_ids, request.pad_token_id) == ((EOS, 5), PAD)
+    tensors = model.decode_request(**call, pad_token_id=torch.tensor(PAD), eos_token_id=torch.tensor(EOS))
+    assert (tensors.eos_token_ids, tensors.pad_token_id) == ((EOS,), PAD)
     assert {"TemperatureLogitsWarper", "TopPLogitsWarper"} <= {type(item).__name__ for item in request.warpers}
     greedy = model.decode_request(**call | {"do_sample": False}, pad_token_id=PAD)
     assert (greedy.do_sample, greedy.eos_token_ids, list(greedy.warpers)) == (False, (EOS,), [])
@@ -373,6 +375,15 @@ def test_fast_layers_serve_a_forward_pass_without_a_cache(model):
         got = model(ids, use_cache=False).logits
     assert torch.equal(got, expected)
     assert [names.count("neg") for names in (upstream.names, fast.names)] == [4, 1]
+
+
+@torch.no_grad()
+def test_fast_layers_compute_shapes_on_the_meta_device():
+    model = build("cpu")
+    make_prompt_enhancer_fast(model)
+    model.to("meta")
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    assert model(ids, use_cache=False).logits.shape == (1, 5, model.config.vocab_size)
 
 
 def attention_call(model: Ministral3ForCausalLM) -> tuple[FastAttention, dict[str, torch.Tensor]]:
@@ -603,3 +614,8 @@ def test_a_model_built_by_the_fast_class_itself_is_upstreams():
     with pytest.raises(TypeError, match="make_prompt_enhancer_fast"):
         built.generate_together([], [], 1)
     assert type(built.model.norm) is Ministral3RMSNorm
+    for _ in range(2):
+        make_prompt_enhancer_fast(built)
+    assert type(built.model.norm) is FastRMSNorm
+    assert torch.equal(built.generate(**call), expected)
+    assert built.runtime.slot.buffers

@@ -186,12 +186,45 @@ def test_a_transformer_that_the_kernels_do_not_fit_is_left_alone(options):
     assert "runtime" not in vars(transformer)
 
 
+def test_a_transformer_of_other_classes_is_left_alone():
+    class Block(type(build().layers[0])):
+        pass
+
+    class Transformer(ErnieImageTransformer2DModel):
+        pass
+
+    transformer = build()
+    transformer.layers[1].__class__ = Block
+    make_transformer_fast(transformer, capture_steps=False)
+    assert type(transformer) is ErnieImageTransformer2DModel
+    transformer = build()
+    transformer.__class__ = Transformer
+    make_transformer_fast(transformer, capture_steps=False)
+    assert type(transformer) is Transformer
+
+
+def test_a_fast_transformer_gets_another_setting():
+    transformer = build()
+    make_transformer_fast(transformer, capture_steps=False)
+    transformer.runtime.fp8 = True
+    make_transformer_fast(transformer, capture_steps=True)
+    assert type(transformer) is FastErnieImageTransformer
+    assert transformer.runtime.captured_step is not None
+    assert transformer.runtime.fp8
+
+
 @torch.no_grad()
 def test_without_diffusers_attention_dispatch_a_transformer_is_left_alone(monkeypatch):
     monkeypatch.setattr(fast_transformer, "attention_dispatch", lambda: None)
     transformer = build()
     make_transformer_fast(transformer, capture_steps=True)
     assert type(transformer) is ErnieImageTransformer2DModel
+    call = inputs("cpu", torch.float32, (2, 3))
+    expected = transformer(**call).sample
+    monkeypatch.undo()
+    make_transformer_fast(transformer, capture_steps=True)
+    monkeypatch.setattr(fast_transformer, "attention_dispatch", lambda: None)  # as for a pickle that comes later
+    assert torch.equal(transformer(**call).sample, expected)
 
 
 @torch.no_grad()
@@ -201,6 +234,10 @@ def test_a_model_built_by_the_fast_class_itself_is_upstreams():
     built = FastErnieImageTransformer.from_config(transformer.config).eval()
     built.load_state_dict(transformer.state_dict())
     assert torch.equal(built(**inputs("cpu", torch.float32, (2, 3))).sample, expected)
+    make_transformer_fast(built, capture_steps=False)
+    assert type(built.layers[0]) is FastErnieImageBlock
+    error = (built(**inputs("cpu", torch.float32, (2, 3))).sample - expected).norm() / expected.norm()
+    assert error < 2e-6
 
 
 def test_training_goes_through_upstream():
