@@ -378,17 +378,17 @@ def test_fast_layers_serve_a_forward_pass_without_a_cache(model):
 
 
 @torch.no_grad()
-def test_fast_layers_compute_shapes_on_the_meta_device():
+def test_fast_attention_computes_shapes_on_the_meta_device():
     model = build("cpu")
     make_prompt_enhancer_fast(model)
-    model.to("meta")
-    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
-    assert model(ids, use_cache=False).logits.shape == (1, 5, model.config.vocab_size)
+    attention, call = attention_call(model.to("meta"))
+    assert attention(**call)[0].shape == call["hidden_states"].shape
 
 
 def attention_call(model: Ministral3ForCausalLM) -> tuple[FastAttention, dict[str, torch.Tensor]]:
     """A layer's attention and what its layer calls it with."""
-    x, positions = torch.randn(2, 5, model.config.hidden_size), torch.arange(20, 25).expand(2, -1)
+    x = torch.randn(2, 5, model.config.hidden_size, device=model.device)
+    positions = torch.arange(20, 25, device=model.device).expand(2, -1)
     tables = model.model.rotary_emb(x, position_ids=positions)
     call = {"hidden_states": x, "position_embeddings": tables, "attention_mask": None}
     # Where the scale finds positions in transformers 5.0 and in later versions.

@@ -85,6 +85,7 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
     with several_pictures(transformer, count):
         got = transformer(**arguments).sample
     assert (got.float() - expected).norm() / expected.norm() < tolerance
+    assert transformer.runtime.pictures == 1
     again = transformer(**arguments).sample  # as rows that have nothing in common
     assert (again.float() - expected).norm() / expected.norm() < tolerance
 
