@@ -253,7 +253,15 @@ def test_a_call_with_positional_arguments_goes_to_upstream(monkeypatch):
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
     calls = served(model, monkeypatch)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
+    assert torch.equal(model.generate(None, settings, input_ids=ids), expected)
     assert not calls
+
+
+def test_a_call_without_a_number_of_new_tokens_goes_to_upstream():
+    model = build("cpu")
+    make_prompt_enhancer_fast(model)
+    assert model.decode_request(**prompt(model, 1, 4), do_sample=False, pad_token_id=PAD) is None
 
 
 @pytest.mark.parametrize("masked", [True, False])
