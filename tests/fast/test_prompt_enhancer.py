@@ -253,8 +253,7 @@ def test_a_call_with_positional_arguments_goes_to_upstream(monkeypatch):
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
     calls = served(model, monkeypatch)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
-    settings = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
-    assert torch.equal(model.generate(None, settings, input_ids=ids), expected)
+    model.generate(None, GenerationConfig(repetition_penalty=1.3), input_ids=ids, max_new_tokens=5, pad_token_id=PAD)
     assert not calls
 
 
