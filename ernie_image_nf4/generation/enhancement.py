@@ -9,7 +9,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import ErnieImagePipeline
 
-from ..fast.prompt_enhancer import Request, find_request
+from ..fast.decode_request import DecodeRequest
+from ..fast.prompt_enhancer import FastPromptEnhancer
 from ..memory.offload import OffloadHook
 from ..memory.placement import GIB, WORKING_BYTES, free_memory
 from ..upstream.pipelines import enhance_prompt, execution_device, offload_hook
@@ -75,7 +76,7 @@ def _enhance_together(pipe: ErnieImagePipeline, settings: Sequence[Settings]) ->
     if decoding is None or slots == 1:
         return None
     decode_request, generate_together = decoding
-    requests: list[Request] = []
+    requests: list[DecodeRequest] = []
 
     def record(*args: object, **kwargs: Any) -> torch.Tensor:
         request = None if args else decode_request(**kwargs)
@@ -98,7 +99,7 @@ def _enhance_together(pipe: ErnieImagePipeline, settings: Sequence[Settings]) ->
     return [enhance(pipe, each, lambda *args, **kwargs: next(tokens)) for each in settings]
 
 
-def fast_decoding(pe: Any) -> tuple[Callable[..., Request | None], Callable[..., list[torch.Tensor]]] | None:
+def fast_decoding(pe: Any) -> tuple[Callable[..., DecodeRequest | None], Callable[..., list[torch.Tensor]]] | None:
     """What fast decoding offers beside ``generate``, None for an enhancer without it.
 
     Returns:
@@ -106,10 +107,7 @@ def fast_decoding(pe: Any) -> tuple[Callable[..., Request | None], Callable[...,
         from requests, their seeds, and the number to decode at a time, to input and new tokens of each, (1, length)
         int64.
     """
-    decoder = getattr(getattr(pe, "generate", None), "decoder", None)
-    if decoder is None:
-        return None
-    return lambda **kwargs: find_request(pe, (), kwargs), decoder.generate_together
+    return (pe.decode_request, pe.generate_together) if isinstance(pe, FastPromptEnhancer) else None
 
 
 def choose_decode_slots(free_bytes: int | None) -> int:

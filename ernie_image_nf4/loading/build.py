@@ -13,7 +13,6 @@ import transformers
 from torch import nn
 
 from ..errors import InvalidRepository
-from ..fast.ops.elementwise import prepare_triton
 from ..memory.host_embeddings import enable_host_embeddings, unused_modules
 from ..memory.placement import Placement
 from ..repository import nf4_format as nf4
@@ -21,6 +20,7 @@ from ..repository.chat_template import check_chat_template
 from ..repository.record import Repository, StoredComponent
 from ..repository.safetensors_io import DTYPES, StoredTensor
 from ..repository.security import library_reading
+from ..upstream.triton_cache import prepare_triton
 from .assembly import TensorSource, assemble, keep_as_stored, move_rest
 from .device_reader import DeviceReader
 from .from_pretrained import load_plain

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 
 from diffusers import ErnieImagePipeline
 
-from ..fast.cuda_graphs import forget_graph
-from ..fast.prompt_enhancer import enable_fast_decoding
-from ..fast.transformer import enable_fast_denoising
+from ..fast.prompt_enhancer import make_prompt_enhancer_fast
+from ..fast.transformer import make_transformer_fast, runtime_of
 from ..repository.components import COMPONENT
 from ..upstream.offloading import hook_of, hooks_are_found
 from .host_embeddings import unused_modules
@@ -47,7 +45,7 @@ def memory_mode(pipe: ErnieImagePipeline) -> str:
     return "offload" if any(getattr(hook, "execution_device", None) is not None for hook in hooks) else "resident"
 
 
-def _make_models_fast(pipe: ErnieImagePipeline, *, capture_steps: bool) -> Callable[[], None]:
+def _make_models_fast(pipe: ErnieImagePipeline, *, capture_steps: bool) -> Callable[[], None] | None:
     """Make transformer and prompt enhancer fast ones.
 
     Args:
@@ -56,12 +54,13 @@ def _make_models_fast(pipe: ErnieImagePipeline, *, capture_steps: bool) -> Calla
             addresses change in every step.
 
     Returns:
-        Frees the transformer's captured step.
+        Frees the transformer's captured step; None if the transformer can't become a fast one.
     """
-    enable_fast_denoising(pipe.transformer, graph=capture_steps)
+    make_transformer_fast(pipe.transformer, capture_steps=capture_steps)
     if pipe.pe is not None:
-        enable_fast_decoding(pipe.pe)
-    return functools.partial(forget_graph, pipe.transformer)
+        make_prompt_enhancer_fast(pipe.pe)
+    runtime = runtime_of(pipe.transformer)
+    return runtime.release_graph if runtime is not None else None
 
 
 def _place_weights(pipe: ErnieImagePipeline, placement: Placement) -> int | None:
