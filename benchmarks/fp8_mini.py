@@ -27,7 +27,7 @@ from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.evaluation.metrics import psnr
 from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
 from ernie_image_nf4.fast.products import enable_fp8
-from ernie_image_nf4.fast.transformer import enable_fast_denoising
+from ernie_image_nf4.fast.transformer import make_transformer_fast
 from ernie_image_nf4.repository.metadata import installed_versions
 from ernie_image_nf4.upstream.pipelines import execution_device
 
@@ -74,7 +74,7 @@ def draw(dtype: str, fp8: bool, arguments: argparse.Namespace) -> tuple[torch.Te
     """Pictures of all captions, uint8, and the predictions of `benchmark`."""
     pipe: Any = load(CHECKOUT, device=arguments.device, dtype=dtype, memory="resident", prompt_enhancer=False)
     if execution_device(pipe).type == "cpu":
-        enable_fast_denoising(pipe.transformer)
+        make_transformer_fast(pipe.transformer, capture_steps=False)
     if fp8:
         enable_fp8(pipe.transformer)
     _, rows = held_out(arguments.captions)

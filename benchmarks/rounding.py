@@ -25,7 +25,7 @@ from diffusers import ErnieImageTransformer2DModel
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import TIMESTEPS, largest_error, predictions
-from ernie_image_nf4.fast.transformer import enable_fast_denoising
+from ernie_image_nf4.fast.transformer import make_transformer_fast
 from ernie_image_nf4.quantization.synthetic import STANDARD_DEVIATION
 from ernie_image_nf4.repository.metadata import installed_versions
 
@@ -77,7 +77,7 @@ def random_network(width: int) -> ErnieImageTransformer2DModel:
 def errors(exact: torch.nn.Module, rounded: torch.nn.Module, size: int) -> dict[str, float]:
     """Errors of upstream's forward and of the fast one in bfloat16, against float32 and against each other."""
     reference, demo = predict(exact, size), predict(rounded, size)
-    enable_fast_denoising(rounded)
+    make_transformer_fast(rounded, capture_steps=False)
     fast = predict(rounded, size)
     return {
         "demo_to_float32": error(demo, reference),

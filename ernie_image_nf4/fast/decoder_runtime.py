@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from ..upstream.models import hook_of
+from ..upstream.offloading import hook_of
 from .decode_request import DecodeRequest
 from .decoder import DecodeSlot, decode_n_tokens
 from .subclassing import Runtime

@@ -13,7 +13,8 @@ from ..fast.decode_request import DecodeRequest
 from ..fast.prompt_enhancer import FastPromptEnhancer
 from ..memory.offload import OffloadHook
 from ..memory.placement import GIB, WORKING_BYTES, free_memory
-from ..upstream.pipelines import enhance_prompt, execution_device, offload_hook
+from ..upstream.offloading import hook_of
+from ..upstream.pipelines import enhance_prompt, execution_device
 from .seeding import seeded
 from .settings import Settings
 
@@ -131,7 +132,7 @@ def find_decode_slots(pipe: ErnieImagePipeline) -> int:
 
 def _offloaded_bytes(pipe: ErnieImagePipeline) -> int:
     """Bytes of weights that come to the device while texts are decoded."""
-    hook = offload_hook(pipe.pe)
+    hook = hook_of(pipe.pe)
     if hook is None:
         return 0
     if isinstance(hook, OffloadHook):  # the component after the enhancer may be fetched meanwhile

@@ -8,35 +8,20 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from .gone import note_gone
+from .offloading import hook_of
 
 MINISTRAL = "transformers.models.ministral3.modeling_ministral3"
 ATTENTION_DISPATCH = "diffusers.models.attention_dispatch"
 
 
-@functools.cache
-def note_gone(name: str, consequence: str) -> None:
-    """Say once a process that an upstream name is gone."""
-    logger.info("%s is gone from this version: %s.", name, consequence)
-
-
 # torch: modules and tensors
-
-
-def hook_of(module: nn.Module) -> Any | None:
-    """accelerate's hook of a module, or None.
-
-    Reaches for ``_hf_hook`` (accelerate 1.2 to 1.15), where diffusers looks for offloading hooks too; accelerate has no
-    public getter. Gone: no hook is found, and `is_hooked` still sees that ``forward`` is wrapped.
-    """
-    return getattr(module, "_hf_hook", None)
 
 
 def is_hooked(module: nn.Module, *, except_offload: bool = False) -> bool:

@@ -1,16 +1,14 @@
-"""Private parts of diffusers' pipelines, and of the hooks that accelerate puts on their components."""
+"""Private parts of diffusers' pipelines."""
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ErnieImagePipeline
 
-logger = logging.getLogger(__name__)
+from .gone import note_gone
 
 ENHANCE_PROMPT = "_enhance_prompt_with_pe"
 
@@ -22,14 +20,6 @@ def execution_device(pipe: DiffusionPipeline) -> torch.device:
     Gone: the device of the weights, right without offloading.
     """
     return getattr(pipe, "_execution_device", pipe.device)
-
-
-def offload_hook(component: torch.nn.Module) -> Any:
-    """The hook that moves a component to the device when it is called, None without offloading.
-
-    Reaches for ``_hf_hook`` (accelerate 1.2 to 1.15), which has no public name. Gone: None, as without offloading.
-    """
-    return getattr(component, "_hf_hook", None)
 
 
 def enhance_prompt(
@@ -59,14 +49,9 @@ def enhance_prompt(
     if method is not None:
         own = pipe if generate is None else _with_generate(pipe, generate)
         return method(own, prompt, device, width=width, height=height)
-    _say_once(f"diffusers has no ErnieImagePipeline.{ENHANCE_PROMPT} any more: prompts are enhanced one by one.")
+    note_gone(f"ErnieImagePipeline.{ENHANCE_PROMPT}", "prompts are enhanced one by one")
     options = {"width": width, "height": height, "num_inference_steps": 0, "guidance_scale": 1.0}
     return pipe(prompt, **options, output_type="latent", use_pe=True).revised_prompts[0]
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)
 
 
 class _Enhancer:

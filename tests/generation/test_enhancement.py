@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.fast.prompt_enhancer import Decoder, enable_fast_decoding
+from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
 from ernie_image_nf4.generation import enhancement
 from ernie_image_nf4.generation.enhancement import choose_decode_slots, enhance, enhance_all
 from ernie_image_nf4.generation.prompt_file import Row
@@ -24,15 +24,15 @@ def test_texts_written_together_are_those_of_single_mode(repository, monkeypatch
         pytest.skip("a CPU has no offloading")
     pipe = load(repository, device=device, memory=memory)
     if device == "cpu":
-        enable_fast_decoding(pipe.pe)
+        make_prompt_enhancer_fast(pipe.pe)
     rows = [Row("a cat", seed=3), Row("一只猫", seed=4), Row("a dog", seed=3), Row("a very long prompt " * 9, seed=9)]
     settings = [
         picture.settings for picture in plan_pictures(rows, Settings("", "", 64, 64, 1, 1.0, seed=0, use_pe=True))
     ]
     settings.insert(2, replace(settings[0], use_pe=False))
     expected = [enhance(pipe, each) for each in settings]
-    calls, together = [], Decoder.generate_together
-    monkeypatch.setattr(Decoder, "generate_together", lambda *args: calls.append(args) or together(*args))
+    calls, together = [], FastPromptEnhancer.generate_together
+    monkeypatch.setattr(FastPromptEnhancer, "generate_together", lambda *args: calls.append(args) or together(*args))
     monkeypatch.setattr(enhancement, "find_decode_slots", lambda pipe: 3)
     assert enhance_all(pipe, settings) == expected
     assert expected[2] is None
@@ -42,14 +42,14 @@ def test_texts_written_together_are_those_of_single_mode(repository, monkeypatch
 
 def test_texts_are_written_one_by_one_where_several_take_too_much_memory(repository, monkeypatch):
     pipe = load(repository, device="cpu")
-    enable_fast_decoding(pipe.pe)
+    make_prompt_enhancer_fast(pipe.pe)
     settings = [Settings("a cat", "", 64, 64, 1, 1.0, seed=seed, use_pe=True) for seed in range(2)]
 
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(enhancement, "find_decode_slots", lambda pipe: 2)
-    monkeypatch.setattr(Decoder, "generate_together", out_of_memory)
+    monkeypatch.setattr(FastPromptEnhancer, "generate_together", out_of_memory)
     assert enhance_all(pipe, settings) == [enhance(pipe, each) for each in settings]
 
 
@@ -61,12 +61,12 @@ def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
 
 def test_requests_that_fast_decoding_does_not_serve_are_left_to_upstream(repository, monkeypatch):
     pipe = load(repository, device="cpu")
-    enable_fast_decoding(pipe.pe)
+    make_prompt_enhancer_fast(pipe.pe)
     settings = [Settings("a cat", "", 64, 64, 1, 1.0, seed=seed, use_pe=True) for seed in range(2)]
     expected = [enhance(pipe, each) for each in settings]
     monkeypatch.setattr(enhancement, "find_decode_slots", lambda pipe: 2)
-    monkeypatch.setattr(enhancement, "find_request", lambda *_: None)
-    monkeypatch.setattr(Decoder, "generate_together", lambda *_: pytest.fail("was asked"))
+    monkeypatch.setattr(FastPromptEnhancer, "decode_request", lambda *_, **__: None)
+    monkeypatch.setattr(FastPromptEnhancer, "generate_together", lambda *_: pytest.fail("was asked"))
     assert enhance_all(pipe, settings) == expected
 
 

@@ -16,12 +16,13 @@ from transformers import Ministral3Config, Ministral3ForCausalLM
 from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.ministral3.modeling_ministral3 import Ministral3Model
 
-from ernie_image_nf4.upstream import models, triton_cache
+from ernie_image_nf4.upstream import gone, models, triton_cache
+from ernie_image_nf4.upstream.offloading import hook_of
 
 
 @pytest.fixture(autouse=True)
 def fresh_names():
-    looked_up = (models.ministral_attention_scale, models.note_gone)
+    looked_up = (models.ministral_attention_scale, gone.note_gone)
     for each in looked_up:
         each.cache_clear()
     yield
@@ -74,7 +75,7 @@ def test_a_pre_hook_that_is_accelerates_is_an_offloading_hook(as_object):
     offloaded, hook = module(), Hook()
     offloaded._hf_hook = hook
     offloaded.register_forward_pre_hook(hook if as_object else hook.__call__)
-    assert models.hook_of(offloaded) is hook
+    assert hook_of(offloaded) is hook
     assert models.is_hooked(offloaded)
     assert not models.is_hooked(offloaded, except_offload=True)
     offloaded.register_forward_pre_hook(lambda *args: None)
@@ -91,7 +92,7 @@ def test_without_accelerates_name_a_wrapped_forward_still_counts():
     wrapped = module()
     add_hook_to_module(wrapped, ModelHook())
     del wrapped._hf_hook
-    assert models.hook_of(wrapped) is None
+    assert hook_of(wrapped) is None
     assert models.is_hooked(wrapped)
 
 

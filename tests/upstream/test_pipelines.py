@@ -8,14 +8,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.fast.prompt_enhancer import enable_fast_decoding
+from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
 from ernie_image_nf4.generation import enhancement
 from ernie_image_nf4.generation.enhancement import enhance, enhance_all
 from ernie_image_nf4.generation.seeding import seeded
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.memory.offload import OffloadHook, enable_offload
-from ernie_image_nf4.upstream import pipelines
-from ernie_image_nf4.upstream.pipelines import enhance_prompt, execution_device, offload_hook
+from ernie_image_nf4.upstream import gone, pipelines
+from ernie_image_nf4.upstream.offloading import hook_of
+from ernie_image_nf4.upstream.pipelines import enhance_prompt, execution_device
 
 CPU = torch.device("cpu")
 SETTINGS = [Settings("a cat", "", 32, 48, 1, 1.0, seed=3), Settings("一只猫", "", 32, 32, 1, 1.0, seed=4)]
@@ -29,11 +30,11 @@ def test_the_execution_device_is_that_of_the_weights_where_diffusers_has_no_othe
 
 def test_components_have_a_hook_while_they_are_offloaded(repository):
     pipe = load(repository, device="cpu")
-    assert offload_hook(pipe.pe) is None
+    assert hook_of(pipe.pe) is None
     enable_offload(pipe, CPU)
-    assert isinstance(offload_hook(pipe.pe), OffloadHook)
+    assert isinstance(hook_of(pipe.pe), OffloadHook)
     del pipe.pe._hf_hook  # as if accelerate kept it elsewhere
-    assert offload_hook(pipe.pe) is None
+    assert hook_of(pipe.pe) is None
 
 
 def test_the_enhancer_is_asked_as_a_call_of_the_pipeline_asks_it(pipe):
@@ -59,12 +60,12 @@ def test_another_generate_changes_neither_the_pipeline_nor_the_enhancer(pipe):
 
 def test_without_its_method_prompts_are_enhanced_to_the_same_texts(repository, monkeypatch, caplog):
     pipe = load(repository, device="cpu")
-    enable_fast_decoding(pipe.pe)
+    make_prompt_enhancer_fast(pipe.pe)
     expected = [enhance(pipe, settings) for settings in SETTINGS]
-    caplog.set_level(logging.INFO, logger=pipelines.logger.name)
+    caplog.set_level(logging.INFO, logger=gone.logger.name)
     monkeypatch.setattr(enhancement, "find_decode_slots", lambda pipe: 2)
     monkeypatch.setattr(pipelines, "ENHANCE_PROMPT", "_renamed")
     assert [enhance(pipe, settings) for settings in SETTINGS] == expected
     assert enhance_all(pipe, SETTINGS) == expected
-    messages = [record.message for record in caplog.records if record.name == pipelines.logger.name]
-    assert messages == ["diffusers has no ErnieImagePipeline._renamed any more: prompts are enhanced one by one."]
+    messages = [record.message for record in caplog.records if record.name == gone.logger.name]
+    assert messages == ["ErnieImagePipeline._renamed is gone from this version: prompts are enhanced one by one."]
