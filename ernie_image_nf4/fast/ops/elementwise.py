@@ -1,8 +1,10 @@
-"""Triton kernels for the element-wise work between the transformer's matrix products, and the same in plain torch.
+"""Element-wise work between matrix products: one Triton kernel each, and the same in plain torch.
 
-An upstream block spends more time on these small float32 operations than on its products: each is a pass over memory of its own.
-The kernels do each group in one pass, and add and round as upstream's do, so that the results are the same bits.
-Shapes: B batch, S tokens, H width, N heads, D head size.
+An upstream block spends more time on these small float32 operations than on its products, as each is a pass over memory
+of its own. The kernels do each group in one pass. They add and round in the order of PyTorch's kernels, so the results
+are the same bits.
+
+Shapes: B batch, S tokens, N packed tokens, H width, D head size.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import functools
 import importlib
 import importlib.util
 import logging
-from contextlib import suppress
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -23,47 +25,37 @@ KERNELS = "triton_elementwise"
 
 @functools.cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton works on a CUDA device: torch brings it on Linux, but it needs a C compiler and compute capability 7.0."""
+    """Whether Triton works on a CUDA device: it comes with torch on Linux, needs a C compiler and capability 7.0."""
     capability = torch.cuda.get_device_capability(device)
     if importlib.util.find_spec("triton") is None or capability < (7, 0):
         return False
-    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16  # as the transformer will need, mostly
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16  # the transformer's, mostly
     probe = torch.zeros(1, dtype=dtype, device=device)
     try:
-        _triton().gelu_times(probe, probe)
-    except (
-        Exception
-    ) as error:  # of Triton, its compiler or the system's: each has its own, and none matters to the result
+        kernel_module(KERNELS).gelu_times(probe, probe)
+    # Triton, its compiler and the system raise classes of their own, and plain torch is right after any of them.
+    except Exception as error:
         logger.info("Triton doesn't work here (%s): PyTorch's own kernels are used.", error)
         return False
     return True
 
 
-def prepare_triton() -> None:
-    """Let Triton hash its own files, by which it finds compiled kernels: hundreds of MB, for which it hardly needs Python's lock.
-
-    Else the first kernel waits for it. Does nothing where there is no Triton, or one that has this in another place.
-    """
-    with suppress(Exception):
-        importlib.import_module("triton.runtime.cache").triton_key()
-
-
-def define_operators(module: str = KERNELS) -> None:
-    """Make the kernels of a module known to torch.compile, where there are any."""
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        _triton(module)
-
-
-def fused(x: torch.Tensor, module: str = KERNELS):
-    """What holds the kernels for a tensor: Triton's functions, the same as operators while torch.compile traces, or None for plain torch.
+def triton_kernels(x: torch.Tensor, module: str = KERNELS) -> ModuleType | None:
+    """The module of Triton kernels for a tensor, or None for plain torch.
 
     Args:
         x: The tensor.
-        module: Of this package, that has the functions.
+        module: Name of a module of this package. Its functions have the names and arguments of the plain ones.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.ernie_image_nf4 if x.is_cuda else None
-    return _triton(module) if x.is_cuda and has_triton(x.device) else None
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return kernel_module(module) if has_triton(x.device) else None
+
+
+@functools.cache
+def kernel_module(name: str) -> ModuleType:
+    """A module of Triton kernels of this package, imported when it is first needed."""
+    return importlib.import_module(f".{name}", __package__)
 
 
 def modulated_norm(
@@ -82,22 +74,22 @@ def modulated_norm(
         scale: (B, H).
         shift: (B, H).
         eps: Added to the mean square.
-        rows: (N,) int64, which of the B rows each token belongs to; None if all rows have S tokens.
+        rows: (N,) int64, batch row of each packed token. None: every row has S tokens.
 
     Returns:
-        As `x`.
+        Shape and dtype of `x`.
     """
-    if kernel := fused(x):
-        return kernel.modulated_norm(x, weight, scale, shift, eps, rows)
+    if kernels := triton_kernels(x):
+        return kernels.modulated_norm(x, weight, scale, shift, eps, rows)
     variance = x.float().pow(2).mean(-1, keepdim=True)
     normed = (x * torch.rsqrt(variance + eps)).to(x.dtype) * weight
     return (normed.float() * (1 + _by_token(scale, rows)) + _by_token(shift, rows)).to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of the last dimension, as transformers rounds it: to the dtype of `x` before the weight (H,) is multiplied."""
-    if kernel := fused(x):
-        return kernel.rms_norm(x, weight, eps)
+    """RMS norm of the last dimension. Rounds as transformers: to the dtype of `x` before the product with `weight`."""
+    if kernels := triton_kernels(x):
+        return kernels.rms_norm(x, weight, eps)
     variance = x.float().pow(2).mean(-1, keepdim=True)
     return weight * (x.float() * torch.rsqrt(variance + eps)).to(x.dtype)
 
@@ -112,9 +104,9 @@ def gated_add_norm(
     eps: float,
     rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_add`, then `modulated_norm` of the sum. Returns both, each as `x`."""
-    if kernel := fused(x):
-        return kernel.gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows)
+    """`gated_add`, and `modulated_norm` of the sum. Returns both, shape and dtype of `x` each."""
+    if kernels := triton_kernels(x):
+        return kernels.gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows)
     total = gated_add(x, branch, gate, rows)
     return total, modulated_norm(total, weight, scale, shift, eps, rows)
 
@@ -122,9 +114,9 @@ def gated_add_norm(
 def gated_add(
     x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x + gate * branch``: (B, S, H), with `gate` (B, H); or packed as in `modulated_norm`."""
-    if kernel := fused(x):
-        return kernel.gated_add(x, branch, gate, rows)
+    """``x + gate * branch``: (B, S, H) with `gate` (B, H), or packed as in `modulated_norm`."""
+    if kernels := triton_kernels(x):
+        return kernels.gated_add(x, branch, gate, rows)
     return x + (_by_token(gate, rows) * branch.float()).to(x.dtype)
 
 
@@ -137,20 +129,20 @@ def _by_token(modulation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tens
 def norm_rotary(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """RMS norm of each head, then the rotary embedding, halves rotated.
+    """RMS norm of each head, then the rotary embedding that rotates halves.
 
     Args:
-        x: (B, S, N, D).
+        x: (B, S, heads, D).
         weight: (D,), of the norm.
         cos: (B, S, D), cosine of each angle.
         sin: (B, S, D).
         eps: Added to the mean square.
 
     Returns:
-        (B, S, N, D), dtype of `x`.
+        (B, S, heads, D), dtype of `x`.
     """
-    if kernel := fused(x):
-        return kernel.norm_rotary(x, weight, cos, sin, eps)
+    if kernels := triton_kernels(x):
+        return kernels.norm_rotary(x, weight, cos, sin, eps)
     x = F.rms_norm(x, weight.shape, weight, eps)
     first, second = x.chunk(2, -1)
     rotated = torch.cat((-second, first), -1)
@@ -159,11 +151,6 @@ def norm_rotary(
 
 def gelu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``gelu(gate) * up``, elementwise, with the exact (erf) GELU."""
-    if kernel := fused(gate):
-        return kernel.gelu_times(gate, up)
+    if kernels := triton_kernels(gate):
+        return kernels.gelu_times(gate, up)
     return up * F.gelu(gate)
-
-
-@functools.cache
-def _triton(module: str = KERNELS):
-    return importlib.import_module(f".{module}", __package__)

@@ -1,7 +1,7 @@
-"""The Triton side of ``kernels.py``; imported only where Triton is.
+"""Triton kernels of ``elementwise``; imported only where Triton works.
 
-Sums are taken in the order in which PyTorch's own kernels take them, and products are not fused with sums where PyTorch rounds in
-between: so the results are upstream's bit for bit, and what thousands of rounded operations make of them stays upstream's too.
+Sums are taken in the order of PyTorch's own kernels, and products are not fused with sums where PyTorch rounds in
+between. So the results are upstream's bit for bit, also after the thousands of operations of a picture.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_operators import AS_WRITTEN, define, on_its_device
+from .triton_launch import NO_FMA, on_its_device
 
-ELEMENTS = 1024  # a program of the purely element-wise kernel
-TOKENS = 4  # a program of the norms, a warp each
-COLUMNS = 512  # that it normalizes at a time: no value is loaded before those of before are stored
+ELEMENTS = 1024  # a program of `_gelu_times`
+TOKENS = 4  # a program of `_modulated_norm`, one warp each
+COLUMNS = 512  # of a row that are normalized at a time: each such part is stored before the next is loaded
 
 
 @triton.jit
 def _fours(values, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    """(ROWS, 4 * COUNT) -> (ROWS, COUNT), sums of four neighbours, from left to right."""
+    """(ROWS, 4 * COUNT) -> (ROWS, COUNT): sums of four neighbours, left to right."""
     even, odd = tl.split(tl.reshape(values, (ROWS, COUNT, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -30,7 +30,7 @@ def _fours(values, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _halves(values, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    """(ROWS, COUNT), a power of two of at most 32 -> (ROWS, 1): the upper half is added to the lower one, until one is left."""
+    """(ROWS, COUNT) -> (ROWS, 1): the upper half is added to the lower until one is left. COUNT: 1, 2, 4 ... 32."""
     for step in tl.static_range(1, 6):
         if COUNT >> step > 0:
             left, right = tl.split(tl.permute(tl.reshape(values, (ROWS, 2, COUNT >> step)), (0, 2, 1)))
@@ -49,18 +49,18 @@ def _input(x_pointer, branch_pointer, gate_pointer, place, gate_place, inside, H
     return x
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])  # which differ from prompt to prompt
+@triton.jit(do_not_specialize=["count", "tokens"])  # they change with the prompt's length
 def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
-    rows_pointer, count, tokens, eps, modulation_stride, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_MODULATION: tl.constexpr, HAS_ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    rows_pointer, count, tokens, eps, modulation_stride, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A few tokens a program: an optional gated addition, then an optional norm, then an optional modulation.
+    """An optional gated addition, an optional norm and an optional modulation, for TOKENS tokens a program.
 
-    A row is read twice, the second time from the cache: for its mean square and for the result. The mean is taken as ``torch.mean``
-    takes it: a warp has a row, each lane adds up four sums, of 4 values in every 128; then these are added, then the upper half of the
-    lanes to the lower one.
+    A row is read twice, the second time from the GPU's cache: for its mean square and for the result. The mean square
+    is summed as ``torch.mean`` does: a warp takes a row, each lane sums 4 of every 128 values into four sums, these are
+    added, then the upper half of the lanes to the lower one.
     """
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     here = token < count
@@ -93,52 +93,54 @@ def _modulated_norm(
 
 @on_its_device
 def modulated_norm(x, weight, scale, shift, eps, rows=None) -> torch.Tensor:
-    """See ``kernels.modulated_norm``."""
+    """As ``elementwise.modulated_norm``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
     out = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
-        x, x, x, weight, scale, shift, x, out, x if rows is None else rows, batch * tokens, tokens, eps, scale.stride(0), width,
-        False, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
+        x, x, x, weight, scale, shift, x, out, x if rows is None else rows, batch * tokens, tokens, eps,
+        scale.stride(0), width, False, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **NO_FMA,
     )  # fmt: skip
     return out
 
 
 @on_its_device
 def gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``kernels.gated_add_norm``."""
+    """As ``elementwise.gated_add_norm``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
     total, out = torch.empty_like(x), torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
-        x, branch.contiguous(), gate, weight, scale, shift, total, out, x if rows is None else rows, batch * tokens, tokens, eps,
-        scale.stride(0), width, True, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
+        x, branch.contiguous(), gate, weight, scale, shift, total, out, x if rows is None else rows, batch * tokens,
+        tokens, eps, scale.stride(0), width, True, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS,
+        **NO_FMA,
     )  # fmt: skip
     return total, out
 
 
 @on_its_device
 def rms_norm(x, weight, eps) -> torch.Tensor:
-    """See ``kernels.rms_norm``."""
+    """As ``elementwise.rms_norm``."""
     x = x.contiguous()
     width = x.shape[-1]
     count = x.numel() // width
     out = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(count, TOKENS),)](
-        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, False, True, False, False, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
+        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, False, True, False, False, TOKENS, COLUMNS,
+        num_warps=TOKENS, **NO_FMA,
     )  # fmt: skip
     return out
 
 
 @on_its_device
 def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
-    """See ``kernels.gated_add``."""
+    """As ``elementwise.gated_add``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
     total = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, branch.contiguous(), gate, x, x, x, total, x, x if rows is None else rows, batch * tokens, tokens, 0.0,
-        gate.stride(0), width, True, False, False, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **AS_WRITTEN,
+        gate.stride(0), width, True, False, False, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **NO_FMA,
     )  # fmt: skip
     return total
 
@@ -148,9 +150,10 @@ def _norm_rotary(
     x_pointer, weight_pointer, cos_pointer, sin_pointer, out_pointer, heads, eps, row_stride,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program a token, all of its heads: the two halves of each head are held apart.
+    """One program a token, with all of its heads. The halves of a head are separate values.
 
-    The squares are added as ``F.rms_norm`` adds them: four neighbours in a lane, then the upper half of the lanes to the lower one.
+    Squares are summed as ``F.rms_norm`` does: four neighbours in a lane, then the upper half of the lanes to the lower
+    one.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -180,14 +183,14 @@ def _norm_rotary(
 
 @on_its_device
 def norm_rotary(x, weight, cos, sin, eps) -> torch.Tensor:
-    """See ``kernels.norm_rotary``."""
+    """As ``elementwise.norm_rotary``."""
     batch, tokens, heads, size = x.shape
     if x.stride(3) != 1 or x.stride(2) != size or x.stride(0) != tokens * x.stride(1):
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _norm_rotary[(batch * tokens,)](
         x, weight, cos.contiguous(), sin.contiguous(), out, heads, eps, x.stride(1),
-        triton.next_power_of_2(heads), size // 2, num_warps=4, **AS_WRITTEN,
+        triton.next_power_of_2(heads), size // 2, num_warps=4, **NO_FMA,
     )  # fmt: skip
     return out
 
@@ -212,47 +215,23 @@ def _gelu_times(
 
 @on_its_device
 def gelu_times(gate, up) -> torch.Tensor:
-    """See ``kernels.gelu_times``."""
+    """As ``elementwise.gelu_times``."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     has_tail = gate.dtype.itemsize == 2
     _gelu_times[(triton.cdiv(gate.numel(), ELEMENTS),)](
         gate, up, gelu_tail(gate.dtype, gate.device) if has_tail else gate, out, gate.numel(), has_tail, ELEMENTS,
-        num_warps=4, **AS_WRITTEN,
+        num_warps=4, **NO_FMA,
     )  # fmt: skip
     return out
 
 
 @functools.cache
 def gelu_tail(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(16384,) PyTorch's GELU of all values of a dtype of 16 bits from -2 down, which are those of the bits 0xC000 to 0xFFFF.
+    """(16384,) PyTorch's GELU of every value up to -2 of a 16-bit dtype: those of the bits 0xC000 to 0xFFFF.
 
-    There ``1 + erf`` cancels, and shows that Triton's erf differs in last bits from that of the CUDA version PyTorch was built with.
+    There ``1 + erf`` cancels, so the last bits by which Triton's erf differs from that of PyTorch's CUDA version show
+    in the result.
     """
     bits = torch.arange(0xC000 - 0x10000, 0, dtype=torch.int16, device=device)
     return torch.nn.functional.gelu(bits.view(dtype))
-
-
-def _like_first(x, *args) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _two_like_first(x, *args) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like_first(x), _like_first(x)
-
-
-define(
-    modulated_norm,
-    "(Tensor x, Tensor weight, Tensor scale, Tensor shift, float eps, Tensor? rows=None) -> Tensor",
-    _like_first,
-)
-define(
-    gated_add_norm,
-    "(Tensor x, Tensor branch, Tensor gate, Tensor weight, Tensor scale, Tensor shift, float eps, Tensor? rows=None) "
-    "-> (Tensor, Tensor)",
-    _two_like_first,
-)
-define(rms_norm, "(Tensor x, Tensor weight, float eps) -> Tensor", _like_first)
-define(gated_add, "(Tensor x, Tensor branch, Tensor gate, Tensor? rows=None) -> Tensor", _like_first)
-define(norm_rotary, "(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor", _like_first)
-define(gelu_times, "(Tensor gate, Tensor up) -> Tensor", _like_first)

@@ -1,4 +1,4 @@
-"""Triton kernels of ``fp8.py``: rounding to fp8 with a scale for each row, of what is multiplied and of NF4 weights. A program a row."""
+"""Triton kernels of ``fp8``: activations and NF4 weights rounded to fp8 with one scale a row. One program a row."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..products import FP8, LARGEST, SMALLEST
-from .triton_operators import AS_WRITTEN, define, on_its_device
+from .fp8 import FP8, LARGEST, SMALLEST
+from .triton_launch import NO_FMA, on_its_device
 
-VALUES = 4096  # of a weight's row that a program converts at a time
-VALUES_A_THREAD = 64  # which spread what each thread does once over many values
+VALUES = 4096  # of a weight's row that are converted at a time
+VALUES_A_THREAD = 64  # enough to make up for the work that each thread does once
 
 
 @triton.jit
 def _inverse_scale(largest, scale_pointer, row, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """What makes the largest value of a row fp8's largest; stores the scale that undoes it."""
+    """Factor that makes a row's largest magnitude fp8's largest. Stores its inverse, the row's scale."""
     largest = tl.maximum(largest, SMALLEST)
     tl.store(scale_pointer + row, tl.math.div_rn(largest, LARGEST))
     return tl.math.div_rn(LARGEST, largest)
@@ -35,12 +35,12 @@ def _quantize_rows(
 
 @on_its_device
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``fp8.quantize_rows``."""
+    """As ``fp8.quantize_rows``."""
     x = x.contiguous()
     rows, width = x.shape
-    out, scale = _rows_like(x)
+    out, scale = _empty_rows(x, rows, width)
     _quantize_rows[(rows,)](
-        x, out, scale, width, LARGEST, SMALLEST, triton.next_power_of_2(width), num_warps=8, **AS_WRITTEN
+        x, out, scale, width, LARGEST, SMALLEST, triton.next_power_of_2(width), num_warps=8, **NO_FMA
     )
     return out, scale
 
@@ -62,12 +62,12 @@ def _gelu_times_rows(
 
 @on_its_device
 def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``fp8.gelu_times_rows``."""
+    """As ``fp8.gelu_times_rows``."""
     gate, up = gate.contiguous(), up.contiguous()
     rows, width = gate.shape
-    out, scale = _rows_like(gate)
+    out, scale = _empty_rows(gate, rows, width)
     _gelu_times_rows[(rows,)](
-        gate, up, out, scale, width, LARGEST, SMALLEST, triton.next_power_of_2(width), num_warps=16, **AS_WRITTEN
+        gate, up, out, scale, width, LARGEST, SMALLEST, triton.next_power_of_2(width), num_warps=16, **NO_FMA
     )
     return out, scale
 
@@ -86,16 +86,16 @@ def _block_scales(
 
 @triton.jit
 def _weight_to_fp8(
-    codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, out_pointer,
-    scale_pointer, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr,
-    CHUNK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer,
+    out_pointer, scale_pointer, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr,
+    COUNT: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """A row is COUNT blocks of BYTES bytes, two codes each, the first in the upper half; CHUNK of them are converted at a time."""
+    """A row is COUNT blocks of BYTES bytes, two codes a byte, the first in the upper half. CHUNK blocks at a time."""
     row = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, PADDED)
     scales = _block_scales(
-        absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, row * COUNT + every, every < COUNT, NESTED,
-        OUTER_SIZE,
+        absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, row * COUNT + every, every < COUNT,
+        NESTED, OUTER_SIZE,
     )  # fmt: skip
     inverse = _inverse_scale(tl.max(tl.abs(scales), 0), scale_pointer, row, LARGEST, SMALLEST)
     for start in tl.range(0, COUNT, CHUNK):
@@ -116,34 +116,20 @@ def _weight_to_fp8(
 def weight_to_fp8(
     codes, absmax, table, rows, columns, block_size, outer_absmax=None, outer_table=None, offset=None, outer_size=1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``fp8.weight_to_fp8``; the parts of a quantization state one by one."""
-    out, scale = _weight_like(codes, absmax, table, rows, columns)
+    """As ``fp8.weight_to_fp8``; the parts of a quantization state one by one."""
+    out, scale = _empty_rows(codes, rows, columns)
     blocks = columns // block_size
     nested = outer_absmax is not None
     outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
     padded = triton.next_power_of_2(blocks)
     chunk = min(padded, max(1, VALUES // block_size))
     _weight_to_fp8[(rows,)](
-        codes, absmax, table, *outer, out, scale, nested, outer_size, block_size // 2, blocks, padded, chunk, LARGEST, SMALLEST,
-        num_warps=max(1, chunk * block_size // (32 * VALUES_A_THREAD)), **AS_WRITTEN,
+        codes, absmax, table, *outer, out, scale, nested, outer_size, block_size // 2, blocks, padded, chunk, LARGEST,
+        SMALLEST, num_warps=max(1, chunk * block_size // (32 * VALUES_A_THREAD)), **NO_FMA,
     )  # fmt: skip
     return out, scale
 
 
-def _rows_like(x: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, width = x.shape  # not len(x), which torch.compile would take for a constant
-    return x.new_empty(rows, width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
-
-
-def _weight_like(codes, absmax, table, rows, columns, *_) -> tuple[torch.Tensor, torch.Tensor]:
-    return codes.new_empty(rows, columns, dtype=FP8), codes.new_empty(rows, 1, dtype=torch.float32)
-
-
-define(quantize_rows, "(Tensor x) -> (Tensor, Tensor)", _rows_like)
-define(gelu_times_rows, "(Tensor gate, Tensor up) -> (Tensor, Tensor)", _rows_like)
-define(
-    weight_to_fp8,
-    "(Tensor codes, Tensor absmax, Tensor table, int rows, int columns, int block_size, Tensor? outer_absmax=None, "
-    "Tensor? outer_table=None, Tensor? offset=None, int outer_size=1) -> (Tensor, Tensor)",
-    _weight_like,
-)
+def _empty_rows(like: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, width) fp8 and (rows, 1) float32 scales, on the device of `like`."""
+    return like.new_empty(rows, width, dtype=FP8), like.new_empty(rows, 1, dtype=torch.float32)

@@ -1,36 +1,24 @@
-"""What the Triton kernels have in common: how they are launched, and how torch.compile knows them."""
+"""How the Triton kernels are launched."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are rounded apart
-# torch.compile calls these and doesn't look inside: what it fuses itself it rounds in other places.
-OPERATORS = torch.library.Library("ernie_image_nf4", "DEF")
+Result = TypeVar("Result")
+
+NO_FMA = {"enable_fp_fusion": False}  # PyTorch's kernels round products before they add
 
 
-def on_its_device(launch: Callable) -> Callable:
-    """Triton launches on the current device, whichever the first tensor's is."""
+def on_its_device(launch: Callable[..., Result]) -> Callable[..., Result]:
+    """Launch on the first tensor's device: Triton takes the current one."""
 
     @functools.wraps(launch)
-    def guarded(x, *args):
+    def guarded(x: torch.Tensor, *args: object) -> Result:
         with torch.cuda.device_of(x):
             return launch(x, *args)
 
     return guarded
-
-
-def define(kernel: Callable, schema: str, shapes: Callable) -> None:
-    """Make an operator of a function that launches a kernel.
-
-    Args:
-        kernel: The function.
-        schema: Its arguments and results, in PyTorch's notation.
-        shapes: From the same arguments, results without values.
-    """
-    OPERATORS.define(f"{kernel.__name__}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    OPERATORS.impl(kernel.__name__, kernel, "CUDA")
-    torch.library.register_fake(f"ernie_image_nf4::{kernel.__name__}", shapes, lib=OPERATORS)
