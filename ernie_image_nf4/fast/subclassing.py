@@ -1,4 +1,7 @@
-"""How an upstream model becomes a fast one: by a change of its class, which `isinstance`, `save_pretrained`, copies and pickles agree with."""
+"""How an upstream model becomes a fast one: by a change of its class.
+
+`isinstance`, `save_pretrained`, copies and pickles take it for what it was.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,53 @@ from typing import TypeVar
 
 from torch import nn
 
-Class = TypeVar("Class", bound=type[nn.Module])
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
 class Runtime:
     """Base of what a model keeps beside its weights: graphs, streams, caches, locks.
 
-    A copy or a pickle of the model gets a new, empty one. Nothing in it may refer to the model: a cycle would keep the
+    A copy or a pickle of the model gets a new one. Nothing in a runtime may refer to the model: a cycle would keep the
     weights until the next garbage collection.
     """
 
-    def __deepcopy__(self, memo: dict) -> Runtime:
-        return type(self)()
-
     def __reduce__(self) -> tuple:
+        """The class, and the settings that copies and pickles keep."""
         return type(self), ()
 
 
-def named_as_upstream(cls: Class) -> Class:
-    """Give a subclass its base's ``__name__``, by which diffusers, transformers and peft write and look up a model's class.
+def named_as_upstream(cls: ModuleClass) -> ModuleClass:
+    """Give a subclass its base's ``__name__``, by which diffusers, transformers and peft know a model's class.
 
     Pickles find the subclass by ``__module__`` and ``__qualname__``, which stay its own.
     """
-    cls.__name__ = cls.__base__.__name__
+    cls.__name__ = _base(cls).__name__
     return cls
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Make an object of an upstream class one of its subclass `cls`, weights, buffers and hooks as they are."""
-    if type(module) is not cls.__base__:
-        raise TypeError(f"{type(module).__name__} of {type(module).__module__} is no {cls.__base__}")
-    # A pipeline notes the library of a component by the component's own __module__.
-    module.__module__ = cls.__base__.__module__
+    """Make an object of an upstream class one of its subclass `cls`. Weights, buffers and hooks stay.
+
+    Call it before anything wraps ``module.forward`` (accelerate's hooks do), as the wrapper keeps calling the method
+    that it found.
+
+    Args:
+        module: The object.
+        cls: A direct subclass of its class.
+
+    Raises:
+        TypeError: The object is of another class.
+    """
+    base = _base(cls)
+    if type(module) is not base:
+        raise TypeError(
+            f"{cls.__module__}.{cls.__qualname__} is for {base.__module__}.{base.__qualname__}, "
+            f"not for {type(module).__module__}.{type(module).__qualname__}."
+        )
+    # diffusers' model_index.json has a component's library from the object's __module__.
+    module.__module__ = base.__module__
     module.__class__ = cls
+
+
+def _base(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls.__bases__[0]
