@@ -1,0 +1,140 @@
+"""What the prompt enhancer decodes with, kept from call to call: one text, or several at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from ..upstream.models import hook_of
+from .decode_request import DecodeRequest
+from .decoder import DecodeSlot, decode_n_tokens
+from .subclassing import Runtime
+
+Text = Generator[None, None, torch.Tensor]  # a text under way, which returns its tokens
+
+
+class DecoderRuntime(Runtime):
+    """What a fast prompt enhancer keeps beside its weights: buffers with captured steps, for calls of the same kind.
+
+    Attributes:
+        lock: Held while texts are decoded.
+        slot: What one call at a time is decoded with.
+        streams: Of the model's device: one for `slot`, then one for each slot of `generate_together`.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.slot = DecodeSlot()
+        self.streams: list[torch.cuda.Stream] = []
+
+    def generate(self, model: PreTrainedModel, request: DecodeRequest) -> torch.Tensor:
+        """Input and new tokens, (batch, length + new) int64 on the input's device, as from upstream's ``generate``."""
+        with self._onloaded(model) as device:
+            self.slot.stream = self._stream(device, 0)
+            text = decode_n_tokens(model, self.slot, request, request.input_ids.to(device))
+            return _run(text).to(request.input_ids.device)
+
+    def generate_together(
+        self, model: PreTrainedModel, requests: Sequence[DecodeRequest], seeds: Sequence[int], count: int
+    ) -> list[torch.Tensor]:
+        """`generate` for each request, with its seed as random state; `count` texts are decoded at a time.
+
+        A step of one text leaves much of the GPU idle. Here several texts take turns, each with buffers, a stream and a
+        random state of its own: their steps run at once and are the same as alone, so no text depends on the others.
+        """
+        with self._onloaded(model) as device:
+            slots = [self._new_slot(device, number) for number in range(min(count, len(requests)))]
+            try:
+                texts = _take_turns(model, slots, requests, seeds, device)
+                return [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # before the slots' memory goes, in which steps may be under way
+
+    def release(self) -> None:
+        """Drop all buffers: their graphs read weights that are about to move."""
+        self.slot.buffers.clear()
+
+    def _new_slot(self, device: torch.device, number: int) -> DecodeSlot:
+        stream = self._stream(device, 1 + number)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        return DecodeSlot(torch.Generator(device), stream)
+
+    def _stream(self, device: torch.device, number: int) -> torch.cuda.Stream | None:
+        """The stream of this number, the same one while the model stays on a device."""
+        if device.type != "cuda":
+            return None
+        if self.streams and self.streams[0].device != device:
+            self.streams.clear()
+        while len(self.streams) <= number:
+            self.streams.append(torch.cuda.Stream(device))
+        return self.streams[number]
+
+    @contextmanager
+    def _onloaded(self, model: PreTrainedModel) -> Iterator[torch.device]:
+        """The device of the model, onloaded as a call of its ``forward`` would do it."""
+        hook = hook_of(model)
+        # No inference mode: buffers outlive the call, and later calls may not be in it.
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            tells = hasattr(hook, "on_offload")
+            if hook is not None:
+                hook.pre_forward(model)
+                if tells:
+                    hook.on_offload = self.release
+            weight = model.get_input_embeddings().weight
+            try:
+                # Graphs are captured on the current device, whichever the model's is.
+                with torch.cuda.device_of(weight):
+                    yield weight.device
+            except BaseException:
+                self.release()
+                raise
+            finally:
+                if hook is not None and not tells:
+                    self.release()
+
+
+def _run(text: Text) -> torch.Tensor:
+    """Decode a text to its end."""
+    while True:
+        try:
+            next(text)
+        except StopIteration as end:
+            return end.value
+
+
+def _take_turns(
+    model: PreTrainedModel,
+    slots: Sequence[DecodeSlot],
+    requests: Sequence[DecodeRequest],
+    seeds: Sequence[int],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Let each slot start one step in turn, until all texts are decoded."""
+    done: dict[int, torch.Tensor] = {}
+    waiting = iter(range(len(requests)))
+    busy: dict[int, tuple[int, Text | None]]
+    busy = {number: (next(waiting), None) for number in range(len(slots))}
+    while busy:
+        for number, (index, text) in list(busy.items()):
+            slot, request = slots[number], requests[index]
+            with torch.cuda.stream(slot.stream):
+                if text is None:
+                    text = decode_n_tokens(model, slot, request, request.input_ids.to(device), seeds[index])
+                    busy[number] = index, text
+                try:
+                    next(text)
+                except StopIteration as end:
+                    done[index] = end.value
+                    busy.pop(number)
+                    if (following := next(waiting, None)) is not None:
+                        busy[number] = following, None
+    for slot in slots:
+        if slot.stream is not None:
+            torch.cuda.current_stream(device).wait_stream(slot.stream)
+    return [done[index] for index in range(len(requests))]
