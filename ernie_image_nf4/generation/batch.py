@@ -31,8 +31,9 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from ..errors import ErnieImageNF4Error, InvalidSettings
+from ..fast.decode_request import DecodeRequest
 from ..fast.products import is_in_fp8
-from ..fast.prompt_enhancer import Request, find_request
+from ..fast.prompt_enhancer import FastPromptEnhancer
 from ..fast.transformer import several_pictures
 from ..memory.offload import OffloadHook
 from ..memory.placement import GIB, WORKING_BYTES, find_device, free_memory, memory_mode
@@ -438,18 +439,17 @@ def enhance_all(pipe: ErnieImagePipeline, settings: Sequence[Settings]) -> list[
             pipe.pe.generate = upstream
 
     def note(*args, **kwargs) -> torch.Tensor:
-        asked.append((find_request(pipe.pe, args, kwargs), torch.initial_seed()))  # which `enhance` has set
+        asked.append((pipe.pe.decode_request(**kwargs), torch.initial_seed()))  # which `enhance` has set
         return kwargs["input_ids"]
 
-    asked: list[tuple[Request | None, int]] = []
-    decoder = getattr(getattr(pipe.pe, "generate", None), "decoder", None)
-    count = find_writers(pipe) if decoder is not None else 1
+    asked: list[tuple[DecodeRequest | None, int]] = []
+    count = find_writers(pipe) if isinstance(pipe.pe, FastPromptEnhancer) else 1
     if count > 1:
         enhanced_by(note)
     requests = [request for request, _ in asked]
     if len(asked) > 1 and None not in requests:  # else the fast path doesn't know all that is asked for
         try:
-            answers = iter(decoder.generate_together(requests, [seed for _, seed in asked], count))
+            answers = iter(pipe.pe.generate_together(requests, [seed for _, seed in asked], count))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise

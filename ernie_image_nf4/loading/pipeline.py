@@ -25,7 +25,6 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
 from ..errors import InvalidRepository
-from ..fast.ops import elementwise as kernels
 from ..fast.products import check_fp8, enable_fp8
 from ..memory import placement
 from ..memory.host_embeddings import enable_host_embeddings, unused_modules
@@ -40,6 +39,7 @@ from ..repository.resolve import check_repository, find_repository, is_quantized
 from ..repository.safetensors_io import DTYPES, StoredTensor, find_tensors
 from ..repository.security import library_reading, read_json
 from ..repository.validation import bounded_loading, check_model, check_structure, checked_loading
+from ..upstream.triton_cache import prepare_triton
 from .assembly import direct_loading
 from .device_reader import DeviceReader
 
@@ -148,7 +148,7 @@ def load(
         _no_collections(),
     ):
         if fast:
-            pool.submit(kernels.prepare_triton)
+            pool.submit(prepare_triton)
         parts, template = dict.fromkeys(PROMPT_ENHANCER), None  # None leaves them unread
         if COMPONENT["pe_tokenizer"] in components:
             parts["pe_tokenizer"] = load_tokenizer(folder, COMPONENT["pe_tokenizer"])

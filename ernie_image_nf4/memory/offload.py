@@ -55,7 +55,7 @@ class OffloadHook(ModelHook):
     Attributes:
         execution_device: Where diffusers finds the device to compute on.
         following: The component that is called next; it is fetched meanwhile if both fit where the largest one does.
-        on_leaving: Called before the component leaves, for whoever holds on to the addresses of its weights.
+        on_offload: Called before the component leaves, for whoever holds on to the addresses of its weights.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class OffloadHook(ModelHook):
         self.weights, self.turns, self.excluded, self.blocks = weights, turns, excluded, blocks
         self.execution_device = weights.device
         self.following: OffloadHook | None = None
-        self.on_leaving: Callable[[], None] | None = None
+        self.on_offload: Callable[[], None] | None = None
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         if self.turns.current is not self:
@@ -90,8 +90,8 @@ class OffloadHook(ModelHook):
                 setattr(owner, name, getattr(owner, name).to(self.execution_device))
 
     def leave(self) -> None:
-        if self.on_leaving is not None:
-            self.on_leaving()
+        if self.on_offload is not None:
+            self.on_offload()
         self.weights.leave()
         if self.blocks is not None:
             self.blocks.leave()

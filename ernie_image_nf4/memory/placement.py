@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import platform
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import torch
 from diffusers import ErnieImagePipeline
 
 from ..errors import DeviceUnavailable, InvalidSettings
-from ..fast.cuda_graphs import forget_graph
-from ..fast.prompt_enhancer import enable_fast_decoding
-from ..fast.transformer import enable_fast_denoising
+from ..fast.prompt_enhancer import make_prompt_enhancer_fast
+from ..fast.transformer import make_transformer_fast, runtime_of
 from ..repository.components import COMPONENT
 from .host_embeddings import unused_modules
 from .offload import StreamedBlocks, enable_offload
@@ -76,16 +74,17 @@ def apply(pipe: ErnieImagePipeline, where: Placement) -> None:
         where: The decision.
     """
     if where.fast:  # before the hooks of offloading, which wrap the forward method that they find
-        enable_fast_denoising(pipe.transformer, graph=where.memory != "stream")  # whose blocks move in every step
+        make_transformer_fast(pipe.transformer, capture_steps=where.memory != "stream")  # its blocks move in each step
         if pipe.pe is not None:
-            enable_fast_decoding(pipe.pe)
+            make_prompt_enhancer_fast(pipe.pe)
     limit = None
-    forget_its_graph = functools.partial(forget_graph, pipe.transformer)
+    runtime = runtime_of(pipe.transformer)
+    forget_its_graph = runtime.release_graph if runtime is not None else lambda: None
     if where.memory == "stream" or (where.memory == "offload" and where.fast):
         unused = COMPONENT["text_encoder"].unused if where.fast else ()
         excluded = unused_modules(pipe.text_encoder, unused)
         limit = enable_offload(pipe, where.device, excluded=excluded, stream_blocks=where.memory == "stream")
-        pipe.transformer._hf_hook.on_leaving = forget_its_graph
+        pipe.transformer._hf_hook.on_offload = forget_its_graph
     elif where.memory == "offload":
         pipe.enable_model_cpu_offload(device=where.device)
     else:
