@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImageTransformer2DModel
 from diffusers.hooks import apply_layerwise_casting
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.run import largest_error, predictions
-from ernie_image_nf4.fast.cuda_graphs import forget_graph, is_undisturbed
-from ernie_image_nf4.fast.ops import elementwise as kernels
+from ernie_image_nf4.fast import transformer as fast_transformer
+from ernie_image_nf4.fast.cuda_graphs import is_undisturbed
+from ernie_image_nf4.fast.ops import elementwise
 from ernie_image_nf4.fast.transformer import (
-    disable_fast_denoising,
-    enable_fast_denoising,
-    predict,
+    FastErnieImageBlock,
+    FastErnieImageTransformer,
+    TransformerRuntime,
+    make_transformer_fast,
     several_pictures,
 )
 from ernie_image_nf4.repository.components import MODEL_INDEX
@@ -33,8 +37,8 @@ CASES = [
 def build(**options) -> ErnieImageTransformer2DModel:
     torch.manual_seed(0)
     small = {
-        "hidden_size": 96, "num_attention_heads": 3, "num_layers": 3, "ffn_hidden_size": 160, "in_channels": 8, "out_channels": 8,
-        "text_in_dim": 24, "rope_axes_dim": (8, 12, 12),
+        "hidden_size": 96, "num_attention_heads": 3, "num_layers": 3, "ffn_hidden_size": 160, "in_channels": 8,
+        "out_channels": 8, "text_in_dim": 24, "rope_axes_dim": (8, 12, 12),
     }  # fmt: skip
     transformer = ErnieImageTransformer2DModel(**small | options)
     for parameter in transformer.parameters():  # upstream starts its modulation and its end at zero
@@ -63,7 +67,7 @@ def test_the_prediction_is_upstreams_up_to_rounding(device, dtype, tolerance, le
     transformer = build(**options).to(device, dtype)
     arguments = inputs(device, dtype, lengths)
     expected = transformer(**arguments).sample.float()
-    enable_fast_denoising(transformer)
+    make_transformer_fast(transformer, capture_steps=False)
     got = transformer(**arguments)
     assert torch.equal(transformer(**arguments, return_dict=False)[0], got.sample)
     error = (got.sample.float() - expected).norm() / expected.norm()
@@ -77,10 +81,11 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
     transformer = build().to(device, dtype)
     arguments = inputs(device, dtype, lengths)
     expected = transformer(**arguments).sample.float()
-    enable_fast_denoising(transformer)
+    make_transformer_fast(transformer, capture_steps=False)
     with several_pictures(transformer, count):
         got = transformer(**arguments).sample
     assert (got.float() - expected).norm() / expected.norm() < tolerance
+    assert transformer.runtime.pictures == 1
     again = transformer(**arguments).sample  # as rows that have nothing in common
     assert (again.float() - expected).norm() / expected.norm() < tolerance
 
@@ -90,8 +95,8 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
 @torch.no_grad()
 def test_at_full_width_a_picture_is_upstreams_alone_and_among_others_to_the_last_bit(guidance):
     transformer = build(
-        hidden_size=4096, num_attention_heads=32, num_layers=2, ffn_hidden_size=12288, in_channels=128, out_channels=128,
-        text_in_dim=3072, rope_axes_dim=(32, 48, 48),
+        hidden_size=4096, num_attention_heads=32, num_layers=2, ffn_hidden_size=12288, in_channels=128,
+        out_channels=128, text_in_dim=3072, rope_axes_dim=(32, 48, 48),
     ).to("cuda", torch.bfloat16)  # fmt: skip
     for parameter in transformer.parameters():
         parameter.data.mul_(0.1)
@@ -110,7 +115,7 @@ def test_at_full_width_a_picture_is_upstreams_alone_and_among_others_to_the_last
         return transformer(latents[part].contiguous(), timestep, texts, lengths[part].clone(), return_dict=False)[0]
 
     upstream = [predict_rows(slice(number, None, count)) for number in range(count)]
-    enable_fast_denoising(transformer)
+    make_transformer_fast(transformer, capture_steps=False)
     with several_pictures(transformer, count):
         together = predict_rows(slice(None))
     for number in range(count):
@@ -124,21 +129,31 @@ def test_the_minis_predictions_in_bfloat16_are_upstreams_up_to_rounding():
         pytest.skip("this checkout holds no weights")
     pipe = load(CHECKOUT, device="cpu", dtype="bfloat16", prompt_enhancer=False)
     expected = predictions(pipe, 64, "cpu")["prediction"]
-    enable_fast_denoising(pipe.transformer)
+    make_transformer_fast(pipe.transformer, capture_steps=False)
     assert largest_error(predictions(pipe, 64, "cpu")["prediction"], expected) < 1e-2
 
 
 @torch.no_grad()
-def test_it_runs_our_blocks_and_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
+def test_it_runs_fast_blocks(monkeypatch: pytest.MonkeyPatch):
     transformer, calls = build(), []
-    original = kernels.gelu_times
-    monkeypatch.setattr(kernels, "gelu_times", lambda *args: calls.append(1) or original(*args))
-    enable_fast_denoising(transformer)
+    original = elementwise.gelu_times
+    monkeypatch.setattr(elementwise, "gelu_times", lambda *args: calls.append(1) or original(*args))
+    transformer(**inputs("cpu", torch.float32, (2, 3)))
+    assert not calls
+    make_transformer_fast(transformer, capture_steps=False)
     transformer(**inputs("cpu", torch.float32, (2, 3)))
     assert len(calls) == 3
-    disable_fast_denoising(transformer)
-    transformer(**inputs("cpu", torch.float32, (2, 3)))
-    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_a_block_called_as_upstream_calls_it_is_upstreams():
+    transformer = build()
+    block, x = transformer.layers[0], torch.randn(7, 2, 96)
+    angles, modulation = torch.randn(2, 7, 1, 32), [torch.randn(2, 96) for _ in range(6)]
+    expected = block(x, angles, modulation, None)
+    make_transformer_fast(transformer, capture_steps=False)
+    assert isinstance(block, FastErnieImageBlock)
+    assert torch.equal(block(x, angles, modulation, None), expected)
 
 
 @torch.no_grad()
@@ -148,77 +163,93 @@ def test_what_is_kept_for_a_picture_is_not_taken_for_another():
     larger = call | {"hidden_states": torch.randn(2, 8, 10, 6, generator=torch.Generator().manual_seed(3))}
     other = call | {"text_lens": torch.tensor([5, 3])}
     expected = [transformer(**each).sample for each in (call, larger, other)]
-    enable_fast_denoising(transformer)
+    make_transformer_fast(transformer, capture_steps=False)
     for each, reference in zip((call, larger, call, other), (*expected[:2], expected[0], expected[2]), strict=True):
         assert (transformer(**each).sample - reference).norm() / reference.norm() < 2e-6
     call["text_lens"].copy_(other["text_lens"])  # in place
     assert (transformer(**call).sample - expected[2]).norm() / expected[2].norm() < 2e-6
 
 
-def test_a_transformer_with_heads_of_another_size_is_left_alone():
-    transformer = ErnieImageTransformer2DModel(
-        hidden_size=72, num_attention_heads=3, num_layers=1, ffn_hidden_size=64, in_channels=8, out_channels=8, text_in_dim=24,
-        rope_axes_dim=(8, 8, 8),
-    )  # fmt: skip
-    enable_fast_denoising(transformer)
-    assert "forward" not in vars(transformer)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_size": 72, "rope_axes_dim": (8, 8, 8)},  # heads of 24
+        {"hidden_size": 12, "rope_axes_dim": (0, 2, 2)},  # of 4
+        {"rope_axes_dim": (8, 8, 8)},  # heads that are rotated in part
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_transformer_that_the_kernels_do_not_fit_is_left_alone(options):
+    transformer = build(**options)
+    make_transformer_fast(transformer, capture_steps=True)
+    assert not any(type(module).__module__.startswith("ernie_image_nf4") for module in transformer.modules())
+    assert "runtime" not in vars(transformer)
+
+
+def test_a_transformer_of_other_classes_is_left_alone():
+    class Block(type(build().layers[0])):
+        pass
+
+    class Transformer(ErnieImageTransformer2DModel):
+        pass
+
+    transformer = build()
+    transformer.layers[1].__class__ = Block
+    make_transformer_fast(transformer, capture_steps=False)
+    assert type(transformer) is ErnieImageTransformer2DModel
+    transformer = build()
+    transformer.__class__ = Transformer
+    make_transformer_fast(transformer, capture_steps=False)
+    assert type(transformer) is Transformer
+
+
+def test_a_fast_transformer_gets_another_setting():
+    transformer = build()
+    make_transformer_fast(transformer, capture_steps=False)
+    transformer.runtime.fp8 = True
+    make_transformer_fast(transformer, capture_steps=True)
+    assert type(transformer) is FastErnieImageTransformer
+    assert transformer.runtime.captured_step is not None
+    assert transformer.runtime.fp8
+
+
+@torch.no_grad()
+def test_without_diffusers_attention_dispatch_a_transformer_is_left_alone(monkeypatch):
+    monkeypatch.setattr(fast_transformer, "attention_dispatch", lambda: None)
+    transformer = build()
+    make_transformer_fast(transformer, capture_steps=True)
+    assert type(transformer) is ErnieImageTransformer2DModel
+    call = inputs("cpu", torch.float32, (2, 3))
+    expected = transformer(**call).sample
+    monkeypatch.undo()
+    make_transformer_fast(transformer, capture_steps=True)
+    monkeypatch.setattr(fast_transformer, "attention_dispatch", lambda: None)  # as for a pickle that comes later
+    assert torch.equal(transformer(**call).sample, expected)
+
+
+@torch.no_grad()
+def test_a_model_built_by_the_fast_class_itself_is_upstreams():
+    transformer = build()
+    expected = transformer(**inputs("cpu", torch.float32, (2, 3))).sample
+    built = FastErnieImageTransformer.from_config(transformer.config).eval()
+    built.load_state_dict(transformer.state_dict())
+    assert torch.equal(built(**inputs("cpu", torch.float32, (2, 3))).sample, expected)
+    make_transformer_fast(built, capture_steps=False)
+    assert type(built.layers[0]) is FastErnieImageBlock
+    error = (built(**inputs("cpu", torch.float32, (2, 3))).sample - expected).norm() / expected.norm()
+    assert error < 2e-6
 
 
 def test_training_goes_through_upstream():
     transformer = build()
     arguments = inputs("cpu", torch.float32, (2, 3))
     expected = transformer(**arguments).sample
-    enable_fast_denoising(transformer)
+    make_transformer_fast(transformer, capture_steps=False)
     got = transformer(**arguments).sample
     assert torch.equal(got, expected)
     got.sum().backward()
     assert transformer.layers[0].mlp.gate_proj.weight.grad is not None
-
-
-@torch.no_grad()
-def test_blocks_are_compiled_once_for_all_sizes_and_lengths_of_prompts():
-    torch._dynamo.reset()  # what other models have compiled of the same code
-    transformer, lengths = build(), ((9, 9), (1, 9), (2, 9), (5, 9), (3, 12))
-    calls = [inputs("cpu", torch.float32, each) for each in lengths]
-    calls.append(calls[0] | {"hidden_states": torch.randn(2, 8, 12, 10, generator=torch.Generator().manual_seed(3))})
-    expected = [transformer(**call).sample for call in calls]
-    enable_fast_denoising(transformer)
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for call, reference in zip(calls, expected, strict=True):
-            got = transformer(**call).sample
-            assert (got - reference).norm() / reference.norm() < 2e-6
-
-
-@torch.no_grad()
-def test_blocks_are_compiled_for_more_numbers_of_rows_than_torch_would():
-    torch._dynamo.reset()
-    transformer = build()
-    calls = [inputs("cpu", torch.float32, (1,) * count + (3, 5, 8, 2, 9, 4, 7, 6)[:count]) for count in range(1, 9)]
-    counts = [*range(1, 9), 1, 3, 5, 7]  # pictures, with guidance and without
-    calls += [inputs("cpu", torch.float32, (3, 5, 8, 2, 9, 4, 7)[:count]) for count in counts[8:]]
-    expected = [transformer(**call).sample for call in calls]
-    enable_fast_denoising(transformer)
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
-    for call, count, reference in zip(calls, counts, expected, strict=True):
-        with several_pictures(transformer, count):
-            got = transformer(**call).sample
-        assert (got - reference).norm() / reference.norm() < 2e-6
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_compiled_blocks_give_the_same_on_a_gpu():
-    torch._dynamo.reset()
-    transformer = build().to("cuda", torch.bfloat16)
-    calls = [inputs("cuda", torch.bfloat16, lengths) for lengths in ((1, 9), (2, 9), (5, 9))]
-    expected = [transformer(**call).sample.float() for call in calls]
-    enable_fast_denoising(transformer)
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for call, reference in zip(calls, expected, strict=True):
-            error = (transformer(**call).sample.float() - reference).norm() / reference.norm()
-            assert error < 1e-2
 
 
 WIDTHS = [(160, 32), (384, 64), (4096, 128)]  # torch adds rows of up to 128 values in yet another order
@@ -247,20 +278,20 @@ def test_triton_kernels_give_what_torch_does(
     scale, shift, gate = t["modulation"].chunk(3, -1)
     packed, rows = t["x"].flatten(0, 1)[:200].unsqueeze(0), torch.tensor([0] * 80 + [1] * 120, device="cuda")
     calls = [
-        lambda: kernels.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
-        lambda: kernels.rms_norm(t["x"], t["weight"], 1e-6),
-        lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
-        lambda: kernels.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[0],
-        lambda: kernels.gated_add(t["x"], t["branch"], gate),
-        lambda: kernels.modulated_norm(packed, t["weight"], scale, shift, 1e-6, rows),
-        lambda: kernels.gated_add_norm(packed, packed + 1, gate, t["weight"], scale, shift, 1e-6, rows)[1],
-        lambda: kernels.gated_add(packed, packed + 1, gate, rows),
-        lambda: kernels.norm_rotary(t["heads"], t["weight"][:head], t["angles"].cos(), t["angles"].sin(), 1e-6),
-        lambda: kernels.gelu_times(t["x"], t["branch"]),
+        lambda: elementwise.modulated_norm(t["x"], t["weight"], scale, shift, 1e-6),
+        lambda: elementwise.rms_norm(t["x"], t["weight"], 1e-6),
+        lambda: elementwise.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[1],
+        lambda: elementwise.gated_add_norm(t["x"], t["branch"], gate, t["weight"], scale, shift, 1e-6)[0],
+        lambda: elementwise.gated_add(t["x"], t["branch"], gate),
+        lambda: elementwise.modulated_norm(packed, t["weight"], scale, shift, 1e-6, rows),
+        lambda: elementwise.gated_add_norm(packed, packed + 1, gate, t["weight"], scale, shift, 1e-6, rows)[1],
+        lambda: elementwise.gated_add(packed, packed + 1, gate, rows),
+        lambda: elementwise.norm_rotary(t["heads"], t["weight"][:head], t["angles"].cos(), t["angles"].sin(), 1e-6),
+        lambda: elementwise.gelu_times(t["x"], t["branch"]),
     ]
-    assert kernels.fused(t["x"])
+    assert elementwise.triton_kernels(t["x"])
     fused = [call() for call in calls]
-    monkeypatch.setattr(kernels, "fused", lambda x: None)
+    monkeypatch.setattr(elementwise, "fused", lambda x: None)
     for number, (call, result) in enumerate(zip(calls, fused, strict=True)):
         if dtype == torch.float32:  # where torch's kernels fuse products and sums as they like
             assert (result - call()).norm() / call().norm() < 1e-6, number
@@ -273,10 +304,22 @@ def test_triton_kernels_give_what_torch_does(
 def test_gelu_is_torchs_for_every_value_there_is(dtype: torch.dtype):
     values = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype)
     values = values[values.isfinite()]
-    assert torch.equal(kernels.gelu_times(values, torch.ones_like(values)), torch.nn.functional.gelu(values))
+    assert torch.equal(elementwise.gelu_times(values, torch.ones_like(values)), torch.nn.functional.gelu(values))
 
 
 # The step as a CUDA graph
+
+
+class OffloadHook(ModelHook):
+    """As the memory modes have it: called as a forward pre-hook, found where accelerate's hooks are."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.on_offload = None
+        module._hf_hook = self
+        module.register_forward_pre_hook(self.called)
+
+    def called(self, module: torch.nn.Module, args: tuple) -> None:
+        self.pre_forward(module)
 
 
 def test_hooks_and_adapters_keep_steps_from_being_captured():
@@ -292,6 +335,20 @@ def test_hooks_and_adapters_keep_steps_from_being_captured():
     assert not is_undisturbed(adapted)
 
 
+def test_the_transformers_own_offloading_hook_lets_steps_be_captured():
+    wrapped = build()
+    add_hook_to_module(wrapped, ModelHook())  # as diffusers' enable_model_cpu_offload
+    assert is_undisturbed(wrapped)
+    offloaded = build()
+    OffloadHook(offloaded)
+    assert is_undisturbed(offloaded)
+    offloaded.register_forward_pre_hook(lambda *args: None)
+    assert not is_undisturbed(offloaded)
+    inside = build()
+    OffloadHook(inside.layers[0])
+    assert not is_undisturbed(inside)
+
+
 def steps(transformer: ErnieImageTransformer2DModel, call: dict[str, torch.Tensor], count: int) -> list[torch.Tensor]:
     """Predictions of several steps of a picture: other latents and timesteps, the same text."""
     return [
@@ -303,30 +360,30 @@ def steps(transformer: ErnieImageTransformer2DModel, call: dict[str, torch.Tenso
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("offloaded", [False, True])
 @torch.no_grad()
-def test_captured_steps_are_the_same_to_the_last_bit(compile):
+def test_captured_steps_are_the_same_to_the_last_bit(offloaded):
     transformer = build().to("cuda", torch.bfloat16)
-    enable_fast_denoising(transformer)
+    make_transformer_fast(transformer, capture_steps=False)
     calls = [inputs("cuda", torch.bfloat16, lengths) for lengths in ((1, 9), (3, 9))]
     expected = [steps(transformer, call, 4) for call in calls]
-    enable_fast_denoising(transformer, graph=True)
-    if compile:
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    transformer.runtime = TransformerRuntime(capture_steps=True)
+    if offloaded:
+        OffloadHook(transformer)
     graphs = set()
     for call, pictures in zip(calls, expected, strict=True):
         for got, reference in zip(steps(transformer, call, 4), pictures, strict=True):
             assert torch.equal(got, reference)
-        graphs.add(transformer._step_graph.graph)
+        graphs.add(transformer.runtime.captured_step.graph)
     assert None not in graphs
     assert len(graphs) == 2  # one a picture
 
 
 @pytest.fixture
-def captured() -> ErnieImageTransformer2DModel:
+def captured() -> FastErnieImageTransformer:
     """One on the GPU whose steps are captured."""
     transformer = build().to("cuda", torch.bfloat16)
-    enable_fast_denoising(transformer, graph=True)
+    make_transformer_fast(transformer, capture_steps=True)
     return transformer
 
 
@@ -334,38 +391,58 @@ def captured() -> ErnieImageTransformer2DModel:
 @torch.no_grad()
 def test_a_graph_is_captured_once_a_picture_and_its_memory_given_back(captured):
     transformer, call = captured, inputs("cuda", torch.bfloat16, (1, 9))
+    step = transformer.runtime.captured_step
     steps(transformer, call, 3)
-    forget_graph(transformer)  # as decoding a preview does
+    transformer.runtime.release_graph()  # as decoding a preview does
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     steps(transformer, call, 3)
-    assert transformer._step_graph.graph is None
+    assert step.graph is None
     for number in range(3):
         steps(transformer, inputs("cuda", torch.bfloat16, (2 + number, 9)), 3)
-        assert transformer._step_graph.graph is not None
-    forget_graph(transformer)
+        assert step.graph is not None
+    transformer.runtime.release_graph()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before
 
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_a_step_that_cannot_be_captured_goes_through_python(captured):
+def test_a_copy_captures_a_step_of_its_own(captured):
+    call = inputs("cuda", torch.bfloat16, (1, 9))
+    expected = steps(captured, call, 4)
+    twin = copy.deepcopy(captured)
+    for weight in captured.parameters():
+        weight.zero_()
+    for got, reference in zip(steps(twin, call, 4), expected, strict=True):
+        assert torch.equal(got, reference)
+    assert twin.runtime.captured_step.graph is not None
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured_goes_through_python(captured, monkeypatch):
     transformer, call = captured, inputs("cuda", torch.bfloat16, (1, 9))
+    step = transformer.runtime.captured_step
     expected = steps(transformer, call, 1)[0]
-    norm = transformer.layers[0].adaLN_sa_ln.weight
-    transformer._step_graph.step = lambda *arguments: (norm.sum().item(), predict(*arguments))[1]  # waits for the GPU
+    norm, predict = transformer.layers[0].adaLN_sa_ln.weight, FastErnieImageTransformer.predict
+
+    def waiting(self, *arguments):
+        norm.sum().item()  # waits for the GPU
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(FastErnieImageTransformer, "predict", waiting)
     stream = torch.cuda.current_stream()
     for got in (transformer(**call).sample, transformer(**call).sample):
         assert torch.equal(got, expected)
-    assert transformer._step_graph.graph is None
+    assert step.graph is None
     assert torch.cuda.current_stream() == stream
     torch.cuda.manual_seed(3)
     drawn = torch.rand(5, device="cuda")
     torch.cuda.manual_seed(3)
     assert torch.equal(torch.rand(5, device="cuda"), drawn)
-    transformer._step_graph.failed = False
-    transformer._step_graph.step = predict
+    step.failed = False
+    monkeypatch.setattr(FastErnieImageTransformer, "predict", predict)
     for got in steps(transformer, inputs("cuda", torch.bfloat16, (1, 9)), 3)[:1]:
         assert torch.equal(got, expected)
-    assert transformer._step_graph.graph is not None
+    assert step.graph is not None
