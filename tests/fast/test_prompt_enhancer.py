@@ -345,6 +345,14 @@ class Operations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+def assert_same(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """To the bit, but for norms in float32 on a GPU, where PyTorch's kernels fuse products and sums as they like."""
+    if got.is_cuda and dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(got, expected)
+
+
 def decoded(model: Ministral3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits behind `ids` over a static cache, as the decoder computes them."""
     call = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
@@ -367,7 +375,7 @@ def test_fast_layers_give_upstreams_values_with_fewer_operations(model, dtype, l
     make_prompt_enhancer_fast(model)
     with Operations() as fast:
         got = decoded(model, ids, positions)
-    assert torch.equal(got, expected)
+    assert_same(got, expected, dtype)
     assert (upstream.names.count("log"), fast.names.count("log")) == (2, 1)  # two layers
     assert [names.count("neg") for names in (upstream.names, fast.names)] == [4, 1]
 
@@ -380,7 +388,7 @@ def test_fast_layers_serve_a_forward_pass_without_a_cache(model):
     make_prompt_enhancer_fast(model)
     with Operations() as fast, sdpa_kernel(decoder.ATTENTION):
         got = model(ids, use_cache=False).logits
-    assert torch.equal(got, expected)
+    assert_same(got, expected, model.dtype)
     assert [names.count("neg") for names in (upstream.names, fast.names)] == [4, 1]
 
 
@@ -388,14 +396,19 @@ def test_fast_layers_serve_a_forward_pass_without_a_cache(model):
 def test_fast_attention_computes_shapes_on_the_meta_device():
     model = build("cpu")
     make_prompt_enhancer_fast(model)
-    attention, call = attention_call(model.to("meta"))
-    assert attention(**call)[0].shape == call["hidden_states"].shape
+    attention, call = attention_call(model)
+    tables = call.pop("position_embeddings")
+    on_meta = RotaryTables(table.to("meta") for table in tables)
+    on_meta.signed_sine = tables.signed_sine.to("meta")
+    call = {name: value if value is None else value.to("meta") for name, value in call.items()}
+    output = attention.to("meta")(position_embeddings=on_meta, **call)[0]
+    assert output.shape == call["hidden_states"].shape
+    assert on_meta.attention_scale is not None
 
 
 def attention_call(model: Ministral3ForCausalLM) -> tuple[FastAttention, dict[str, torch.Tensor]]:
     """A layer's attention and what its layer calls it with."""
-    x = torch.randn(2, 5, model.config.hidden_size, device=model.device)
-    positions = torch.arange(20, 25, device=model.device).expand(2, -1)
+    x, positions = torch.randn(2, 5, model.config.hidden_size), torch.arange(20, 25).expand(2, -1)
     tables = model.model.rotary_emb(x, position_ids=positions)
     call = {"hidden_states": x, "position_embeddings": tables, "attention_mask": None}
     # Where the scale finds positions in transformers 5.0 and in later versions.
