@@ -73,6 +73,7 @@ def main() -> None:
 def draw(dtype: str, fp8: bool, arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures of all captions, uint8, and the predictions of `benchmark`."""
     pipe: Any = load(CHECKOUT, device=arguments.device, dtype=dtype, memory="resident", prompt_enhancer=False)
+    pipe.set_progress_bar_config(disable=True)
     if execution_device(pipe).type == "cpu":
         make_transformer_fast(pipe.transformer, capture_steps=False)
     if fp8:

@@ -171,6 +171,7 @@ def measured_mini(arguments: argparse.Namespace) -> Mini:
     pipe = load(
         arguments.original, device=arguments.device, dtype="float32", fast=False, memory="auto", prompt_enhancer=False
     )
+    pipe.set_progress_bar_config(disable=True)
     settings = Recommended(arguments.size, arguments.size, arguments.steps, SETTINGS.guidance_scale)
     _, rows = held_out(arguments.captions)
     prompts = [row.prompt for row in rows]

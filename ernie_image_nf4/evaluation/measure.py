@@ -106,6 +106,7 @@ def measure_candidate(result: Result, pipe: ErnieImagePipeline, reference: Refer
 
 def _timed_pictures(result: Result, pipe: ErnieImagePipeline, work: Work) -> torch.Tensor:
     work.bar.set_description(result.name)
+    pipe.set_progress_bar_config(disable=True)  # The bar counts pictures, not steps
     latents = draw_latents(pipe, work.seeds, work.settings)
     started = time.perf_counter()
     pictures = draw_from_latents(

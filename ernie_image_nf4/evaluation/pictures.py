@@ -63,7 +63,6 @@ def run_pipeline(
     Raises:
         DeviceUnavailable: The device ran out of memory.
     """
-    pipe.set_progress_bar_config(disable=True)
     device = execution_device(pipe)
     try:
         result = pipe(
