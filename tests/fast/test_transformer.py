@@ -12,7 +12,7 @@ from diffusers import ErnieImageTransformer2DModel
 from diffusers.hooks import apply_layerwise_casting
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.benchmarking.run import largest_error, predictions
+from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.fast import transformer as fast_transformer
 from ernie_image_nf4.fast.cuda_graphs import is_undisturbed
 from ernie_image_nf4.fast.ops import elementwise
