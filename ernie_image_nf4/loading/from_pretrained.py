@@ -13,6 +13,7 @@ from ..memory.placement import Placement
 from ..repository.record import StoredComponent
 from ..repository.security import library_reading
 from ..repository.validation import check_structure
+from ..upstream.models_in_memory import forget_nf4_loading
 
 # diffusers renamed torch_dtype to dtype in 0.40, as transformers had, and warns about the old name since.
 DTYPE_ARGUMENT = {
@@ -41,6 +42,7 @@ def load_plain(part: StoredComponent, placement: Placement) -> nn.Module:
             )
     finally:
         torch.set_default_dtype(dtype)  # diffusers leaves its own behind if building a model fails
+    forget_nf4_loading(model)
     if placement.dtype != torch.bfloat16:  # which the files are made for
         _convert(model, placement.dtype)
     return model

@@ -12,6 +12,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from torch import nn
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 
@@ -106,3 +107,17 @@ def finish_loading(model: Any, library: str, quantizer: Any, folder: Path, dtype
         for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
             config.dtype = dtype
     model.eval()
+
+
+def forget_nf4_loading(model: Any) -> None:
+    """Let `save_pretrained` of a model that transformers loaded save NF4 weights as they are.
+
+    Takes transformers' NF4 step out of ``_weight_conversions`` (5.0 to 5.24), where it is noted to be undone in
+    `save_pretrained`, which raises NotImplementedError, though nothing has to be undone. Gone: nothing to take out.
+    """
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [part for part in conversions if not _is_nf4_loading(part)]
+
+
+def _is_nf4_loading(conversion: object) -> bool:
+    return any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))

@@ -66,7 +66,7 @@ def full_size_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int
             hollow_file(file, tensor_specs(skeleton(component, folder / component.name), duplicate_lm_head=False))
             if component.quantized:
                 hollow_file(file, plan_weights(stored(folder, component), DEFAULT_KEEP).specs())
-            weights[component.name] = device_bytes(folder, component, fast=True)
+            weights[component.name] = device_bytes(stored(folder, component), fast=True)
     return weights
 
 

@@ -26,7 +26,7 @@ from ernie_image_nf4.fast.prompt_enhancer import (
     RotaryTables,
     make_prompt_enhancer_fast,
 )
-from ernie_image_nf4.upstream import models
+from ernie_image_nf4.upstream import gone, models
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EOS, PAD = 2, 0
@@ -584,7 +584,7 @@ def test_without_the_attention_scales_function_attention_stays_upstreams(model, 
     scale = models.ministral_attention_scale().compute
     models.ministral_attention_scale.cache_clear()
     monkeypatch.delattr(modeling_ministral3, scale.__name__)
-    with caplog.at_level(logging.INFO, models.__name__):
+    with caplog.at_level(logging.INFO, gone.__name__):
         calls = served(model, monkeypatch)
         make_prompt_enhancer_fast(build("cpu"))
     assert len(caplog.records) == 1

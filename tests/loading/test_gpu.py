@@ -181,18 +181,17 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return 10 * np.log10(255**2 / np.square(one.astype(float) - other).mean())
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_fast_pictures_are_those_of_the_demo_up_to_rounding(resident, compile):
+def test_fast_pictures_are_those_of_the_demo_up_to_rounding(resident):
     if resident.transformer.config.num_layers < 12:
         pytest.skip("random weights make noise of rounding")
-    fast = load(CHECKOUT, memory="resident", compile=compile, prompt_enhancer=False)
+    fast = load(CHECKOUT, memory="resident", prompt_enhancer=False)
     ratios = [psnr(pixels(fast, seed), pixels(resident, seed)) for seed in range(4)]
     assert min(ratios) >= 35, ratios
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"memory": "resident"}, {"memory": "resident", "compile": True}, {"memory": "offload"}, {"memory": "stream"}],
+    [{"memory": "resident"}, {"memory": "offload"}, {"memory": "stream"}],
     ids=str,
 )
 def test_fast_predictions_are_those_of_the_demo_up_to_rounding(resident, options):

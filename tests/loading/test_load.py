@@ -29,7 +29,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidRepository, InvalidSettings
-from ernie_image_nf4.fast.ops import elementwise as kernels
+from ernie_image_nf4.fast.ops import elementwise
+from ernie_image_nf4.loading import build
 from ernie_image_nf4.memory.placement import find_dtype
 from ernie_image_nf4.repository.components import COMPONENT, PROMPT_ENHANCER, QUANTIZED
 
@@ -352,27 +353,17 @@ def test_settings_and_structure_are_checked_before_weights_are_read(copy):
         load(copy, memory="auto")
 
 
-def test_triton_hashes_its_files_while_weights_are_loaded(repository, monkeypatch):
-    cache = pytest.importorskip("triton.runtime.cache")
-    called = []
-    monkeypatch.setattr(cache, "triton_key", lambda: called.append(True), raising=False)
-    kernels.prepare_triton()
-    assert called
-    monkeypatch.delattr(cache, "triton_key")
-    kernels.prepare_triton()  # another version has it elsewhere, and hashes when it comes to it
-
-
 @pytest.mark.gpu
 def test_kernels_are_tried_out_by_the_first_picture(repository, monkeypatch):
     """Triton's start takes Python's lock from loading, which needs nothing else; hashing its files hardly does."""
     hashed = []
-    monkeypatch.setattr(kernels, "prepare_triton", lambda: hashed.append(True))
-    kernels.has_triton.cache_clear()
+    monkeypatch.setattr(build, "prepare_triton", lambda: hashed.append(True))
+    elementwise.has_triton.cache_clear()
     pipe = load(repository, device="cuda")
     assert hashed
-    assert not kernels.has_triton.cache_info().currsize
+    assert not elementwise.has_triton.cache_info().currsize
     pipe("a cat", height=32, width=32, num_inference_steps=2)
-    assert kernels.has_triton.cache_info().currsize
+    assert elementwise.has_triton.cache_info().currsize
 
 
 def test_the_minis_configuration_is_one_that_the_oldest_transformers_loads():

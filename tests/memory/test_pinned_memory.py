@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,16 +132,26 @@ def test_a_buffer_can_be_filled_outside_of_inference_mode(monkeypatch: pytest.Mo
     assert block.memory.add_(1).sum() == 100
 
 
+def is_page_locked(memory: torch.Tensor) -> bool:
+    """CUDA refuses to lock pages again. (`is_pinned` of some versions of PyTorch knows only what PyTorch allocated.)"""
+    cudart = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(memory.data_ptr(), len(memory), 0)) == 0:
+        cudart.cudaHostUnregister(memory.data_ptr())
+        return False
+    with suppress(RuntimeError):  # CUDA keeps the error until the next kernel launch
+        torch.ones(1, device=CUDA)
+    return True
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_a_block_is_pinned_while_its_owner_lives():
+def test_on_a_gpu_a_block_is_page_locked_while_its_owner_lives():
     block = page_lock(filled(1 << 20), CUDA)
     assert block.failure is None
-    view = block.memory[100:200]
-    assert block.memory.is_pinned()
-    assert view.is_pinned()
-    assert torch.equal(block.memory.to(CUDA, non_blocking=True).cpu(), filled(1 << 20))
+    whole, view = block.memory, block.memory[100:200]
+    assert is_page_locked(whole)
+    assert torch.equal(whole.to(CUDA, non_blocking=True).cpu(), filled(1 << 20))
     del block
-    assert not view.is_pinned()
+    assert not is_page_locked(whole)
     assert view.tolist() == [number % 251 for number in range(100, 200)]
 
 
@@ -149,7 +160,7 @@ def test_on_a_gpu_a_refused_lock_leaves_no_error_behind():
     memory = filled(1 << 20)
     block = page_lock(memory, CUDA)
     again = page_lock(memory, CUDA)  # which CUDA refuses
-    assert "registered" in again.failure
+    assert again.failure
     assert again.memory.is_pinned()
     assert torch.equal(again.memory, memory)
     assert torch.full((4,), 2.0, device=CUDA).add_(1).sum() == 12
@@ -164,4 +175,4 @@ def test_on_a_gpu_weights_wait_in_page_locked_memory(repository: Path, memory: s
     for name in NAMES:
         weights = hook_of(getattr(pipe, name)).weights
         for arena in (weights.arena, *(weights.streamed.arenas if weights.streamed else ())):
-            assert all(block.failure is None and block.memory.is_pinned() for block in arena.host_blocks)
+            assert all(block.failure is None and is_page_locked(block.memory) for block in arena.host_blocks)

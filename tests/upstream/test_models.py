@@ -33,7 +33,7 @@ def fresh_names():
 @pytest.fixture
 def notes(caplog):
     """What has been logged at INFO: one line for each name that is gone."""
-    caplog.set_level(logging.INFO, models.__name__)
+    caplog.set_level(logging.INFO, gone.__name__)
     return caplog
 
 
