@@ -116,7 +116,7 @@ def conventional(work: Path, preset: str) -> None:
 
 
 def allow_nf4_on_cpus() -> None:
-    """Take back diffusers' demand for a GPU, which bitsandbytes no longer has; in this process, which makes one step."""
+    """Take back diffusers' demand for a GPU, which bitsandbytes no longer has, in this process alone."""
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
     BnB4BitDiffusersQuantizer.validate_environment = lambda *args, **kwargs: None

@@ -1,7 +1,7 @@
-"""A Hub on loopback for the tests: as much of its HTTP API as `hf download`, `hf upload` and their Python functions speak.
+"""A Hub on loopback for the tests: as much of its API as `hf download`, `hf upload` and their functions speak.
 
-The client is always the real one, with ``HF_ENDPOINT`` set to this server. It keeps everything in memory, knows users by their tokens,
-and answers refusals with the status and the ``X-Error-Code`` that huggingface.co gives.
+The client is always the real one, with ``HF_ENDPOINT`` set to this server. It keeps everything in memory, knows users
+by their tokens, and answers refusals with the status and the ``X-Error-Code`` that huggingface.co gives.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class File:
 
 @dataclass
 class Repository:
-    """A repository: who may read it, whether the server fails at it, its commits by id, and the ids of its branches and tags."""
+    """A repository: who may read it, whether the server fails at it, its commits by id, its branches and tags."""
 
     owner: str
     private: bool = False
@@ -79,8 +79,8 @@ class Hub:
 
     Attributes:
         endpoint: Its address.
-        elsewhere: The same by another name, where LFS files come from: a client takes redirects within one host for renamed
-            repositories.
+        elsewhere: The same by another name, where LFS files come from: a client takes redirects within one host for
+            renamed repositories.
         tokens: Token -> user.
         repositories: ``"user/name"`` -> repository.
         uploads: SHA-256 -> content of LFS objects.

@@ -216,9 +216,15 @@ def make_monitor(pipe: ErnieImagePipeline, classifier: SceneClassifier) -> Calla
     def monitor(step: int) -> None:
         with torch.autocast("cuda", torch.bfloat16):
             pictures = pipe(
-                texts, height=256, width=256, num_inference_steps=25, guidance_scale=4.0, output_type="pt", use_pe=False,
+                texts,
+                height=256,
+                width=256,
+                num_inference_steps=25,
+                guidance_scale=4.0,
+                output_type="pt",
+                use_pe=False,
                 generator=torch.Generator("cuda").manual_seed(1),
-            ).images  # fmt: skip
+            ).images
         print(f"dit step {step} {accuracies(classify(classifier, pictures.float() * 2 - 1), scenes)}", flush=True)
 
     return monitor

@@ -26,7 +26,7 @@ EXAMPLES = 560_000
 
 
 def encode_examples(work: Path, seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` examples: token ids (count, LENGTH) int16, padded, and the position of the answer's first token (count)."""
+    """`count` examples: token ids (count, LENGTH) int16, padded, and where each answer begins (count)."""
     tokenizer = AutoTokenizer.from_pretrained(work / "original" / "pe_tokenizer")
     writer = PromptWriter.from_file(work / "words.json", seed)
     ids = torch.full((count, LENGTH), tokenizer.pad_token_id, dtype=torch.int16)
@@ -100,7 +100,7 @@ def train(enhancer: Ministral3ForCausalLM, ids: torch.Tensor, starts: torch.Tens
 
 @torch.no_grad()
 def greedy_accuracy(enhancer: Ministral3ForCausalLM, ids: torch.Tensor, starts: torch.Tensor) -> float:
-    """Fraction of new examples whose objects part (all up to the last comma is enough to tell) comes out right, teacher-forced."""
+    """Fraction of new examples whose objects (all up to the last comma) come out right, teacher-forced."""
     right = total = 0
     for tokens, begins in zip(ids.long().split(256), starts.long().split(256), strict=True):
         guess = enhancer(input_ids=tokens, use_cache=False).logits.argmax(-1)[:, :-1]

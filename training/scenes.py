@@ -170,7 +170,7 @@ def _caption_zh(left: str | None, center: str | None, right: str | None, backgro
 
 
 def load_sprites(path: Path, device: torch.device | str) -> torch.Tensor:
-    """Sprites as (objects, 4, 128, 128) float32 in [0, 1], colours premultiplied by alpha so that they filter cleanly."""
+    """Sprites as (objects, 4, 128, 128) float32 in [0, 1], colours premultiplied by alpha to filter cleanly."""
     sprites = torch.from_numpy(np.load(path)["sprites"]).to(device).permute(0, 3, 1, 2).float() / 255
     sprites[:, :3] *= sprites[:, 3:]
     return sprites
@@ -199,7 +199,7 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 def _paste(
     pictures: torch.Tensor, sprites: torch.Tensor, place: int, pair: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """`sprites` composed onto `pictures`, with a soft shadow; sizes and centers are fractions of the picture's width."""
+    """`sprites` composed onto `pictures`, with a soft shadow; sizes and centers are fractions of a picture's width."""
     count, size = len(pictures), pictures.shape[-1]
     big = _uniform(count, 0.50, 0.62, generator)
     small = _uniform(count, 0.40, 0.46, generator)

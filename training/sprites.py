@@ -23,7 +23,7 @@ SPRITE_SIZE = 128
 
 
 def load_objects() -> list[dict]:
-    """The curated objects: code points, CLDR names, names used in captions (``en``, ``zh``) and what else people say."""
+    """The curated objects: code points, CLDR names, names used in captions (``en``, ``zh``), other words."""
     return json.loads(OBJECTS.read_text(encoding="utf-8"))
 
 

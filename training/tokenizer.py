@@ -4,7 +4,8 @@
 
 Token numbers are part of the weights, so the committed tokenizers are taken unless ``--retrain`` asks for new ones.
 Chinese characters stay single tokens, so that a new combination of known words is made of known tokens. The transformer
-reads captions as they are written. The prompt enhancer reads what people type, which it lower-cases, and has a chat template.
+reads captions as they are written. The prompt enhancer reads what people type, which it lower-cases, and has a chat
+template.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ PAD, BOS, EOS, USER, END_USER = SPECIAL = ("<pad>", "<s>", "</s>", "[INST]", "[/
 CHAT_TEMPLATE = "{%- for message in messages -%}{{ '[INST]' + message['content'] + '[/INST]' }}{%- endfor -%}"
 
 
-# A word is the same token in capitals, behind a quote or at the start of a text: there is too little text to learn that.
+# A word is the same token in capitals, behind a quote or at the start of a text: there is too little text to learn
+# that.
 FREE_FORM = (normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace('"', '" '), normalizers.Prepend(" "))
 
 

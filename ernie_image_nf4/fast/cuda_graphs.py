@@ -59,7 +59,7 @@ def capture(
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             small = torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
-            small @ small  # allocates cuBLAS's workspace outside of the graph's memory, which goes with the graph
+            small @ small  # cuBLAS's workspace: allocated during the capture, it would be freed with the graph
             if warm_up:
                 work()
         current.wait_stream(stream)
@@ -116,9 +116,9 @@ class Predictor(Protocol):
 class CapturedStep:
     """One denoising step of one picture as a CUDA graph, captured in the second step: the first compiles and allocates.
 
-    A picture is recognized by its tensors of text and lengths, which the pipeline passes to every step. Steps that
-    aren't a picture's later ones go through Python, and so do all where hooks or adapters may do something in between.
-    What a callback does to the transformer's code between two steps is not noticed, except that it adds an adapter.
+    A picture is recognized by its tensors of text and lengths, which the pipeline passes to every step. Its first
+    step runs in Python, and so do all steps of a model with hooks or adapters, which may do something in between. What
+    a callback does to the transformer's code between two steps is not noticed, except that it adds an adapter.
     """
 
     def __init__(self) -> None:

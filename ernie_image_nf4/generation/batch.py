@@ -59,7 +59,7 @@ def generate_batch(
         rows: What to draw, as from `read_prompts`.
         out_dir: Folder for the pictures and ``manifest.jsonl``, made if need be.
         model: Name to note in the files where the repository gives itself none.
-        negative: What not to draw, for rows that don't say; so are the next ones.
+        negative: What not to draw. A row's own settings come first, here and below.
         height: Pixels; None for what the pipeline's repository recommends, as for the next three.
         width: Pixels.
         steps: Denoising steps.

@@ -1,8 +1,8 @@
-"""Models put together without ``from_pretrained``: built without storage, checked against the files, then given their tensors.
+"""Models put together without ``from_pretrained``: built without storage, checked, then given the tensors of the files.
 
-The library's own class builds the model, its own quantizer puts the NF4 layers there, and `repository.validation` finds the
-stored tensor for each of the model's. What is assigned is a view of the file, mapped to host memory, or of the device's memory
-where a `DeviceReader` reads to.
+The library's own class builds the model, its own quantizer puts the NF4 layers there, and `repository.validation` finds
+the stored tensor for each of the model's. What is assigned is a view of the file, mapped to host memory, or of the
+device's memory where a `DeviceReader` reads to.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def move_rest(model: nn.Module, device: torch.device, excluded: Iterable[nn.Modu
 def keep_as_stored(model: nn.Module) -> None:
     """Compute with NF4 weights as they lie in the file, on CPUs with AVX512-BF16 too.
 
-    There bitsandbytes would repack them in the first forward pass, with scales rounded to bfloat16, and save other scales
-    than it read.
+    There bitsandbytes would repack them in the first forward pass, with scales rounded to bfloat16, and save other
+    scales than it read.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -1,9 +1,9 @@
 """Weight files read straight to a GPU, while Python builds the models that they are for.
 
-Python takes longer to build the full-size models than the weights take to be read, so both happen at once: `DeviceReader.start`
-reserves a place on the device for each tensor, `view` gives the tensor there, and `wait` returns when all have arrived. Several
-threads read large ranges into page-locked staging buffers and send them, with few calls for each: a thread takes Python's lock
-after every call, and the thread that builds the models waits for it.
+Python takes longer to build the full-size models than the weights take to be read, so both happen at once:
+`DeviceReader.start` reserves a place on the device for each tensor, `view` gives the tensor there, and `wait` returns
+when all have arrived. Several threads read large ranges into page-locked staging buffers and send them, with few calls
+for each range: a thread takes the GIL after every call, and the thread that builds the models waits for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..repository.security import DOWNLOAD_AGAIN, unreadable
 READERS = 4
 BUFFER_BYTES = 32 * 1024**2  # of one reader; all are one page-locked block
 ALIGNMENT = 256  # of tensors on the device
-RANGE_TENSORS = 1000  # parts of one read; systems take 1,024
+RANGE_TENSORS = 1000  # buffers of one preadv; IOV_MAX is 1,024
 RANGE_BYTES = BUFFER_BYTES - RANGE_TENSORS * ALIGNMENT  # of a file that are read at once
 
 
@@ -62,7 +62,7 @@ class StagingBuffer:
 
 
 class DeviceReader:
-    """Reads tensors of files to one device, in threads of its own. A context: what is under way when it ends is given up."""
+    """Reads tensors of files to one device, in threads of its own. A context: at its end unfinished reads stop."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -153,7 +153,8 @@ def plan_reads(tensors: Iterable[StoredTensor]) -> tuple[dict[int, int], list[Re
     """Plan how tensors of one file are read to the device.
 
     Returns:
-        Offset of each tensor in the file -> its first byte on the device; the ranges to read; the bytes needed on the device.
+        Offset of each tensor in the file -> its first byte on the device; the ranges to read; the bytes needed on the
+        device.
     """
     places: dict[int, int] = {}
     ranges: list[ReadRange] = []

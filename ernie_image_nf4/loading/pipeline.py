@@ -45,9 +45,10 @@ def load(
         memory: ``"resident"`` keeps all components on the device, ``"offload"`` one at a time, ``"stream"`` the
             transformer block by block as well (for 4 GB); ``"auto"`` chooses by the device's free memory and says so at
             INFO level.
-        fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of the
-            prompt enhancer, denoising, loading, offloading. False leaves them untouched.
-        fp8: Multiply in fp8 in the transformer's blocks, on GPUs that can (RTX 40, H100 and newer): faster, less precise.
+        fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of
+            the prompt enhancer, denoising, loading, offloading. False leaves them untouched.
+        fp8: Multiply in fp8 in the transformer's blocks, on GPUs that can (RTX 40, H100 and newer): faster, less
+            precise.
         prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
         revision: Branch, tag or commit of a Hub repository.
         token: Hub token, or True for the stored one.

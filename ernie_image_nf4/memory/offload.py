@@ -63,7 +63,7 @@ class StreamedBlocks(nn.ModuleList):
             return
         for number, block in enumerate(super().__iter__()):
             arenas[number].onload(stream)
-            arenas[(number + 1) % len(arenas)].prefetch(stream)  # behind the last block the next step's first
+            arenas[(number + 1) % len(arenas)].prefetch(stream)  # after the last block: the first one, for the next step
             yield block
             arenas[number].offload()
 
@@ -139,7 +139,7 @@ class OffloadScheduler:
     def offload_resident(self) -> None:
         """Offload the component that is on the device, if any, and give its memory back to CUDA.
 
-        PyTorch would keep the weights' blocks, whose size fits no tensor of a picture.
+        PyTorch's caching allocator would keep the memory, in blocks whose size fits no tensor of a picture.
         """
         if (resident := self.resident) is not None:
             self.offload(resident)

@@ -33,10 +33,10 @@ from ..repository.nf4_format import (
 )
 from .weight_pieces import map_pieces, split
 
-# Scales to try, in units of a block's largest magnitude. Least errors lie between 0.84 and 1.1, and around 1.38, where
-# the largest value gets the code of 0.72. Their negatives are tried too, since the NF4 table isn't symmetric.
+# Scales to try, in units of a block's largest magnitude. The best ones lie between 0.84 and 1.1, or around 1.38, where
+# the largest value is stored as 0.72 x 1.38. Their negatives are tried too, since the NF4 table isn't symmetric.
 RATIOS = [0.84 * (1.4 / 0.84) ** (step / 15) for step in range(16)]
-GRID = 512  # steps from 0 to a block's largest magnitude, to which the search, and nothing else, rounds the values
+GRID = 512  # steps from 0 to a block's largest magnitude; values are rounded to them for the search alone
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -106,10 +106,8 @@ def _quantize_by_search(weight: torch.Tensor, block_size: int) -> NF4Weight:
     """NF4 with the block scales of least squared error among those that 8 bits can hold in a group of 256 blocks.
 
     The offset of the scales is 0, about which the map of 8-bit scales is symmetric and finest. Negative scales need
-    rows of whole
-    blocks: with others bitsandbytes 0.50 reads neighbours' scales on CPUs with AVX-512, a small mistake only as long as
-        all have
-    the same sign.
+    rows of whole blocks: with others bitsandbytes 0.50 reads neighbours' scales on CPUs with AVX-512, a small mistake
+    only as long as all have the same sign.
     """
     signed = weight.shape[-1:].numel() % block_size == 0
     sums = code_sums(signed).to(weight.device)
@@ -139,7 +137,7 @@ def _quantize_by_search(weight: torch.Tensor, block_size: int) -> NF4Weight:
 
 
 class ScaleCandidates(NamedTuple):
-    """What each of `RATIOS` gives each block, before scales are quantized. w are its values, q its codes' numbers.
+    """What each of `RATIOS` gives each block, before scales are quantized. w: values; q: their NF4 table entries.
 
     Attributes:
         absmax: Largest magnitude of the block, (blocks, 1).
@@ -169,8 +167,8 @@ def search_scales(blocks: torch.Tensor, sums: torch.Tensor) -> ScaleCandidates:
         sums: `code_sums`, on the same device.
     """
     absmax = blocks.abs().amax(1, keepdim=True).clamp_min_(TINY)
-    # The two sums for all 32 ratios are one sum of table rows: less work than dividing, rounding to codes and summing
-    # for one ratio. The clamp is for NaN.
+    # A table row holds what a value adds to w.q and q.q of every ratio, so that one sum of rows gives all of them. That
+    # is less work than dividing, rounding to codes and summing for a single ratio. The clamp is for NaN.
     index = (blocks / absmax).mul_(GRID).round_().int().add_(GRID).clamp_(0, 2 * GRID)
     products, squares = embedding_bag(index, sums, mode="sum").chunk(2, dim=1)
     scales = products / squares.clamp_min(TINY)

@@ -1,8 +1,8 @@
 """Whether the prompt enhancer's chat template, a program from the repository, comes to an end.
 
-transformers renders it in a sandbox of Jinja, which keeps it from files and from Python, but not from looping for ever or from
-filling the memory. Neither can be seen from the text, nor interrupted from a thread. So `load` has it rendered once in a
-process of its own, where time and memory are bounded.
+transformers renders it in a sandbox of Jinja, which keeps it from files and from Python, but not from looping for ever
+or from filling the memory. Neither can be seen from the text, nor interrupted from a thread. So `load` has it rendered
+once in a process of its own, where time and memory are bounded.
 """
 
 from __future__ import annotations

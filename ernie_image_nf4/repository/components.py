@@ -1,4 +1,4 @@
-"""The one table of what an ERNIE-Image repository holds: every component, its class, its files, and whether it is quantized.
+"""The one table of what an ERNIE-Image repository holds: each component, its class and files, whether it is quantized.
 
 The names and classes are those of ``diffusers.ErnieImagePipeline`` and of the ``model_index.json`` that
 ``baidu/ERNIE-Image`` publishes. No other module repeats them.
@@ -29,7 +29,8 @@ class Component:
         quantized: Whether its linear layers are stored as NF4; everything else keeps its original precision.
         optional: Whether the pipeline runs without it.
         streamed: Whether it is large and made of blocks that can come to a GPU one by one.
-        unused: Modules whose weights text-to-image doesn't need on the GPU: what it never calls, and a table that it takes few rows of.
+        unused: Modules whose weights text-to-image doesn't need on the GPU: what it never calls, and a table that it
+            takes few rows of.
     """
 
     name: str

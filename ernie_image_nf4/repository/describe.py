@@ -13,8 +13,8 @@ def describe(repository: Repository) -> list[str]:
     """Printable lines: name, source, components with class, precision and size, recommended settings, versions.
 
     Args:
-        repository: As from `open_repository` with ``weights=False``; sizes of weight files that aren't there come from the
-            metadata.
+        repository: As from `open_repository` with ``weights=False``; sizes of weight files that aren't there come from
+            the metadata.
     """
     metadata, settings = repository.metadata, repository.recommended
     rows = [("name", repository.name), ("folder", str(repository.folder))]

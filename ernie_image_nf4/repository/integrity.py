@@ -1,4 +1,4 @@
-"""A repository against its ``quantization_metadata.json``, every byte as it was written, and against its own configurations."""
+"""A repository against its ``quantization_metadata.json``, byte by byte, and against its own configurations."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) 
     """Read every component file of a repository and compare it with what it should be.
 
     Where there is metadata, each file is compared with its recorded digest. Then weights are compared with their
-    configuration: every tensor there and none too many, each with its shape, dtype and whole quantization state, all values
-    finite.
+    configuration: every tensor there and none too many, each with its shape, dtype and whole quantization state, all
+    values finite.
 
     Args:
         folder: The repository.
@@ -46,8 +46,8 @@ def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) 
         A report for each of them that the repository has.
 
     Raises:
-        InvalidRepository: The folder can't be examined: it has no ``model_index.json`` (it isn't finished), or that or the
-            metadata can't be read.
+        InvalidRepository: The folder can't be examined: it has no ``model_index.json`` (it isn't finished), or that or
+            the metadata can't be read.
     """
     folder = Path(folder)
     index, metadata = read_model_index(folder), read_metadata(folder)

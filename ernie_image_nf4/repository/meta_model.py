@@ -1,6 +1,7 @@
 """The model that a component's configuration describes, without storage: classes, names, shapes and configs.
 
-Which names weights have in files, and which are tied, are questions that diffusers and transformers answer themselves here.
+Which names weights have in files, and which are tied, are questions that diffusers and transformers answer themselves
+here.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class TooManyParameters(Exception):
 
 
 class MetaParameters(TorchFunctionMode):
-    """While active, in this thread, modules get parameters without storage and without initial values, and buffers on the CPU.
+    """While active, in this thread, modules get parameters without storage or initial values, and buffers on the CPU.
 
-    PyTorch's layers make their parameters by ``torch.empty`` and fill them by ``torch.nn.init``. (``torch.device("meta")``
-    would take the values of buffers too, which no file has.)
+    PyTorch's layers make their parameters by ``torch.empty`` and fill them by ``torch.nn.init``.
+    (``torch.device("meta")`` would take the values of buffers too, which no file has.)
 
     Args:
-        limit: `TooManyParameters` is raised at the first parameter beyond so many: a number of layers may be in the billions.
+        limit: `TooManyParameters` is raised at the first parameter beyond so many: a number of layers may be in the
+            billions.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -112,14 +114,16 @@ def _generation_config(component: Component, settings: dict[str, dict[str, Any]]
 def saved_names(model: nn.Module, stored: Container[str] = ()) -> dict[str, str]:
     """State dict key -> name under which ``save_pretrained`` writes it. Weights tied to another one are left out.
 
-    A key that is among `stored` names is taken as it is, as both libraries do: transformers is slow at finding another one.
+    A key that is among `stored` names is taken as it is, as both libraries do: transformers is slow at finding another
+    one.
     """
     tied = tied_weights(model)
     names = {key: key for key in persistent_tensors(model) if key not in tied}
     keys = [key for key in names if key not in stored]
     if not keys or not isinstance(model, transformers.PreTrainedModel):
         return names
-    # One call for all, because each call goes through all conversions anew. The length of a stand-in is the number of its key.
+    # One call for all, because each call goes through all conversions anew. The length of a stand-in is the number of
+    # its key.
     numbered = {key: torch.empty(number, device="meta") for number, key in enumerate(keys)}
     saved = revert_weight_conversion(model, numbered)
     names |= {keys[len(tensor)]: name for name, tensor in saved.items()}

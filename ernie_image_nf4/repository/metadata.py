@@ -1,6 +1,7 @@
 """``quantization_metadata.json`` as dataclasses: what was quantized from what, and every file with its size and digest.
 
-Format version 1. A repository without this file loads all the same; with it, ``verify`` can tell whether a byte changed.
+Format version 1. A repository without this file loads all the same; with it, ``verify`` can tell whether a byte
+changed.
 """
 
 from __future__ import annotations
@@ -184,8 +185,8 @@ def parse_metadata(value: dict[str, Any], path: Path) -> Metadata:
         path: Where it stands, for messages.
 
     Raises:
-        InvalidRepository: It has another format version, a field is missing, unknown or of a wrong type, or what it says makes
-            no sense.
+        InvalidRepository: It has another format version, a field is missing, unknown or of a wrong type, or what it
+            says makes no sense.
     """
     from pydantic import TypeAdapter, ValidationError  # 60 ms, which `--help` does without
 
@@ -207,7 +208,7 @@ def parse_metadata(value: dict[str, Any], path: Path) -> Metadata:
 
 
 def _check(metadata: Metadata) -> None:
-    """Refuse what has the right types and makes no sense: metadata is no more to be trusted than the rest of a repository."""
+    """Refuse what has the right types and makes no sense: metadata may come from a stranger as well."""
     if unknown := sorted(metadata.components.keys() - COMPONENT.keys()):
         raise InvalidRepository(f"{METADATA}: components: there is no component {unknown[0]!r}.")
     for component, record in metadata.components.items():

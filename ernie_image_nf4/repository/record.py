@@ -109,7 +109,8 @@ class Repository:
         folder: Where it is.
         index: Content of ``model_index.json``.
         components: What it holds and was asked for, by name, in the order of the table of components.
-        metadata: Content of ``quantization_metadata.json``; None without that file, or if it isn't of this package's format.
+        metadata: Content of ``quantization_metadata.json``; None without that file, or if it isn't of this package's
+            format.
         metadata_problem: Why there is a file and no metadata.
     """
 
@@ -147,8 +148,8 @@ def open_repository(folder: Path, *, prompt_enhancer: bool = True, weights: bool
         The record. The prompt enhancer is left out if the repository has none.
 
     Raises:
-        InvalidRepository: A part is missing, truncated, corrupt, a Git LFS pointer, a pickle, of another pipeline, or holds
-            what `security` refuses.
+        InvalidRepository: A part is missing, truncated, corrupt, a Git LFS pointer, a pickle, of another pipeline, or
+            holds what `security` refuses.
     """
     index = read_model_index(folder)
     found: dict[str, StoredComponent] = {}
@@ -190,8 +191,8 @@ def open_component(
     if library != component.library or not known:
         raise InvalidRepository(
             f"{folder / MODEL_INDEX}: {component.name} is {entry}, expected "
-            f"{[component.library, component.class_name]}: only the classes of ERNIE-Image are loaded, and no code from "
-            "a repository."
+            f"{[component.library, component.class_name]}: only the classes of ERNIE-Image are loaded, and no code "
+            "from a repository."
         )
     if not place.is_dir():
         raise InvalidRepository(f"Folder {place} is missing: {DOWNLOAD_AGAIN}.")
@@ -231,7 +232,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 
 
 def component_class(index: dict[str, Any], component: Component) -> str | None:
-    """The class that ``model_index.json`` names for a component, None if it was left out (``[null, null]``, or no line)."""
+    """The class that ``model_index.json`` names for a component, None if left out (``[null, null]``, or no line)."""
     entry = index.get(component.name)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 

@@ -1,7 +1,7 @@
 """A script of its own: renders a chat template within bounds of memory, and prints the length of the result.
 
-`chat_template` runs it in another process, with a job on standard input: ``{"template", "special_tokens", "messages", "memory"}``.
-It needs Jinja alone, and renders as transformers does.
+`chat_template` runs it in another process, with a job on standard input: ``{"template", "special_tokens", "messages",
+"memory"}``. It needs Jinja alone, and renders as transformers does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tojson(value: object, **options: object) -> str:
 
 
 def limit_memory(size: int) -> None:
-    """Let allocations beyond so many bytes fail. Windows has no such limit, and macOS takes none: there, time alone is bounded."""
+    """Let allocations beyond so many bytes fail. Windows and macOS have no such limit: there, time alone is bounded."""
     with contextlib.suppress(ImportError, ValueError):
         import resource
 

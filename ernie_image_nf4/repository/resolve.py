@@ -141,7 +141,8 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
     except (OSError, errors.HTTPError) as error:  # lost connections, errors of the server, a full disk
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
             raise RepositoryNotFound(
-                f"The Hub doesn't accept your token for {repo_id}: log in again with `hf auth login`, or pass another token."
+                f"The Hub doesn't accept your token for {repo_id}: log in again with `hf auth login`, "
+                "or pass another token."
             ) from error
         raise RepositoryNotFound(
             f"Downloading {repo_id}{at_revision} failed ({first_line(error)}): try again, what is there is kept."

@@ -1,8 +1,8 @@
 """safetensors files, read and written one tensor at a time, so that no file ever has to fit in memory.
 
-The ``safetensors`` package maps a file to read it, tells no offsets, and writes whole files only. Here the header is read by
-itself, with a limit of its size and a check that the tensors fill the file without gaps; tensors are read with plain reads, by
-offset, to wherever they are wanted; and a file is written tensor by tensor. What comes out is what
+The ``safetensors`` package maps a file to read it, tells no offsets, and writes whole files only. Here the header is
+read by itself, with a limit of its size and a check that the tensors fill the file without gaps; tensors are read with
+plain reads, by offset, to wherever they are wanted; and a file is written tensor by tensor. What comes out is what
 ``safetensors.torch.save_file`` writes for the same tensors, byte for byte.
 """
 
@@ -67,7 +67,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, after checking that their bytes fill the file, without gap or overlap.
 
     Raises:
-        InvalidRepository: The file is missing, a Git LFS pointer, truncated or not safetensors, or has an unknown dtype.
+        InvalidRepository: The file is missing, a Git LFS pointer, truncated or not safetensors, or has an unknown
+            dtype.
     """
     if not file.is_file():
         raise InvalidRepository(f"Weight file {file} is missing: {DOWNLOAD_AGAIN}.")
@@ -157,10 +158,10 @@ def file_bytes(specs: dict[str, TensorSpec]) -> int:
 class TensorWriter:
     """Writes one safetensors file, tensor by tensor.
 
-    Tensors of the last dtype in the file (``"U8"`` where there are NF4 weights) must be written in the order of `names`, and
-    may turn out shorter than announced: bitsandbytes stores a tensor's NF4 settings as JSON text, whose length is known only
-    afterwards. All others have their place from the start and can be written at any time, by another thread as well. The header
-    comes last; until then the file starts with zeros, which no reader accepts.
+    Tensors of the last dtype in the file (``"U8"`` where there are NF4 weights) must be written in the order of
+    `names`, and may turn out shorter than announced: bitsandbytes stores a tensor's NF4 settings as JSON text, whose
+    length is known only afterwards. All others have their place from the start and can be written at any time, by
+    another thread as well. The header comes last; until then the file starts with zeros, which no reader accepts.
     """
 
     def __init__(self, file: Path, specs: dict[str, TensorSpec]):

@@ -1,7 +1,8 @@
 """What is refused of a folder before a library reads it: code, paths that lead out of it, files of absurd size.
 
-A repository may come from a stranger, and diffusers and transformers read more of it than this package names: any of several
-JSON files of a component, templates, adapters, shards. So every file of a component is checked, not just those expected.
+A repository may come from a stranger, and diffusers and transformers read more of it than this package names: any of
+several JSON files of a component, templates, adapters, shards. So every file of a component is checked, not just those
+expected.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from ..errors import ErnieImageNF4Error, InvalidRepository
 DOWNLOAD_AGAIN = "download the repository again, e.g. with `hf download user/name --local-dir FOLDER`"
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-# Bytes. The largest published ones: an index of shards with 0.3 MB, a tokenizer with 17 MB, chat templates of some 10 kB.
+# Bytes. The largest published ones: an index of shards with 0.3 MB, a tokenizer with 17 MB, chat templates of some 10
+# kB.
 MAX_JSON = 1 << 24
 MAX_VOCABULARY = 1 << 25
 MAX_TEMPLATE = 1 << 16
-# The largest whole number in a published configuration is 262,144 (positions). Some become the length of a list at once.
+# The largest whole number in a published configuration is 262,144 (positions). Some become the length of a list at
+# once.
 MAX_NUMBER = 1 << 20
 
 WEIGHTS = ".safetensors"
@@ -30,7 +33,8 @@ INDEX = ".index.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "tekken.json")
 # A PEFT adapter names the folder or Hub repository of another base model, which would be loaded instead.
 ADAPTER = "adapter_config.json"
-# Settings by which diffusers and transformers find code beside the weights, or weights in other files than the usual ones.
+# Settings by which diffusers and transformers find code beside the weights, or weights in other files than the usual
+# ones.
 CODE = ("auto_map", "custom_pipelines", "custom_pipeline", "custom_code", "custom_generate", "trust_remote_code")
 OTHER_FILES = ("_file", "_files", "_weights")
 # A name with a slash is a kernel from the Hub.
@@ -151,8 +155,8 @@ def library_reading(place: Path) -> Iterator[None]:
     """Turn whatever a library raises while it reads `place` into one clear error.
 
     The only place where every exception is caught: what diffusers, transformers, tokenizers and bitsandbytes raise for
-    senseless settings is undocumented and of any type (KeyError, ZeroDivisionError, AttributeError ...). Only calls into
-    those libraries may stand inside; the original error is kept as the cause.
+    senseless settings is undocumented and of any type (KeyError, ZeroDivisionError, AttributeError ...). Only calls
+    into those libraries may stand inside; the original error is kept as the cause.
 
     Raises:
         InvalidRepository: The library raised something.

@@ -43,5 +43,6 @@ def _clear_errors(repo_id: str, hint: str = "") -> Iterator[None]:
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = getattr(error, "server_message", None) or first_line(error)
         raise RepositoryNotFound(
-            f"Publishing to {repo_id} failed: {reason}: log in with `hf auth login` to an account that may write there{hint}."
+            f"Publishing to {repo_id} failed: {reason}: log in with `hf auth login` to an account that may write "
+            f"there{hint}."
         ) from error

@@ -1,7 +1,7 @@
 """Whether the weight files of a component hold exactly the tensors that its configuration asks for, each in its form.
 
-The model is built without storage from the configuration and compared with the headers of the files. That needs no weights and
-no metadata, so it is done before a weight is read; a configuration of absurd size ends here.
+The model is built without storage from the configuration and compared with the headers of the files. That needs no
+weights and no metadata, so it is done before a weight is read; a configuration of absurd size ends here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from .security import library_reading
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
 FLOATS = ("bfloat16", "float16", "float32")
-# What a configuration has to say of its quantization; other settings don't matter to weights that are quantized already.
+# What a configuration has to say of its quantization; other settings don't matter to weights that are quantized
+# already.
 NF4_SETTINGS: dict[str, tuple[Any, ...]] = {
     "quant_method": ("bitsandbytes",),
     "load_in_4bit": (True,),
@@ -201,8 +202,7 @@ def _quantization_settings(part: StoredComponent) -> dict[str, Any]:
 
 
 def _expected_tensors(model: nn.Module, stored: Container[str]) -> tuple[dict[str, Expected], dict[str, Expected]]:
-    """What a model asks for, by the names that are stored or else those under which it is saved, and tied weights, which may be
-    left out."""
+    """What a model asks for, by the names that are stored or else those it is saved under; and tied weights."""
     tensors = persistent_tensors(model)
     quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
@@ -243,7 +243,8 @@ def _nf4_problems(name: str, tensor: Expected, parts: dict[str, StoredTensor], s
     if nested:
         wanted |= {"nested_blocksize": [nf4.NESTED_BLOCK_SIZE], "nested_dtype": ["float32"]}
     problems = [
-        f"{file}: tensor {name} was quantized with {key} {settings.get(key)!r}, expected {' or '.join(map(str, values))}."
+        f"{file}: tensor {name} was quantized with {key} {settings.get(key)!r}, "
+        f"expected {' or '.join(map(str, values))}."
         for key, values in wanted.items()
         if settings.get(key) not in values
     ]

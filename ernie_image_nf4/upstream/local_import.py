@@ -1,10 +1,11 @@
 """bitsandbytes, imported without a download.
 
-On CPUs with AVX512-BF16, bitsandbytes 0.50 fetches a compiled kernel from the Hub while it is imported, if the package `kernels`
-is installed, and warns if that fails. Nothing here uses that kernel: it is for repacked weights, which `load` does without.
+On CPUs with AVX512-BF16, bitsandbytes 0.50 fetches a compiled kernel from the Hub while it is imported, if the package
+`kernels` is installed, and warns if that fails. Nothing here uses that kernel: it is for repacked weights, which `load`
+does without.
 
-A finder, because diffusers imports bitsandbytes as well, and whichever import comes first has to be the local one. Gone (no such
-download): the finder hides a package that nobody asks for.
+A finder, because diffusers imports bitsandbytes as well, and whichever import comes first has to be the local one. Gone
+(no such download): the finder hides a package that nobody asks for.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 def persistent_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by state dict key, those that are shared under each of their keys.
 
-    Reaches for ``_parameters``, ``_buffers`` and ``_non_persistent_buffers_set`` (torch 2.11 to 2.14): `state_dict` of a model
-    with thousands of tensors takes 20 times as long, and asks NF4 layers for states that they don't have yet.
+    Reaches for ``_parameters``, ``_buffers`` and ``_non_persistent_buffers_set`` (torch 2.11 to 2.14): `state_dict` of
+    a model with thousands of tensors takes 20 times as long, and asks NF4 layers for states that they don't have yet.
     """
     return {
         f"{prefix}.{name}" if prefix else name: tensor
@@ -47,11 +47,11 @@ def nf4_quantizer(library: str, settings: dict[str, Any], *, pre_quantized: bool
 
 
 def exchange_layers(model: Any, quantizer: Any, dtype: torch.dtype) -> None:
-    """Replace the linear layers that a quantizer converts by ``Linear4bit`` on the meta device, and note it in the config.
+    """Replace the linear layers that a quantizer converts by ``Linear4bit`` on the meta device; the config tells of it.
 
     transformers' quantizer does it. diffusers' makes its layers in accelerate's ``init_empty_weights``, which replaces
-    ``nn.Module.register_parameter`` in all threads: whatever parameters another thread made or assigned meanwhile would lose
-    their storage. So its ``preprocess_model`` is imitated here (diffusers 0.38 to 0.42).
+    ``nn.Module.register_parameter`` in all threads: whatever parameters another thread made or assigned meanwhile would
+    lose their storage. So its ``preprocess_model`` is imitated here (diffusers 0.38 to 0.42).
     """
     if isinstance(quantizer, Bnb4BitHfQuantizer):
         quantizer.preprocess_model(model, config=model.config, dtype=dtype, device_map=None, keep_in_fp32_modules=[])

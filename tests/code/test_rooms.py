@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, how large files and functions are, where private names of libraries stand."""
+"""The rooms: who may import whom, how large files and functions are, where private names of libraries stand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight files read to a device while models are built: every tensor there, none read that isn't wanted, nothing taken on trust.
+"""Weight files read to a device while models are built: every tensor wanted and no other, nothing taken on trust.
 
 The device may be the CPU: then all but page-locked buffers and streams is tested without a GPU.
 """

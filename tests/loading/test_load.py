@@ -147,7 +147,7 @@ def test_upstream_is_as_it_was_after_loading(repository, copy):
 
 
 def test_each_file_is_opened_once(copy):
-    """Once by all that runs: JSON files of components, index and metadata. transformers itself reads tokenizers' files again."""
+    """JSON files of components, index and metadata. transformers itself reads tokenizers' files again."""
     opened: list[str] = []
     watching = True
 
@@ -242,7 +242,7 @@ def test_loads_sharded_weights(copy, pipe):
 
 
 def shard(path: Path) -> None:
-    """Split a safetensors file in two with an index, as save_pretrained does with large ones. NF4 tensors stay together."""
+    """Split a safetensors file in two with an index, as save_pretrained does. NF4 tensors stay together."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     layer_one = {name for name in tensors if "layers.1." in name}

@@ -1,4 +1,4 @@
-"""Mutated repositories, files and values: each works or is refused with a message; `benchmarks/fuzz.py` does thousands of them."""
+"""Mutated repositories, files and values work or are refused with a message; `benchmarks/fuzz.py` does thousands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder from a stranger: nothing in it is run, nothing outside of it is read, and nothing absurd takes the machine's memory."""
+"""A folder from a stranger: nothing in it is run, nothing outside of it is read, nothing absurd fills the memory."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ def tokenizer_with(folder: Path, template: str) -> transformers.PreTrainedTokeni
     return transformers.AutoTokenizer.from_pretrained(folder / "pe_tokenizer")
 
 
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "ijk") + "{% endfor %}" * 3
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,8 @@ def test_no_template(copy):
     [
         "{% for message in messages %}{{ message['role'] }}: {{ message.content }}\n{% endfor %}Output:",
         "{{ bos_token }}{% generation %}{{ messages[0]['content'] | tojson }}{% endgeneration %}{{ eos_token }}",
-        "{% set ns = namespace(i=0) %}{% for m in messages %}{% if ns.i %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% set ns = namespace(i=0) %}"
+        "{% for m in messages %}{% if ns.i %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
         "{{ strftime_now('%Y') }}{{ dict(a=1) | tojson(indent=2) }}{{ messages | map(attribute='role') | list }}",
     ],
 )

@@ -1,4 +1,4 @@
-"""A model argument becomes a local folder: the package's own repository, a folder, or the Hub through a small server."""
+"""A model argument becomes a local folder: this repository, a folder, or one of the Hub by a small server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: connections are refused
 
 
 def find(*, endpoint: str = NOWHERE, package: Path = CHECKOUT, environment: dict[str, str] | None = None, **arguments):
-    """`find_repository` in a new process, as the Hub library reads its environment once. The path, or the error's line."""
+    """The path or the error's line from a new process, as the Hub library reads its environment once."""
     code = (
         "import json, sys\n"
         "from ernie_image_nf4.errors import ErnieImageNF4Error\n"

@@ -1,4 +1,4 @@
-"""Weight files hold exactly the tensors that the configuration asks for, or `load` and `verify` say which one is wrong."""
+"""Weight files hold just the tensors that the configuration asks for, or `load` and `verify` say which is wrong."""
 
 from __future__ import annotations
 
