@@ -63,7 +63,7 @@ class StreamedBlocks(nn.ModuleList):
             return
         for number, block in enumerate(super().__iter__()):
             arenas[number].onload(stream)
-            arenas[(number + 1) % len(arenas)].prefetch(stream)  # after the last block: the first one, for the next step
+            arenas[(number + 1) % len(arenas)].prefetch(stream)  # after the last: the first, for the next step
             yield block
             arenas[number].offload()
 
