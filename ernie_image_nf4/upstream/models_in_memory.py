@@ -10,25 +10,28 @@ import diffusers
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.integrations import bitsandbytes as nf4_integration
+from transformers.quantizers import AutoHfQuantizer
+
+from .gone import note_gone
 
 
 def persistent_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by state dict key, those that are shared under each of their keys.
 
-    Reaches for ``_parameters``, ``_buffers`` and ``_non_persistent_buffers_set`` (torch 2.11 to 2.14): `state_dict` of
-    a model with thousands of tensors takes 20 times as long, and asks NF4 layers for states that they don't have yet.
+    Instead of `state_dict` of the model, which takes 20 times as long with thousands of tensors, and asks NF4 layers
+    for states that they don't have yet. Only modules with buffers are asked for theirs.
     """
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    }
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        if buffers := dict(module.named_buffers(recurse=False, remove_duplicate=False)):
+            saved = module.state_dict()
+            tensors |= {name: buffer for name, buffer in buffers.items() if name in saved}
+        found |= {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
+    return found
 
 
 def nf4_quantizer(library: str, settings: dict[str, Any], *, pre_quantized: bool = True) -> Any:
@@ -41,9 +44,9 @@ def nf4_quantizer(library: str, settings: dict[str, Any], *, pre_quantized: bool
     """
     if library == "diffusers":
         config = diffusers.BitsAndBytesConfig.from_dict(settings)
-        return BnB4BitDiffusersQuantizer(config, pre_quantized=pre_quantized)
+        return DiffusersAutoQuantizer.from_config(config, pre_quantized=pre_quantized)
     config = transformers.BitsAndBytesConfig.from_dict(settings)
-    return Bnb4BitHfQuantizer(config, pre_quantized=pre_quantized)
+    return AutoHfQuantizer.from_config(config, pre_quantized=pre_quantized)
 
 
 def exchange_layers(model: Any, quantizer: Any, dtype: torch.dtype) -> None:
@@ -53,7 +56,7 @@ def exchange_layers(model: Any, quantizer: Any, dtype: torch.dtype) -> None:
     ``nn.Module.register_parameter`` in all threads: whatever parameters another thread made or assigned meanwhile would
     lose their storage. So its ``preprocess_model`` is imitated here (diffusers 0.38 to 0.42).
     """
-    if isinstance(quantizer, Bnb4BitHfQuantizer):
+    if isinstance(model, transformers.PreTrainedModel):
         quantizer.preprocess_model(model, config=model.config, dtype=dtype, device_map=None, keep_in_fp32_modules=[])
         return
     settings = quantizer.quantization_config
@@ -112,12 +115,18 @@ def finish_loading(model: Any, library: str, quantizer: Any, folder: Path, dtype
 def forget_nf4_loading(model: Any) -> None:
     """Let `save_pretrained` of a model that transformers loaded save NF4 weights as they are.
 
-    Takes transformers' NF4 step out of ``_weight_conversions`` (5.0 to 5.24), where it is noted to be undone in
-    `save_pretrained`, which raises NotImplementedError, though nothing has to be undone. Gone: nothing to take out.
+    Takes transformers' NF4 step, ``Bnb4bitDeserialize``, out of ``_weight_conversions`` (5.0 to 5.24). It is noted
+    there to be undone in `save_pretrained`, which raises NotImplementedError, though nothing has to be undone. Gone:
+    the model stays as transformers leaves it.
     """
-    if conversions := getattr(model, "_weight_conversions", None):
-        model._weight_conversions = [part for part in conversions if not _is_nf4_loading(part)]
-
-
-def _is_nf4_loading(conversion: object) -> bool:
-    return any(isinstance(operation, Bnb4bitDeserialize) for operation in getattr(conversion, "operations", ()))
+    if not (conversions := getattr(model, "_weight_conversions", None)):
+        return
+    nf4_loading = getattr(nf4_integration, "Bnb4bitDeserialize", None)
+    if nf4_loading is None:
+        note_gone("transformers' Bnb4bitDeserialize", "whether NF4 models can be saved is up to transformers")
+        return
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not any(isinstance(operation, nf4_loading) for operation in getattr(conversion, "operations", ()))
+    ]
