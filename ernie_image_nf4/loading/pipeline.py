@@ -15,6 +15,7 @@ from ..repository.integrity import check_integrity
 from ..repository.record import Repository, StoredComponent, open_repository
 from ..repository.resolve import find_repository
 from .build import build_pipeline
+from .garbage_collection import move_to_oldest_generation
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def load(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    move_to_oldest_generation()
     repository = open_repository(folder, prompt_enhancer=prompt_enhancer)
     if verify:
         check_integrity(repository)
@@ -92,6 +94,7 @@ def load(
     apply_placement(pipe, placement)
     if fp8:
         enable_fp8(pipe.transformer)
+    move_to_oldest_generation()
     return pipe
 
 
