@@ -11,8 +11,7 @@ def move_to_oldest_generation() -> None:
     """Move live objects to the oldest GC generation, and count new ones from here.
 
     Otherwise the first load, and then the first picture, trigger a full collection, which walks all that the imports
-    have made and finds nothing: 0.3 s of 0.6 s to load the mini on a CPU (Python 3.11). Nothing is switched off.
-    Objects that a caller has frozen stay so.
+    have made and finds nothing. The collector stays on, for all threads. Objects that a caller has frozen stay so.
     """
     if gc.get_freeze_count() <= FROZEN_BY_PYTHON:
         gc.freeze()

@@ -2,8 +2,7 @@
 
 Ordinary memory is allocated, filled by several threads, and then page-locked where it lies (``cudaHostRegister``). The
 usual ``torch.empty(pin_memory=True)`` is the fallback: there the driver takes page after page in one thread before
-anything is filled, and PyTorch keeps what is freed for its own next allocations. For 8 GiB beside an H100, filled from
-memory by four threads: 0.57 s against 3.4 to 3.7 s (torch 2.11).
+anything is filled, and PyTorch keeps what is freed for its own next allocations.
 """
 
 from __future__ import annotations

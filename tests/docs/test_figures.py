@@ -221,3 +221,7 @@ def test_the_published_sizes_are_those_that_were_compared_with() -> None:
         published = {name: size["bytes"] - size["minus_published"] for name, size in QUANTIZE["bytes"][kind].items()}
         cells = {row.split("|")[1].strip(): int(row.split("|")[column].replace(",", "")) for row in rows}
         assert cells == published
+
+
+def test_the_readme_says_how_long_the_first_picture_ever_takes():
+    assert f"{COLD['first_s']:.1f} s with `resident`" in " ".join(read("README.md").split())
