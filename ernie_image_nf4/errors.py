@@ -21,3 +21,7 @@ class DeviceUnavailable(ErnieImageNF4Error):
 
 class InvalidSettings(ErnieImageNF4Error):
     """A setting (size, steps, prompt, output path, memory mode ...) that can't work."""
+
+
+class NotFinite(ErnieImageNF4Error):
+    """Drawing came to NaN or infinity, or to a picture of one single value: another dtype has more range."""
