@@ -25,3 +25,7 @@ class InvalidSettings(ErnieImageNF4Error):
 
 class NotFinite(ErnieImageNF4Error):
     """Drawing came to NaN or infinity, or to a picture of one single value: another dtype has more range."""
+
+
+class WriteFailed(ErnieImageNF4Error):
+    """A file can't be written: the disk is full, the folder is gone, or its format has no room for it."""

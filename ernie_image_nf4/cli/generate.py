@@ -7,25 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DeviceOption, GuidanceOption, MemoryOption, SizeOption, StepsOption
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    FormatOption,
+    GuidanceOption,
+    MemoryOption,
+    ModelOption,
+    RevisionOption,
+    SizeOption,
+    StepsOption,
+)
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The PNG file; several become out-1.png, out-2.png ...")
+        Path,
+        typer.Option("--output", "-o", help="The .png, .jpg or .webp file; several become out-1.png, out-2.png ..."),
     ] = Path("out.png"),
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help="Many prompts instead of one: .txt (one a line), .jsonl or .csv. Needs --out-dir."),
+        typer.Option(help="Many prompts: .txt (one a line), .jsonl or .csv; - for standard input. With --out-dir."),
     ] = None,
     out_dir: Annotated[
         Path | None, typer.Option(help="Folder for the pictures of --prompts-file; what it has already is not redrawn.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder or Hub id. Default: the repository this package stands in."),
-    ] = None,
+    model: ModelOption = None,
+    revision: RevisionOption = None,
     height: SizeOption = None,
     width: SizeOption = None,
     steps: StepsOption = None,
@@ -40,6 +49,7 @@ def generate(
     ] = False,
     count: Annotated[int, typer.Option(help="Pictures, with seeds counting up from the first.")] = 1,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     memory: MemoryOption = "auto",
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Multiply in fp8 where the GPU can: faster, a little less precise.")
@@ -47,6 +57,7 @@ def generate(
     batch_size: Annotated[
         int | None, typer.Option(help="Pictures of --prompts-file to denoise together. Default: as the memory allows.")
     ] = None,
+    format: FormatOption = None,
     contact_sheet: Annotated[
         bool, typer.Option("--contact-sheet", help="With --prompts-file, all pictures in one overview as well.")
     ] = False,
@@ -56,13 +67,16 @@ def generate(
         raise typer.BadParameter("give either a prompt or --prompts-file.", param_hint="PROMPT")
     if (out_dir is None) != (prompts_file is None):
         raise typer.BadParameter("--prompts-file and --out-dir go together.", param_hint="--out-dir")
-    loading: dict[str, Any] = {"device": device, "memory": memory, "fp8": fp8, "prompt_enhancer": not no_pe}
+    if format is not None and prompts_file is None:
+        raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
+    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory, "fp8": fp8}
+    loading |= {"prompt_enhancer": not no_pe}
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
     if prompt is not None:
         _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
     elif prompts_file is not None and out_dir is not None:
-        settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size}
+        settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size, "format": format or "png"}
         _draw_file(prompts_file, out_dir, contact_sheet, loading, **settings)
 
 
@@ -114,10 +128,14 @@ def _draw_file(
 
     from ..generation.batch import generate_batch, process_device
     from ..generation.contact_sheet import save_contact_sheet
-    from ..generation.manifest import MANIFEST, read_manifest
+    from ..generation.manifest import MANIFEST, locked, read_manifest
     from ..loading.pipeline import load
 
-    pipe = load(model, **{**loading, "device": process_device(loading["device"])})
+    device = process_device(loading["device"])
+    if PartialState().is_main_process:
+        with locked(out_dir):  # for the message: the second of two models may have no room on the device
+            pass
+    pipe = load(model, **{**loading, "device": device})
     for _ in generate_batch(pipe, rows, out_dir, model=model, progress=True, **settings):
         pass
     state = PartialState()

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-# Spelled out here because `memory.placement` imports torch, which ``--help`` does without; a test compares them.
+# Spelled out here because the modules that know them import torch, which ``--help`` does without; a test compares them.
 Memory = Literal["auto", "resident", "offload", "stream"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Format = Literal["png", "jpeg", "webp"]
 
 SizeOption = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16. Default: as the model recommends.")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")]
@@ -18,6 +20,18 @@ MemoryOption = Annotated[
     Memory, typer.Option(help="On the device: all weights, one component at a time, or its blocks. auto: what fits.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Of the computation. Default: what suits the device. float32 where pictures overflow."),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+FormatOption = Annotated[
+    Format | None, typer.Option(help="Of the pictures of --prompts-file. Default: png. One picture: see --output.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or Hub id. Default: the repository this package stands in."),
+]
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Folder or Hub id. Default: the repository this package stands in.")
 ]

@@ -1,28 +1,32 @@
-"""`generate_batch`: many prompts become numbered PNG files and a manifest, in one process or several of accelerate."""
+"""`generate_batch`: many prompts become numbered files and a manifest, in one process or several of accelerate."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import ErnieImagePipeline
 from tqdm import tqdm
 
+from .. import __version__
 from ..errors import ErnieImageNF4Error, InvalidSettings
 from ..fast.products import is_in_fp8
 from ..memory.placement import find_device
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
-from .image_file import Drawing, make_output_folder, save_png
-from .manifest import MANIFEST, Record, append, count_lines, merge_manifests, part_of, read_manifest
+from .image_file import FORMATS, Drawing, check_name, make_output_folder, remove_leftovers, save_picture
+from .manifest import MANIFEST, LineCount, Record, append, locked, merge_manifests, part_of, read_manifest
 from .prompt_file import Row, check_rows
 from .schedule import Picture, dealt, is_finished, plan_pictures
-from .settings import check_settings, complete_settings, described_model
+from .settings import check_settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 from .stages import draw_in_groups
 
 logger = logging.getLogger(__name__)
@@ -46,13 +50,15 @@ def generate_batch(
     use_pe: bool = True,
     count: int = 1,
     batch_size: int | None = None,
+    format: str = "png",
     progress: bool = False,
 ) -> Iterator[Record]:
     """Draw the rows that aren't drawn yet. Yields a record of each once its file and line in the manifest are there.
 
     The pipeline isn't to be used otherwise meanwhile. Called again, it skips what the manifest and the files show as
-    finished. In a script started by ``accelerate launch`` each process draws and yields its share; `out_dir` is then a
-    folder that all of them see.
+    finished. A picture that comes to NaN, infinity or one single value counts as failed and is no file. In a script
+    started by ``accelerate launch`` each process draws and yields its share; `out_dir` is then a folder that all of
+    them see.
 
     Args:
         pipe: The pipeline, as from `load`.
@@ -68,13 +74,15 @@ def generate_batch(
         use_pe: Whether the prompt enhancer rewrites the prompts.
         count: Pictures of each row, with seeds counting up from the row's.
         batch_size: Pictures to denoise together at most; None chooses by free memory, and 1 on a CPU.
+        format: Of the files: ``"png"``, ``"jpeg"`` or ``"webp"``.
         progress: Whether the main process shows a progress bar over the pictures of all processes.
 
     Returns:
         Records of this process's share, failed pictures included.
 
     Raises:
-        InvalidSettings: A row or setting that can't work, or an output folder that can't be written to.
+        InvalidSettings: A row or setting that can't work, or an output folder that can't be written to. Once drawing
+            begins: another run is in the folder.
 
     Example:
         >>> rows = [Row("a fox in the snow", name="fox"), Row("一只橙色的小猫", seed=7, width=512)]
@@ -84,6 +92,8 @@ def generate_batch(
     check_settings("-", height=height, width=width, steps=steps, guidance=guidance, seed=seed, count=count)
     if batch_size is not None and batch_size < 1:
         raise InvalidSettings(f"{batch_size} is too few for the batch size: use 1 or more.")
+    if format not in FORMATS:
+        raise InvalidSettings(f"Format {format!r} is none of {', '.join(FORMATS)}.")
     rows = check_rows((f"Row {number}", vars(row)) for number, row in enumerate(rows, 1))
     recommended, name = described_model(pipe, model)
     defaults = complete_settings(
@@ -97,10 +107,15 @@ def generate_batch(
         seed=seed,
         use_pe=use_pe,
     )
-    pictures = plan_pictures(rows, replace(defaults, guidance_scale=float(defaults.guidance_scale)), count)
+    pictures = plan_pictures(rows, replace(defaults, guidance_scale=float(defaults.guidance_scale)), count, format)
     folder = Path(out_dir)
     make_output_folder(folder)
-    return _generate(pipe, pictures, folder, name, batch_size, progress)
+    if pictures:
+        check_name(folder / max((picture.file for picture in pictures), key=lambda file: len(file.encode())))
+    about = Record(
+        "", name, defaults, fp8=is_in_fp8(pipe.transformer), revision=hub_revision(pipe), version=__version__
+    )
+    return _generate(pipe, pictures, folder, about, batch_size, progress)
 
 
 def process_device(device: str | None) -> str | None:
@@ -122,63 +137,92 @@ def _generate(
     pipe: ErnieImagePipeline,
     pictures: Sequence[Picture],
     folder: Path,
-    model: str,
+    about: Record,
     batch_size: int | None,
     progress: bool,
 ) -> Iterator[Record]:
+    """`generate_batch`, with all that is the same in its records in `about`."""
     state = PartialState(cpu=execution_device(pipe).type == "cpu", timeout=PATIENCE)
-    pending = _find_pending(state, pictures, folder, model, is_in_fp8(pipe.transformer))
-    there = len(pictures) - len(pending)
-    if there and state.is_main_process:
-        logger.info("%d of %d pictures are there already.", there, len(pictures))
+    with ExitStack() as run:
+        pending = _find_pending(state, run, pictures, folder, about)
+        there = len(pictures) - len(pending)
+        if state.is_main_process:
+            warn_of_unused_negative([picture.settings for picture in pictures])
+            if there:
+                logger.info("%d of %d pictures are there already.", there, len(pictures))
 
-    shown = progress and state.is_main_process
-    with (
-        state.split_between_processes(dealt(pending, state.num_processes)) as share,
-        tqdm(total=len(pictures), initial=there, unit="picture", disable=not shown) as bar,
-    ):
+        shown, done = progress and state.is_main_process, LineCount(folder)
+        bar = run.enter_context(tqdm(total=len(pictures), initial=there, unit="picture", disable=not shown))
+        share = run.enter_context(state.split_between_processes(dealt(pending, state.num_processes)))
         for picture, result in draw_in_groups(pipe, share, batch_size):
-            record = _save(picture, result, folder, model)
+            record = _save(picture, result, folder, about)
             append(part_of(folder, state.process_index), record)
             if shown:
-                bar.update(there + count_lines(folder) - bar.n)
+                bar.update(there + done.update() - bar.n)
             yield record
         state.wait_for_everyone()
         if shown:
-            bar.update(there + count_lines(folder) - bar.n)
-    if state.is_main_process:
-        merge_manifests(folder)
-    state.wait_for_everyone()  # whoever returns can read the manifest
+            bar.update(there + done.update() - bar.n)
+        if state.is_main_process:
+            merge_manifests(folder)
+        state.wait_for_everyone()  # whoever returns can read the manifest
 
 
 def _find_pending(
-    state: PartialState, pictures: Sequence[Picture], folder: Path, model: str, fp8: bool
+    state: PartialState, run: ExitStack, pictures: Sequence[Picture], folder: Path, about: Record
 ) -> list[Picture]:
-    """The pictures that aren't finished, equal in every process. Leftovers of an interrupted run are removed first."""
+    """The pictures that aren't finished. The main process locks the folder, looks, and tells the others.
+
+    Leftovers of an interrupted run are removed first.
+
+    Args:
+        state: Which process this is.
+        run: Holds the lock of the main process.
+        pictures: All pictures, the same in every process.
+        folder: Their folder.
+        about: What records have in common.
+
+    Raises:
+        InvalidSettings: Another run is in the folder, or there is a manifest of another kind.
+    """
+    answer: list[Any] = [None]
     if state.is_main_process:
-        for leftover in folder.glob(".*.png.*.tmp"):
-            leftover.unlink()
-        merge_manifests(folder, failed=False)  # failed ones are drawn again
-    state.wait_for_everyone()
-    records = {record.file: record for record in read_manifest(folder / MANIFEST)}
-    pending = [each for each in pictures if not is_finished(each, records.get(each.file), folder, model, fp8)]
-    state.wait_for_everyone()  # everyone has looked before anyone draws
-    return pending
+        try:
+            run.enter_context(locked(folder))
+            remove_leftovers(folder)
+            merge_manifests(folder, failed=False)  # failed ones are drawn again
+            records = {record.file: record for record in read_manifest(folder / MANIFEST)}
+            answer = [
+                [
+                    number
+                    for number, picture in enumerate(pictures)
+                    if not is_finished(_record(picture, about), records.get(picture.file), folder)
+                ]
+            ]
+        except InvalidSettings as error:
+            answer = [str(error)]  # the others wait for one
+    (found,) = broadcast_object_list(answer)
+    if isinstance(found, str):
+        raise InvalidSettings(found)
+    return [pictures[number] for number in found]
 
 
-def _save(picture: Picture, result: Drawing | str, folder: Path, model: str) -> Record:
+def _record(picture: Picture, about: Record) -> Record:
+    """The record of a picture that isn't drawn yet."""
+    return replace(about, file=picture.file, settings=picture.settings)
+
+
+def _save(picture: Picture, result: Drawing | str, folder: Path, about: Record) -> Record:
     """Write the file of a picture. Returns its record, or the record of why there is none."""
-    failed = Record(picture.file, model, picture.settings)
+    record = _record(picture, about)
     if isinstance(result, str):
-        return replace(failed, error=result)
+        return replace(record, error=result)
     try:
-        save_png(result, folder / picture.file, model=model)
+        save_picture(result, folder / picture.file, model=record.model, revision=record.revision)
     except ErnieImageNF4Error as error:
-        return replace(failed, error=str(error))
-    return Record(
-        file=picture.file,
-        model=model,
-        settings=picture.settings,
+        return replace(record, error=str(error))
+    return replace(
+        record,
         revised_prompt=result.revised_prompt,
         seconds=round(result.seconds, 3),
         batch_size=result.batch_size,

@@ -28,7 +28,7 @@ def save_contact_sheet(folder: Path) -> Path | None:
     for thumbnail, file in zip(thumbnails, files, strict=False):
         with Image.open(file) as image:
             thumbnail.paste(ImageOps.pad(image.convert("RGB"), (side, side), color="white"))
-        number = file.name.partition("-")[0].removesuffix(".png")
+        number = file.stem.partition("-")[0]
         ImageDraw.Draw(thumbnail).text((4, 2), number, fill="white", stroke_fill="black", stroke_width=1)
     with replacing(folder / CONTACT_SHEET) as temporary:
         make_image_grid(thumbnails, rows, columns).save(temporary, format="PNG")

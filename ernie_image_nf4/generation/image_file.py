@@ -1,24 +1,56 @@
 """Picture files: where they go, and how they are written, with their settings inside and whole or not at all.
 
+PNG keeps settings in text chunks. JPEG and WebP keep them in EXIF, as a JSON object in the tag UserComment.
+
 Nothing heavy is imported, so that paths are checked before a model is loaded.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidSettings
+from .. import __version__
+from ..errors import InvalidSettings, WriteFailed
 from ..repository.metadata import installed_versions
 from .settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+PACKAGE = "ernie-image-nf4"
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """A format that pictures are written in.
+
+    Attributes:
+        suffixes: Endings of its files' names. The first is that of `generate_batch`.
+        max_side: Pixels that a side can have.
+        options: For `PIL.Image.Image.save`.
+    """
+
+    suffixes: tuple[str, ...]
+    max_side: int
+    options: dict[str, int] = field(default_factory=dict)
+
+
+# By Pillow's names in lower case. JPEG keeps its colours at full resolution.
+FORMATS = {
+    "png": ImageFormat((".png",), 2**31 - 1),
+    "jpeg": ImageFormat((".jpg", ".jpeg"), 65500, {"quality": 95, "subsampling": 0}),
+    "webp": ImageFormat((".webp",), 16383, {"quality": 95}),
+}
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+UNICODE = b"UNICODE\0"  # How a UserComment begins whose text is UTF-16
 
 
 @dataclass(frozen=True)
@@ -54,15 +86,29 @@ def check_output(path: Path) -> None:
     """Refuse a path to which no picture can be written, by trying it.
 
     Raises:
-        InvalidSettings: Not a .png, a folder, in no folder, or in one that can't be written to.
+        InvalidSettings: Of no known format, a folder, in no folder or one that can't be written to, or too long a name.
     """
-    if path.suffix.lower() != ".png":
-        raise InvalidSettings(f"Output {path} is no .png file: pictures are written as PNG, name it so.")
+    format_of(path)
     if path.is_dir():
-        raise InvalidSettings(f"Output {path} is a folder: name a .png file in it.")
+        raise InvalidSettings(f"Output {path} is a folder: name a picture's file in it.")
     if not path.parent.is_dir():
         raise InvalidSettings(f"Output folder {path.parent} doesn't exist: make it first, or name another.")
     _check_writable(path.parent)
+    check_name(path)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a file name that the file system refuses, by making the file that a picture is first written to.
+
+    Raises:
+        InvalidSettings: The name is too long, as a rule.
+    """
+    temporary = _temporary(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InvalidSettings(f"Output {path} can't be written ({error.strerror}): use a shorter name.") from error
 
 
 def make_output_folder(path: Path) -> None:
@@ -78,24 +124,84 @@ def make_output_folder(path: Path) -> None:
     _check_writable(path)
 
 
-def save_png(drawing: Drawing, path: Path, *, model: str) -> None:
-    """Write a picture with its settings as PNG text chunks. Readers of `path` see the whole file or none.
+def format_of(path: Path) -> str:
+    """The format that a file name's ending stands for: ``"png"``, ``"jpeg"`` or ``"webp"``.
 
-    Chunks are prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height, model,
-    versions, and fp8 (if it was).
+    Raises:
+        InvalidSettings: It stands for none of them.
+    """
+    for name, image_format in FORMATS.items():
+        if path.suffix.lower() in image_format.suffixes:
+            return name
+    raise InvalidSettings(f"Output {path} is none of PNG (.png), JPEG (.jpg, .jpeg) and WebP (.webp): name it so.")
+
+
+def check_side(image_format: str, width: int, height: int) -> None:
+    """Refuse a picture that a format has no room for.
+
+    Raises:
+        InvalidSettings: A side is too long.
+    """
+    longest = FORMATS[image_format].max_side
+    if max(width, height) > longest:
+        raise InvalidSettings(f"{width}x{height} is too large for {image_format}, up to {longest} a side: use PNG.")
+
+
+def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | None = None) -> None:
+    """Write a picture with its settings, in the format of the file name's ending. Readers see the whole file or none.
+
+    The settings are prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height,
+    model, revision (if any), versions, and fp8 (if it was). `read_settings` has them back.
 
     Args:
         drawing: What to write.
         path: The file, replaced if it exists.
-        model: Name of the model, for the chunk of that name.
+        model: Name of the model.
+        revision: Commit of a Hub repository.
 
     Raises:
-        InvalidSettings: The file can't be written, e.g. because the disk is full.
+        InvalidSettings: The ending stands for no format.
+        WriteFailed: The file can't be written, e.g. because the disk is full.
     """
-    from PIL.PngImagePlugin import PngInfo
+    image_format = format_of(path)
+    settings = _described(drawing, model, revision)
+    try:
+        with replacing(path) as temporary:
+            kept = _png_chunks(settings) if image_format == "png" else {"exif": _exif(settings)}
+            drawing.image.save(temporary, format=image_format, **kept, **FORMATS[image_format].options)
+    except OSError as error:
+        reason = error.strerror or error
+        raise WriteFailed(f"{path} could not be written ({reason}): make room, or name another.") from error
+    except ValueError as error:  # Pillow's, for EXIF beyond the 64 KiB that JPEG has room for
+        raise WriteFailed(f"{path} has no room for its settings ({error}): use PNG for prompts this long.") from error
 
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The settings that `save_picture` wrote into a PNG, JPEG or WebP file. Empty for another picture.
+
+    Raises:
+        OSError: The file isn't there or is no picture.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            return dict(image.text)
+        comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
+    if not isinstance(comment, bytes) or not comment.startswith(UNICODE):
+        return {}
+    try:
+        settings = json.loads(comment.removeprefix(UNICODE).decode("utf-16-be"))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, str]:
+    """What a file says about its picture."""
     settings = drawing.settings
-    chunks: dict[str, object] = {
+    versions = installed_versions() | {PACKAGE: __version__}
+    described: dict[str, object] = {
         "prompt": settings.prompt,
         "negative_prompt": settings.negative_prompt,
         "seed": settings.seed,
@@ -104,31 +210,58 @@ def save_png(drawing: Drawing, path: Path, *, model: str) -> None:
         "width": settings.width,
         "height": settings.height,
         "model": model,
-        "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+    if revision is not None:
+        described["revision"] = revision
     if drawing.fp8:
-        chunks["fp8"] = True
+        described["fp8"] = True
     if drawing.revised_prompt is not None:
-        chunks["revised_prompt"] = drawing.revised_prompt
+        described["revised_prompt"] = drawing.revised_prompt
+    return {key: str(value) for key, value in described.items()}
+
+
+def _png_chunks(settings: dict[str, str]) -> dict[str, PngInfo]:
+    from PIL.PngImagePlugin import PngInfo
+
     info = PngInfo()
-    for key, value in chunks.items():
-        info.add_text(key, str(value))  # Pillow writes text beyond Latin-1 as an iTXt chunk, in UTF-8
-    try:
-        with replacing(path) as temporary:
-            drawing.image.save(temporary, format="PNG", pnginfo=info)
-    except OSError as error:
-        raise InvalidSettings(f"{path} could not be written ({error.strerror}): make room, or name another.") from error
+    for key, value in settings.items():
+        info.add_text(key, value)  # Pillow writes text beyond Latin-1 as an iTXt chunk, in UTF-8
+    return {"pnginfo": info}
+
+
+def _exif(settings: dict[str, str]) -> bytes:
+    """EXIF with the settings as JSON in the UserComment."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.endian = ">"  # Some readers take the comment's UTF-16 for big-endian whatever the rest is
+    exif[EXIF_IFD] = {USER_COMMENT: UNICODE + json.dumps(settings, ensure_ascii=False).encode("utf-16-be")}
+    # Pillow knows no type for this tag and writes BYTE (1), where the standard, and some readers, want UNDEFINED (7).
+    entry = USER_COMMENT.to_bytes(2, "big")
+    return exif.tobytes().replace(entry + b"\0\1", entry + b"\0\7", 1)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file in the same folder that replaces `path` at the end, or is removed after an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of files that they were writing."""
+    for suffix in (".jsonl", *(suffix for each in FORMATS.values() for suffix in each.suffixes)):
+        for leftover in folder.glob(f".*{suffix}.[0-9]*.tmp"):
+            leftover.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,15 +1,20 @@
 """The manifest of a folder of pictures: a line of JSON for each, from which a later run goes on.
 
 Each process appends to a manifest of its own, ``manifest.0.jsonl`` and so on. At the end they become one,
-``manifest.jsonl``.
+``manifest.jsonl``. A lock, which the system drops with the process that holds it, keeps a second run out.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..errors import InvalidSettings
 from .image_file import replacing
@@ -17,6 +22,9 @@ from .settings import Settings
 
 MANIFEST = "manifest.jsonl"
 PARTS = "manifest.*.jsonl"
+LOCK = ".manifest.lock"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Record:
     """A line of the manifest: a picture that is there, or one that failed.
 
     Attributes:
-        file: Name of the PNG file in the manifest's folder.
+        file: Name of the picture's file in the manifest's folder.
         model: Name of the model.
         settings: What it was drawn with. In JSON its fields stand beside the others.
         revised_prompt: The prompt as the prompt enhancer rewrote it, None without it.
@@ -32,6 +40,8 @@ class Record:
         batch_size: Pictures that were denoised together.
         sha256: Digest of the file.
         fp8: Whether the transformer's blocks multiplied in fp8.
+        revision: Commit of the Hub repository, None for a local folder.
+        version: This package's. None in the manifests of its first one, which didn't note it.
         error: Why there is no picture, None if there is one.
     """
 
@@ -43,7 +53,14 @@ class Record:
     batch_size: int | None = None
     sha256: str | None = None
     fp8: bool = False
+    revision: str | None = None
+    version: str | None = None
     error: str | None = None
+
+    @property
+    def key(self) -> tuple:
+        """All that decides the picture. A finished one isn't drawn again for an equal key."""
+        return self.file, self.settings, self.model, self.revision, self.fp8, self.version
 
 
 def part_of(folder: Path, process: int) -> Path:
@@ -113,6 +130,42 @@ def merge_manifests(folder: Path, *, failed: bool = True) -> None:
         part.unlink()
 
 
-def count_lines(folder: Path) -> int:
-    """Pictures that all processes have done in this run."""
-    return sum(part.read_bytes().count(b"\n") for part in folder.glob(PARTS))
+class LineCount:
+    """Counts the lines that all processes append to their manifests, of which it reads only what is new."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        self._lines = 0
+
+    def update(self) -> int:
+        """Pictures that all processes have done in this run."""
+        for part in self._folder.glob(PARTS):
+            with part.open("rb") as file:
+                file.seek(self._read.get(part, 0))
+                new = file.read()
+            self._read[part] = self._read.get(part, 0) + len(new)
+            self._lines += new.count(b"\n")
+        return self._lines
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while the context lasts.
+
+    Raises:
+        InvalidSettings: Another run is in it.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InvalidSettings(f"Another run is drawing into {folder}: wait for it, or name another folder.") from None
+    except (NotImplementedError, OSError) as error:  # network file systems may have no locks
+        logger.warning("%s can't be locked (%s): start no second run in it.", folder, error)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            (folder / LOCK).unlink()
+        lock.release(force=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -28,7 +31,10 @@ from ..errors import InvalidSettings
 from .settings import check_settings
 
 UNSAFE_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')  # path separators, and what Windows refuses
-MAX_NAME = 100  # characters; file systems allow 255 bytes
+# Characters of a name, and its bytes in UTF-8: file systems allow 255, some of which number, ending and the name of the
+# unfinished file need.
+MAX_NAME, MAX_NAME_BYTES = 100, 200
+STANDARD_INPUT = "-"
 MAX_PROBLEMS = 20  # shown at once
 
 
@@ -56,6 +62,8 @@ def _check_unicode(text: str) -> str:
 def _check_name(name: str) -> str:
     if UNSAFE_IN_NAMES.search(name) or name.startswith(".") or not 0 < len(name.strip()) <= MAX_NAME:
         raise _problem(f"{name!r:.60} can't be part of a file name, use up to {MAX_NAME} letters and digits.")
+    if (size := len(name.encode())) > MAX_NAME_BYTES:
+        raise _problem(f"{name!r:.60} is too long for a file name: {size} bytes in UTF-8, use up to {MAX_NAME_BYTES}.")
     return name
 
 
@@ -100,30 +108,50 @@ def read_prompts(path: str | Path) -> list[Row]:
 
     ``.txt`` (or no suffix) has one prompt a line; blank lines and those that begin with ``#`` are skipped. ``.jsonl``
     has one object a line, with the fields of `Row`. ``.csv`` has a header line with names of these fields; an empty
-    cell stands for None.
+    cell stands for None. ``-`` is standard input: JSON Lines if its first line with text begins with ``{``, else text.
 
     Raises:
         InvalidSettings: The file can't be read, or rows are wrong. The message names file, line and field of each
-            problem.
+            problem. Or several processes would share the standard input.
     """
-    path = Path(path)
-    read = READERS.get(path.suffix.lower())
-    if read is None:
-        raise InvalidSettings(
-            f"Prompt file {path} is none of text (.txt), JSON Lines (.jsonl) and CSV (.csv): name it so."
-        )
+    if str(path) == STANDARD_INPUT:
+        what, place, content = "Standard input", "standard input", _read_standard_input()
+        suffix = ".jsonl" if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{") else ".txt"
+    else:
+        path = Path(path)
+        what, place, suffix = f"Prompt file {path}", str(path), path.suffix.lower()
+        if suffix not in READERS:
+            raise InvalidSettings(f"{what} is none of text (.txt), JSON Lines (.jsonl) and CSV (.csv): name it so.")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InvalidSettings(f"{what} can't be read ({error.strerror}).") from error
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets begin their CSV with a byte order mark
-    except OSError as error:
-        raise InvalidSettings(f"Prompt file {path} can't be read ({error.strerror}).") from error
+        text = content.decode("utf-8-sig")  # spreadsheets begin their CSV with a byte order mark
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]
-        raise InvalidSettings(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8, save the file as UTF-8.") from None
-    rows = check_rows((f"{path}, line {line}", values) for line, values in read(text))
+        raise InvalidSettings(
+            f"{place}, line {line}: byte 0x{byte:02x} is not UTF-8, save the file as UTF-8."
+        ) from None
+    rows = check_rows((f"{place}, line {line}", values) for line, values in READERS[suffix](text))
     if not rows:
-        raise InvalidSettings(f"Prompt file {path} has no prompts.")
+        raise InvalidSettings(f"{what} has no prompts.")
     return rows
+
+
+def _read_standard_input() -> bytes:
+    """All of standard input.
+
+    Raises:
+        InvalidSettings: There is none, or each of several processes would get a part of it.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")  # set by accelerate and torchrun
+    if processes != "1":
+        raise InvalidSettings(f"{processes} processes can't all read the prompts from standard input: use a file.")
+    if sys.stdin is None:
+        raise InvalidSettings("There is no standard input to read prompts from: use a file.")
+    return sys.stdin.buffer.read()
 
 
 def check_rows(entries: Iterable[tuple[str, Mapping[str, Any] | str]]) -> list[Row]:

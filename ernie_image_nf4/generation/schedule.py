@@ -15,6 +15,7 @@ from ..memory.apply import memory_mode
 from ..memory.placement import GIB, WORKING_BYTES, free_memory
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
+from .image_file import FORMATS, check_side
 from .manifest import Record
 from .prompt_file import Row
 from .settings import Settings, check_settings
@@ -30,7 +31,7 @@ class Picture:
     """What is to be drawn.
 
     Attributes:
-        file: Name of the PNG file.
+        file: Name of its file.
         settings: What to draw, and how.
     """
 
@@ -38,25 +39,28 @@ class Picture:
     settings: Settings
 
 
-def plan_pictures(rows: Sequence[Row], defaults: Settings, count: int = 1) -> list[Picture]:
+def plan_pictures(rows: Sequence[Row], defaults: Settings, count: int = 1, image_format: str = "png") -> list[Picture]:
     """The pictures of all rows, numbered in order: ``0001-an-orange-cat.png``.
 
     Args:
         rows: What to draw.
         defaults: For what a row leaves open, everything but the prompt.
         count: Pictures of each row, with seeds counting up.
+        image_format: Of the files, one of `FORMATS`.
 
     Raises:
-        InvalidSettings: Seeds count up beyond the largest one.
+        InvalidSettings: Seeds count up beyond the largest one, or the format has no room for a size.
     """
     pictures: list[Picture] = []
+    suffix = FORMATS[image_format].suffixes[0]
     digits = max(4, len(str(len(rows) * count)))
     for row in rows:
         settings = row_settings(row, defaults)
         check_settings(settings.prompt, seed=settings.seed, count=count)
+        check_side(image_format, settings.width, settings.height)
         for offset in range(count):
             number = f"{len(pictures) + 1:0{digits}}"
-            file = "-".join(filter(None, (number, row.name or slug(row.prompt)))) + ".png"
+            file = "-".join(filter(None, (number, row.name or slug(row.prompt)))) + suffix
             pictures.append(Picture(file, replace(settings, seed=settings.seed + offset)))
     return pictures
 
@@ -83,14 +87,14 @@ def slug(prompt: str, length: int = 40) -> str:
     return words[: length + 1].rpartition("-")[0] or words[:length]
 
 
-def is_finished(picture: Picture, record: Record | None, folder: Path, model: str, fp8: bool) -> bool:
-    """Whether the record is of this very picture, and the file is still what was written."""
+def is_finished(wanted: Record, found: Record | None, folder: Path) -> bool:
+    """Whether what was found is the record of the wanted picture, and the file is still what was written."""
     return (
-        record is not None
-        and record.error is None
-        and (record.settings, record.model, record.fp8) == (picture.settings, model, fp8)
-        and (folder / picture.file).is_file()
-        and file_record(folder / picture.file).sha256 == record.sha256
+        found is not None
+        and found.error is None
+        and found.key == wanted.key
+        and (folder / found.file).is_file()
+        and file_record(folder / found.file).sha256 == found.sha256
     )
 
 

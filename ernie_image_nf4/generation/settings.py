@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,8 @@ from ..repository.metadata import Recommended, read_metadata_if_ours
 
 if TYPE_CHECKING:
     from diffusers import ErnieImagePipeline
+
+logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
 
@@ -97,6 +101,24 @@ def complete_settings(
         seed=seed,
         use_pe=use_pe,
     )
+
+
+def warn_of_unused_negative(settings: Sequence[Settings]) -> None:
+    """Log one warning if pictures have a negative prompt, but no guidance, without which it has no effect."""
+    unused = [each for each in settings if each.negative_prompt.strip() and each.guidance_scale <= 1]
+    if unused:
+        which = "" if len(settings) == 1 else f" of {len(unused)} of {len(settings)} pictures"
+        logger.warning(
+            "The negative prompt%s has no effect at guidance scale %s: use one above 1 (--guidance 4).",
+            which,
+            unused[0].guidance_scale,
+        )
+
+
+def hub_revision(pipe: ErnieImagePipeline) -> str | None:
+    """The commit that a pipeline was loaded from, None for a local folder. The Hub's cache has a folder for each."""
+    folder = Path(pipe.name_or_path)
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def described_model(pipe: ErnieImagePipeline, model: str | None = None) -> tuple[Recommended, str]:

@@ -17,9 +17,9 @@ from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
 from ..upstream.pipelines import execution_device
 from .failures import check_picture, explained
-from .image_file import Drawing, save_png
+from .image_file import Drawing, check_side, format_of, save_picture
 from .seeding import initial_latents, seeded
-from .settings import Settings, complete_settings, described_model
+from .settings import Settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 
 
 def draw_and_save(
@@ -52,6 +52,7 @@ def draw_and_save(
         use_pe: Whether the prompt enhancer rewrites the prompt.
 
     Raises:
+        InvalidSettings: A path's format has no room for the size.
         DeviceUnavailable: As `draw`.
         NotFinite: See there. Files of the pictures before stay.
     """
@@ -67,9 +68,12 @@ def draw_and_save(
         seed=secrets.randbelow(2**32) if seed is None else seed,
         use_pe=use_pe,
     )
+    for path in paths:
+        check_side(format_of(path), settings.width, settings.height)
+    warn_of_unused_negative([settings])
     for number, path in enumerate(paths):
         drawing = draw(pipe, replace(settings, seed=settings.seed + number))
-        save_png(drawing, path, model=name)
+        save_picture(drawing, path, model=name, revision=hub_revision(pipe))
         yield drawing, path
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKOUT
+from hub_server import serve
 from PIL import Image
 
 import ernie_image_nf4
-from ernie_image_nf4.generation.image_file import output_paths
+from ernie_image_nf4.generation.image_file import output_paths, read_settings
+from ernie_image_nf4.generation.manifest import locked
 from ernie_image_nf4.generation.seeding import initial_latents
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.generation.single import draw
@@ -147,6 +153,82 @@ def test_a_seed_means_the_same_noise_in_every_dtype(pipe, repository):
     assert torch.equal(initial_latents(other, settings), initial_latents(pipe, settings).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", ["out.jpg", "out.jpeg", "out.webp"])
+def test_the_ending_of_the_output_is_its_format(command, repository, tmp_path, name):
+    result = command("generate", "一只猫", "-m", repository, "-o", tmp_path / name, *SMALL, "--seed", 7, "--count", 2)
+    assert result.code == 0
+    first, second = (tmp_path / name.replace("out", f"out-{number}") for number in (1, 2))
+    assert pixels(first).shape == (32, 48, 3)
+    with Image.open(first) as image:
+        assert image.format == ("WEBP" if name.endswith("webp") else "JPEG")
+    assert [read_settings(path)["seed"] for path in (first, second)] == ["7", "8"]
+    settings = read_settings(first)
+    assert (settings["prompt"], settings["model"]) == ("一只猫", "ERNIE-Tiny-NF4")
+    assert f"Revised prompt: {settings['revised_prompt']}\n" in result.out
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_dtype_asked_for_is_the_one_it_draws_in(generate, repository, tmp_path, dtype):
+    assert generate("a cat", "--seed", 7, "--no-pe", "--dtype", dtype).code == 0
+    pipe = ernie_image_nf4.load(repository, device="cpu", dtype=dtype, prompt_enhancer=False)
+    guidance = float(chunks(tmp_path / "out.png")["guidance_scale"])
+    expected = draw(pipe, Settings("a cat", "", 32, 48, 2, guidance, seed=7, use_pe=False))
+    assert np.array_equal(pixels(tmp_path / "out.png"), np.asarray(expected.image))
+
+
+@pytest.mark.parametrize(("guidance", "said"), [(1, True), (0.5, True), (3, False)])
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(generate, caplog, guidance, said):
+    assert generate("a cat", "--no-pe", "--negative", "dogs", "--guidance", guidance).code == 0
+    message = f"The negative prompt has no effect at guidance scale {float(guidance)}: use one above 1 (--guidance 4)."
+    assert (message in [record.getMessage() for record in caplog.records]) == said
+    caplog.clear()
+    assert generate("a cat", "--no-pe", "--guidance", guidance).code == 0
+    assert "negative" not in caplog.text
+
+
+def test_prompts_come_from_standard_input(command, repository, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a cat\n一只猫\n".encode())))
+    options = ("--prompts-file", "-", "--out-dir", tmp_path / "out", "-m", repository, *SMALL, "--no-pe")
+    result = command("generate", *options, "--format", "webp")
+    assert result.out == f"{tmp_path / 'out'}: 2 pictures, 0 failed, see manifest.jsonl\n"
+    assert {path.name for path in (tmp_path / "out").glob("*.webp")} == {"0001-a-cat.webp", "0002-一只猫.webp"}
+
+
+def test_a_folder_that_another_run_draws_into_is_refused_before_anything_is_loaded(command, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    options = ("--prompts-file", tmp_path / "prompts.txt", "--out-dir", tmp_path / "out", "--device", "cpu")
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        result = command("generate", *options, "-m", "user/never-asked-for")
+    assert (result.code, result.out) == (1, "")
+    message = f"Error: Another run is drawing into {tmp_path / 'out'}: wait for it, or name another folder.\n"
+    assert result.err == message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_revision_of_the_hub_with_and_without_network(copy, tmp_path):
+    """The model of revision v1 is another one than that of main."""
+
+    def generate(endpoint: str, **environment: str) -> str:
+        command = [sys.executable, "-m", "ernie_image_nf4", "generate", "a cat", "-o", tmp_path / "out.png", *SMALL]
+        command += ["-m", "user/model", "--revision", "v1", "--no-pe", "--seed", 7]
+        settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        result = subprocess.run(
+            list(map(str, command)), cwd=CHECKOUT, env=os.environ | settings | environment, capture_output=True
+        )
+        assert result.returncode == 0, result.stderr
+        return read_settings(tmp_path / "out.png")["revision"]
+
+    with serve() as hub:
+        commit = hub.add("user/model", copy)
+        hub.repositories["user/model"].refs["v1"] = commit
+        (copy / "scheduler" / "scheduler_config.json").write_text("{}")
+        assert hub.add("user/model", copy) != commit
+        assert generate(hub.endpoint) == commit
+    assert generate("http://127.0.0.1:9", HF_HUB_OFFLINE="1") == commit
+
+
 # Refusals
 
 
@@ -162,7 +244,10 @@ def test_a_seed_means_the_same_noise_in_every_dtype(pipe, repository):
         (["--seed", -1], "Seed -1 is out of range"),
         (["--guidance", "nan"], "Guidance nan is not a finite number"),
         (["-o", "nowhere/out.png"], "Output folder nowhere doesn't exist"),
-        (["-o", "out.jpg"], "Output out.jpg is no .png file"),
+        (["-o", "out.gif"], "Output out.gif is none of PNG (.png), JPEG (.jpg, .jpeg) and WebP (.webp): name it so."),
+        (["-o", "out"], "Output out is none of PNG (.png), JPEG (.jpg, .jpeg) and WebP (.webp): name it so."),
+        (["-o", "a" * 250 + ".png"], f"Output {'a' * 250}.png can't be written (File name too long): use a shorter"),
+        (["-m", CHECKOUT, "--revision", "v1"], "Revision 'v1' was asked for, but"),
     ],
 )
 def test_settings_that_cannot_work(command, options, message):
@@ -180,7 +265,7 @@ def test_an_empty_prompt(command, prompt):
 
 def test_an_output_that_is_a_folder(command, tmp_path):
     (tmp_path / "out.png").mkdir()
-    assert "is a folder" in command("generate", "a cat", "-o", tmp_path / "out.png").err
+    assert "is a folder: name a picture's file in it" in command("generate", "a cat", "-o", tmp_path / "out.png").err
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root can't write to")

@@ -14,7 +14,8 @@ from conftest import CHECKOUT
 import ernie_image_nf4
 from ernie_image_nf4.cli import build, options
 from ernie_image_nf4.cli.app import COMMANDS
-from ernie_image_nf4.memory.placement import MEMORY_MODES
+from ernie_image_nf4.generation.image_file import FORMATS
+from ernie_image_nf4.memory.placement import DTYPES, MEMORY_MODES
 from ernie_image_nf4.quantization.synthetic import PRESETS
 
 # Usage
@@ -24,6 +25,7 @@ def test_usage_errors_exit_with_two(command):
     assert command("generate").code == 2
     assert command("generate", "a cat", "--steps", "many").code == 2
     assert command("generate", "a cat", "--prompts-file", "prompts.txt").code == 2
+    assert command("generate", "a cat", "--format", "webp").code == 2
     assert command("paint").code == 2
 
 
@@ -31,6 +33,8 @@ def test_usage_errors_exit_with_two(command):
     ("arguments", "choices"),
     [
         (["generate", "a cat", "--memory", "swap"], MEMORY_MODES),
+        (["generate", "a cat", "--dtype", "float64"], DTYPES),
+        (["generate", "--prompts-file", "-", "--out-dir", "out", "--format", "gif"], FORMATS),
         (["evaluate", "original", "nf4", "--memory", "swap"], MEMORY_MODES),
         (["synthesize", "folder", "--preset", "huge"], PRESETS),
     ],
@@ -43,6 +47,8 @@ def test_a_value_that_is_no_choice_names_the_choices(command, arguments, choices
 
 def test_choices_are_those_of_the_functions_behind():
     assert get_args(options.Memory) == MEMORY_MODES
+    assert get_args(options.Dtype) == tuple(DTYPES)
+    assert get_args(options.Format) == tuple(FORMATS)
     assert get_args(build.Preset) == PRESETS
 
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from accelerate import PartialState
 from conftest import CHECKOUT
 from PIL import Image
 
+import ernie_image_nf4
 from ernie_image_nf4 import Row, generate_batch, load
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.generation.batch import process_device
 from ernie_image_nf4.generation.contact_sheet import save_contact_sheet
-from ernie_image_nf4.generation.image_file import save_png
+from ernie_image_nf4.generation.image_file import read_settings, save_picture
 from ernie_image_nf4.generation.manifest import (
     MANIFEST,
     Record,
@@ -92,7 +94,7 @@ def whole(pipe, tmp_path_factory) -> Path:
 
 def test_each_picture_is_what_single_mode_draws_to_the_byte(pipe, whole, tmp_path):
     for picture in plan_pictures(ROWS, DEFAULTS):
-        save_png(draw(pipe, picture.settings), tmp_path / picture.file, model="ERNIE-Tiny-NF4")
+        save_picture(draw(pipe, picture.settings), tmp_path / picture.file, model="ERNIE-Tiny-NF4")
     assert digests(tmp_path) == digests(whole)
 
 
@@ -119,7 +121,7 @@ def test_a_line_of_the_manifest_is_flat(whole):
     line = json.loads((whole / MANIFEST).read_text(encoding="utf-8").splitlines()[1])
     assert list(line) == [
         "file", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "seed",
-        "use_pe", "model", "revised_prompt", "seconds", "batch_size", "sha256", "fp8", "error",
+        "use_pe", "model", "revised_prompt", "seconds", "batch_size", "sha256", "fp8", "revision", "version", "error",
     ]  # fmt: skip
     assert (line["prompt"], line["seed"], line["model"]) == ("一只橙色的小猫坐在木桌上", 7, "ERNIE-Tiny-NF4")
 
@@ -199,6 +201,71 @@ def test_broken_missing_and_changed_ones_are(pipe, whole, tmp_path):
     }
 
 
+def test_another_version_of_the_package_draws_anew(pipe, tmp_path):
+    """It may draw other pictures. The first version didn't note itself."""
+    rows = ROWS[:2]
+    assert {record.version for record in run(pipe, tmp_path, rows)} == {ernie_image_nf4.__version__}
+    manifest = tmp_path / MANIFEST
+    first, second = (json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines())
+    del first["version"]
+    for other in (first, first | {"version": "0.0.1"}):
+        manifest.write_text(f"{json.dumps(other)}\n{json.dumps(second)}\n")
+        assert [record.file for record in run(pipe, tmp_path, rows)] == [first["file"]]
+        assert run(pipe, tmp_path, rows) == []
+
+
+def test_another_revision_of_a_hub_repository_draws_anew(repository, pipe, tmp_path):
+    commits = ["0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"]
+    for number, commit in enumerate(commits, 1):
+        snapshot = tmp_path / "models--user--model" / "snapshots" / commit
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        snapshot.symlink_to(repository)
+        cached = load(snapshot, device="cpu")
+        (record,) = run(cached, tmp_path / "out", ROWS[:1])
+        assert record.revision == read_settings(tmp_path / "out" / record.file)["revision"] == commit
+        assert run(cached, tmp_path / "out", ROWS[:1]) == [], number
+    (record,) = run(pipe, tmp_path / "out", ROWS[:1])
+    assert record.revision is None
+
+
+def test_two_runs_in_one_folder(pipe, tmp_path):
+    first = generate_batch(pipe, ROWS[:2], tmp_path, height=32, width=32, steps=1, guidance=1.0, use_pe=False)
+    next(first)
+    with pytest.raises(InvalidSettings, match="Another run is drawing into"):
+        run(pipe, tmp_path, ROWS[:1])
+    assert len(list(first)) == 1
+    assert len(run(pipe, tmp_path, ROWS[:1])) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".jsonl", ".png", ".png"]
+
+
+def test_a_run_that_is_given_up_leaves_the_folder_to_the_next(pipe, tmp_path):
+    given_up = generate_batch(pipe, ROWS[:2], tmp_path, height=32, width=32, steps=1, guidance=1.0, use_pe=False)
+    next(given_up)
+    given_up.close()
+    assert len(run(pipe, tmp_path, ROWS[:2])) == 2
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("jpeg", "jpg"), ("webp", "webp")])
+def test_other_formats_hold_the_settings_and_go_on_as_well(pipe, whole, tmp_path, name, suffix):
+    rows = ROWS[1:3]
+    records = run(pipe, tmp_path, rows, format=name)
+    assert [record.file for record in records] == [f"0001-一只橙色的小猫坐在木桌上.{suffix}", f"0002-fox.{suffix}"]
+    for record, original in zip(records, ("0002-一只橙色的小猫坐在木桌上.png", "0003-fox.png"), strict=True):
+        expected, drawn = pixels(whole / original), pixels(tmp_path / record.file)
+        assert drawn.shape == expected.shape
+        assert np.abs(drawn - expected).mean() < 8
+        settings = read_settings(tmp_path / record.file)
+        assert (settings["prompt"], settings["revised_prompt"]) == (record.settings.prompt, record.revised_prompt)
+    assert run(pipe, tmp_path, rows, format=name) == []
+    (tmp_path / records[0].file).write_bytes(b"")
+    (tmp_path / f".{records[1].file}.123.tmp").write_text("half a picture")
+    assert [record.file for record in run(pipe, tmp_path, rows, format=name)] == [records[0].file]
+    save_contact_sheet(tmp_path)
+    assert len(run(pipe, tmp_path, rows)) == 2  # PNG files beside them
+    assert len(read_manifest(tmp_path / MANIFEST)) == 4
+    assert {path.suffix for path in tmp_path.iterdir()} == {f".{suffix}", ".png", ".jsonl"}
+
+
 def test_a_manifest_cut_short_costs_its_last_line(pipe, whole, tmp_path):
     run(pipe, tmp_path)
     text = (tmp_path / MANIFEST).read_bytes()
@@ -217,6 +284,33 @@ def test_a_manifest_of_another_kind_is_left_alone(pipe, tmp_path):
 
 
 # What fails
+
+
+def test_a_name_that_the_file_system_refuses_is_refused_before_anything_is_drawn(pipe, tmp_path):
+    deep = tmp_path / "a"
+    limit = os.pathconf(tmp_path, "PC_PATH_MAX")
+    while len(os.fsencode(deep)) < limit - 150:
+        deep /= "a" * 100
+    deep.mkdir(parents=True)
+    with pytest.raises(InvalidSettings, match="use a shorter name"):
+        generate_batch(pipe, [Row("a cat", name="字" * 66)], deep)
+    assert list(deep.iterdir()) == []
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(pipe, tmp_path, caplog):
+    rows = [Row("a", negative="b", guidance=1.0), Row("a", guidance=1.0), Row("a", negative="b"), Row("a")]
+    options = {"steps": 1, "height": 32, "width": 32, "use_pe": False}
+    list(generate_batch(pipe, rows, tmp_path, guidance=3.0, **options))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == (
+        "The negative prompt of 1 of 4 pictures has no effect at guidance scale 1.0: use one above 1 (--guidance 4)."
+    )
+    caplog.clear()
+    list(generate_batch(pipe, rows, tmp_path, guidance=0.0, negative="c", **options))
+    assert "of 4 of 4 pictures" in caplog.text
+    caplog.clear()
+    list(generate_batch(pipe, rows[1:2], tmp_path, guidance=3.0, **options))
+    assert caplog.text == ""
 
 
 def test_a_picture_that_cannot_be_written_is_recorded_and_the_rest_goes_on(pipe, whole, tmp_path):
@@ -335,6 +429,11 @@ def test_usage_errors_exit_with_two(command, prompts, tmp_path):
 # Several processes
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def forked(target, *arguments, rank: int | None = None, port: int | None = None) -> multiprocessing.Process:
     """A process that has the pipeline already, and that accelerate takes for one of two if it has a rank."""
 
@@ -369,8 +468,7 @@ def test_killed_at_any_moment_it_goes_on_and_draws_nothing_twice(pipe, whole, tm
 @needs_fork
 def test_a_process_that_dies_does_not_lose_the_pictures_of_the_other(pipe, whole, tmp_path):
     def two() -> list[multiprocessing.Process]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         return [forked(run, pipe, tmp_path, rank=rank, port=port) for rank in range(2)]
 
     first, second = two()
@@ -414,6 +512,52 @@ def test_the_command_under_accelerate_launch_gives_the_same_bytes(repository, pr
     assert result.stdout.count("6 pictures, 0 failed") == 1
     assert digests(tmp_path / "out") == digests(whole)
     assert {record.sha256 for record in read_manifest(tmp_path / "out" / MANIFEST)} == set(digests(whole).values())
+
+
+@needs_fork
+def test_each_file_is_hashed_by_one_process(pipe, whole, tmp_path):
+    """Both take its word for what is finished."""
+    folder = shutil.copytree(whole, tmp_path / "out")
+    (folder / "0003-fox.png").unlink()
+
+    def opened() -> None:
+        log = (tmp_path / "opened").open("a")
+        read = os.O_RDONLY
+
+        def note(event: str, arguments: tuple) -> None:
+            if event == "open" and str(arguments[0]).endswith(".png") and arguments[2] & os.O_ACCMODE == read:
+                print(Path(arguments[0]).name, file=log, flush=True)
+
+        sys.addaudithook(note)
+        run(pipe, folder)
+
+    port = free_port()
+    for process in [forked(opened, rank=rank, port=port) for rank in range(2)]:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted((tmp_path / "opened").read_text().splitlines()) == sorted(digests(whole))
+
+
+@needs_fork
+def test_all_processes_of_a_second_run_stop_and_the_first_goes_on(pipe, tmp_path):
+    first = generate_batch(pipe, ROWS[:2], tmp_path, height=32, width=32, steps=1, guidance=1.0, use_pe=False)
+    next(first)
+    errors = multiprocessing.get_context("fork").SimpleQueue()
+
+    def second() -> None:
+        try:
+            run(pipe, tmp_path)
+        except InvalidSettings as error:
+            errors.put(str(error))
+
+    port = free_port()
+    for process in [forked(second, rank=rank, port=port) for rank in range(2)]:
+        process.join()
+        assert process.exitcode == 0
+    assert {errors.get() for _ in range(2)} == {
+        f"Another run is drawing into {tmp_path}: wait for it, or name another folder."
+    }
+    assert len(list(first)) == 1
 
 
 # On a GPU

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +91,8 @@ def test_csv_has_the_fields_in_its_header(write):
         ('{"prompt": "a", "name": "C:a"}', "name: 'C:a' can't be part of a file name"),
         ('{"prompt": "a", "name": "a\\u0000"}', "name: 'a\\x00' can't be part of a file name"),
         ('{"prompt": "a", "name": "' + "a" * 101 + '"}', "name: 'aaa"),
+        ('{"prompt": "a", "name": "' + "字" * 67 + '"}', "name: '字字字"),
+        ('{"prompt": "a", "name": "' + "🐱" * 51 + '"}', "name: '🐱🐱🐱"),
         ('{"prompt": "a"', "is not JSON ("),
         ("[" * 100000, "is not JSON ("),
         ('"a cat"', 'expected an object, found "a cat".'),
@@ -136,6 +140,59 @@ def test_all_wrong_rows_are_named_at_once(write):
     assert [line.partition(":")[0] for line in problems(path)] == [
         "line 1, prompt", "line 3", "line 4, seed", "line 4, steps",
     ]  # fmt: skip
+
+
+def test_names_are_limited_by_what_they_take_as_a_files_name(write):
+    longest = ["a" * 100, "字" * 66, "🐱" * 50, "é" * 100]
+    path = write("prompts.jsonl", "\n".join(json.dumps({"prompt": "a", "name": name}) for name in longest))
+    assert [row.name for row in read_prompts(path)] == longest
+    path = write("prompts.jsonl", json.dumps({"prompt": "a", "name": "字" * 100}))
+    assert problems(path)[0].endswith("is too long for a file name: 300 bytes in UTF-8, use up to 200.")
+
+
+# Standard input
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """Makes bytes the standard input."""
+    return lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("path", ["-", Path("-")])
+def test_standard_input_has_a_prompt_a_line_or_json_lines(piped, path):
+    piped("\ufeff# animals\na cat\n\n一只橙色的小猫\n".encode())
+    assert read_prompts(path) == [Row("a cat"), Row("一只橙色的小猫")]
+    piped('\ufeff\n {"prompt": "a cat", "seed": 7}\n{"prompt": "猫"}\n'.encode())
+    assert read_prompts(path) == [Row("a cat", seed=7), Row("猫")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Standard input has no prompts."),
+        (b"a cat\ncaf\xe9\n", "standard input, line 2: byte 0xe9 is not UTF-8"),
+        (b'{"prompt": "a cat"}\n{"prompt": ""}\n', "standard input, line 2, prompt: The prompt is empty"),
+    ],
+)
+def test_standard_input_is_checked_as_a_file(piped, content, message):
+    piped(content)
+    with pytest.raises(InvalidSettings) as error:
+        read_prompts("-")
+    assert str(error.value).startswith(message)
+
+
+def test_several_processes_cannot_share_standard_input(piped, monkeypatch):
+    piped(b"a cat")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidSettings, match="2 processes can't all read the prompts from standard input: use a file"):
+        read_prompts("-")
+
+
+def test_no_standard_input_at_all(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InvalidSettings, match="no standard input"):
+        read_prompts("-")
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n\n"])
