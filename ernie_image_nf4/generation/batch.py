@@ -25,7 +25,7 @@ from ..upstream.pipelines import execution_device
 from .image_file import FORMATS, Drawing, check_name, make_output_folder, remove_leftovers, save_picture
 from .manifest import MANIFEST, LineCount, Record, append, locked, merge_manifests, part_of, read_manifest
 from .prompt_file import Row, check_rows
-from .schedule import Picture, dealt, is_finished, plan_pictures
+from .schedule import Picture, is_finished, plan_pictures, share
 from .settings import check_settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 from .stages import draw_in_groups
 
@@ -153,8 +153,9 @@ def _generate(
 
         shown, done = progress and state.is_main_process, LineCount(folder)
         bar = run.enter_context(tqdm(total=len(pictures), initial=there, unit="picture", disable=not shown))
-        share = run.enter_context(state.split_between_processes(dealt(pending, state.num_processes)))
-        for picture, result in draw_in_groups(pipe, share, batch_size):
+        for picture, result in draw_in_groups(
+            pipe, share(pending, state.process_index, state.num_processes), batch_size
+        ):
             record = _save(picture, result, folder, about)
             append(part_of(folder, state.process_index), record)
             if shown:

@@ -98,10 +98,9 @@ def is_finished(wanted: Record, found: Record | None, folder: Path) -> bool:
     )
 
 
-def dealt(pictures: Sequence[Picture], processes: int) -> list[Picture]:
-    """In an order in which equal consecutive parts, one for each process, have the same share of every shape."""
-    ordered = sorted(pictures, key=shape)
-    return [picture for first in range(processes) for picture in ordered[first::processes]]
+def share(pictures: Sequence[Picture], process: int, processes: int) -> list[Picture]:
+    """The pictures of one process: as many of every shape as the others have, give or take one."""
+    return sorted(pictures, key=shape)[process::processes]
 
 
 def shape(picture: Picture) -> tuple[int, int, int, float]:

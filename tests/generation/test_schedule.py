@@ -9,9 +9,9 @@ from ernie_image_nf4.generation.schedule import (
     MAX_BATCH,
     Picture,
     choose_batch_size,
-    dealt,
     groups,
     plan_pictures,
+    share,
     slug,
 )
 from ernie_image_nf4.generation.settings import Settings
@@ -74,6 +74,13 @@ def test_batches_are_of_one_shape_and_groups_of_several_batches():
 
 
 def test_every_process_gets_its_share_of_each_size():
-    order = dealt([shaped(number, 16 if number < 5 else 32) for number in range(10)], 2)
-    assert [picture.settings.height for picture in order[:5]] == [16, 16, 16, 32, 32]
-    assert [picture.settings.height for picture in order[5:]] == [16, 16, 32, 32, 32]
+    pictures = [shaped(number, 16 if number < 5 else 32) for number in range(10)]
+    shares = [share(pictures, process, 2) for process in range(2)]
+    assert [picture.settings.height for picture in shares[0]] == [16, 16, 16, 32, 32]
+    assert [picture.settings.height for picture in shares[1]] == [16, 16, 32, 32, 32]
+    assert {picture.file for part in shares for picture in part} == {picture.file for picture in pictures}
+
+
+def test_processes_without_a_picture_have_nothing_to_do():
+    shares = [share([shaped(0, 32)], process, 3) for process in range(3)]
+    assert [len(part) for part in shares] == [1, 0, 0]
