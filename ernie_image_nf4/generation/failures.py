@@ -68,5 +68,7 @@ def check_picture(pipe: ErnieImagePipeline, image: Image.Image, notes: list[str]
 def not_finite(pipe: ErnieImagePipeline, found: str) -> NotFinite:
     """The error for numbers that overflowed."""
     dtype = pipe.transformer.dtype
-    way_out = "load without fp8 (--fp8)" if is_in_fp8(pipe.transformer) else cure(dtype)
+    way_out = cure(dtype)
+    if is_in_fp8(pipe.transformer):
+        way_out = f"leave out fp8 (--fp8), and if that isn't enough, {way_out}"
     return NotFinite(f"{found} ({str(dtype).removeprefix('torch.')}), so there is no picture: {way_out}.")

@@ -14,6 +14,8 @@ from PIL import Image
 
 from ernie_image_nf4 import Row, generate_batch, load
 from ernie_image_nf4.errors import NotFinite
+from ernie_image_nf4.fast.products import enable_fp8
+from ernie_image_nf4.fast.transformer import make_transformer_fast
 from ernie_image_nf4.generation.manifest import MANIFEST, read_manifest
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.generation.single import draw, draw_and_save
@@ -106,6 +108,14 @@ def test_the_way_out_suits_the_dtype(repository, dtype, way_out):
         draw(pipe, SMALL)
     assert way_out in str(caught.value)
     assert f"({dtype})" in str(caught.value)
+
+
+def test_without_fp8_there_is_more_range(repository):
+    pipe = load(repository, device="cpu", dtype="bfloat16", prompt_enhancer=False)
+    make_transformer_fast(pipe.transformer, capture_steps=False)
+    enable_fp8(pipe.transformer)
+    with changed(pipe.transformer, overflow), pytest.raises(NotFinite, match="leave out fp8"):
+        draw(pipe, SMALL)
 
 
 def noise(pipe: ErnieImagePipeline, seed: int) -> torch.Tensor:
