@@ -1,9 +1,6 @@
-"""What a seed decides: the initial latents, and the random state that the prompt enhancer samples from."""
+"""What a seed decides beside the prompt enhancer's text: the initial latents."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from diffusers import ErnieImagePipeline
@@ -25,13 +22,3 @@ def initial_latents(pipe: ErnieImagePipeline, settings: Settings) -> torch.Tenso
     )
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(settings.seed))
     return noise.to(execution_device(pipe), pipe.transformer.dtype)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global random state on the CPU and one device while the context lasts, and restore it."""
-    # MPS has one generator and no device index to restore it by: it stays seeded.
-    forked = [device.index or 0] if device.type in ("cuda", "xpu") else []
-    with torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"):
-        torch.manual_seed(seed)
-        yield

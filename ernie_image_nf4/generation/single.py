@@ -14,11 +14,13 @@ from diffusers import ErnieImagePipeline
 
 from ..errors import DeviceUnavailable
 from ..fast.products import is_in_fp8
+from ..fast.random_state import SeededDraws
+from ..loading.loaded_pipeline import taking_turn
 from ..memory.apply import memory_mode
 from ..memory.offload import offload_all as free_device
 from ..upstream.pipelines import execution_device
 from .image_file import Drawing, save_png
-from .seeding import initial_latents, seeded
+from .seeding import initial_latents
 from .settings import Settings, complete_settings, described_model
 
 
@@ -72,7 +74,7 @@ def draw_and_save(
 def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     """Draw one picture. The same settings give the same picture again on the same machine, prompt enhancer included.
 
-    The prompt enhancer samples from torch's global random state, which is seeded for the call and then restored.
+    The prompt enhancer samples by the seed. torch's global random state stays as it is.
 
     Args:
         pipe: The pipeline, as from `load`.
@@ -82,7 +84,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
         DeviceUnavailable: The device's memory ran out. The pipeline can go on with a smaller picture.
     """
     started = time.perf_counter()
-    with seeded(settings.seed, execution_device(pipe)):
+    with taking_turn(pipe), SeededDraws(settings.seed):
         try:
             result = pipe(
                 prompt=settings.prompt,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..fast.products import is_in_fp8
 from ..fast.transformer import several_pictures
+from ..loading.loaded_pipeline import taking_turn
 from ..memory.apply import memory_mode
 from ..upstream.pipelines import execution_device
 from .enhancement import enhance_all
@@ -93,18 +94,22 @@ def draw_group(pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], 
     settings = [each for batch in batches for each in batch]
     with _group_calls(pipe) as calls:
         started = time.perf_counter()
-        revised = enhance_all(calls, settings)
-        prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
-        negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
-        embeddings = encode(calls, [*prompts, *negatives])
-        shared = (time.perf_counter() - started) / len(settings)
-        denoised: list[Denoised] = []
-        for batch in batches:
-            texts = [embeddings[prompt] for prompt in prompts[len(denoised) : len(denoised) + len(batch)]]
-            denoised += denoise(calls, batch, texts, [embeddings.get(each.negative_prompt) for each in batch], limits)
+        with taking_turn(pipe):
+            revised = enhance_all(calls, settings)
+            prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
+            negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
+            embeddings = encode(calls, [*prompts, *negatives])
+            shared = (time.perf_counter() - started) / len(settings)
+            denoised: list[Denoised] = []
+            for batch in batches:
+                texts = [embeddings[prompt] for prompt in prompts[len(denoised) : len(denoised) + len(batch)]]
+                denoised += denoise(
+                    calls, batch, texts, [embeddings.get(each.negative_prompt) for each in batch], limits
+                )
         for each, prompt, text, result in zip(settings, prompts, revised, denoised, strict=True):
             started = time.perf_counter()
-            image = decode(calls, each, embeddings[prompt], result.latents)
+            with taking_turn(pipe):  # not while the caller has the drawing: it may go on in another thread
+                image = decode(calls, each, embeddings[prompt], result.latents)
             seconds = shared + result.seconds + time.perf_counter() - started
             yield Drawing(image, each, text, seconds, result.batch_size, is_in_fp8(pipe.transformer))
 

@@ -24,6 +24,7 @@ from ..upstream.triton_cache import prepare_triton
 from .assembly import TensorSource, assemble, keep_as_stored, move_rest
 from .device_reader import DeviceReader
 from .from_pretrained import load_plain
+from .loaded_pipeline import make_pipeline_take_turns
 
 
 def build_pipeline(repository: Repository, placement: Placement) -> diffusers.ErnieImagePipeline:
@@ -50,6 +51,7 @@ def build_pipeline(repository: Repository, placement: Placement) -> diffusers.Er
         pipe = diffusers.ErnieImagePipeline(**parts)
         if template:
             template.result()
+    make_pipeline_take_turns(pipe)
     pipe.register_to_config(_name_or_path=str(repository.folder))
     _check_agreement(pipe, repository)
     return pipe

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2
 
 from ..fast.subclassing import Runtime, become, named_as_upstream
+from ..fast.turns import Turn
 from .placement import DECODE_BYTES_PER_PIXEL, TILE, free_memory
 
 
@@ -24,10 +25,12 @@ class TilingRuntime(Runtime):
     Attributes:
         budget: Bytes to decode in; None for the device's free memory at each call.
         before_decode: Called first, to free memory that is no longer needed. Must not refer to the VAE.
+        turn: Held during a decode. Pipelines may share a VAE.
     """
 
     budget: int | None = None
     before_decode: Callable[[], None] | None = None
+    turn: Turn = field(default_factory=Turn, compare=False)
 
     def fits(self, pixels: int, device: torch.device) -> bool:
         """Whether `pixels` can be decoded at once on a device. Always True for one that uses the machine's memory."""
@@ -46,17 +49,18 @@ class TiledVAE(AutoencoderKLFlux2):
     @functools.wraps(AutoencoderKLFlux2.decode)
     def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         pixels = z.shape[-2] * z.shape[-1] * upscaling(self) ** 2
-        slicing, tiling = self.use_slicing, self.use_tiling
-        if self.runtime.before_decode is not None:
-            self.runtime.before_decode()
-        if z.is_cuda:
-            torch.cuda.empty_cache()  # What denoising leaves free lies in pieces too small for a decode.
-        try:
-            self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z.device)
-            self.use_tiling = tiling or not self.runtime.fits(pixels, z.device)
-            return super().decode(z, *args, **kwargs)
-        finally:
-            self.use_slicing, self.use_tiling = slicing, tiling
+        with self.runtime.turn.take(z.device):
+            slicing, tiling = self.use_slicing, self.use_tiling
+            if self.runtime.before_decode is not None:
+                self.runtime.before_decode()
+            if z.is_cuda:
+                torch.cuda.empty_cache()  # What denoising leaves free lies in pieces too small for a decode.
+            try:
+                self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z.device)
+                self.use_tiling = tiling or not self.runtime.fits(pixels, z.device)
+                return super().decode(z, *args, **kwargs)
+            finally:
+                self.use_slicing, self.use_tiling = slicing, tiling
 
 
 def make_vae_tiled(

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
+from ernie_image_nf4.fast.random_state import SeededDraws
 from ernie_image_nf4.generation import enhancement
 from ernie_image_nf4.generation.enhancement import enhance, enhance_all
-from ernie_image_nf4.generation.seeding import seeded
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.memory.offload import OffloadHook, enable_offload
 from ernie_image_nf4.upstream import gone, pipelines
@@ -39,7 +39,7 @@ def test_components_have_a_hook_while_they_are_offloaded(repository):
 
 def test_the_enhancer_is_asked_as_a_call_of_the_pipeline_asks_it(pipe):
     settings = SETTINGS[0]
-    with seeded(settings.seed, CPU):
+    with SeededDraws(settings.seed):
         expected = pipe("a cat", height=32, width=48, num_inference_steps=1, guidance_scale=1.0).revised_prompts[0]
     assert enhance(pipe, settings) == expected
 
