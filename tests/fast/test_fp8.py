@@ -12,6 +12,7 @@ import test_transformer
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from conftest import captured
 from diffusers import ErnieImageTransformer2DModel
 from PIL import Image
 
@@ -266,13 +267,12 @@ def test_bfloat16_comes_back_to_the_bit(device):
     assert torch.equal(predict(transformer), expected)
 
 
-def test_a_step_captured_in_the_other_precision_is_released(transformer, monkeypatch):
-    released = []
-    monkeypatch.setattr(transformer.runtime, "release_graph", lambda: released.append(True))
-    enable_fp8(transformer)
-    assert len(released) == 1
-    disable_fp8(transformer)
-    assert len(released) == 2
+def test_a_step_captured_in_the_other_precision_is_freed(transformer):
+    make_transformer_fast(transformer, capture_steps=True)
+    for change in (enable_fp8, disable_fp8):
+        memory = captured(transformer)
+        change(transformer)
+        assert memory() is None
 
 
 @multiplies
