@@ -127,35 +127,44 @@ def main() -> None:
 
 def summary() -> dict[str, float]:
     """All headline figures by key."""
-    figures: dict[str, float] = {}
+    return {key: value for figures in figures_of_runs().values() for key, value in figures.items()}
+
+
+def figures_of_runs() -> dict[str, dict[str, float]]:
+    """File of a run, of those that are there -> the headline figures that it measured."""
+    found: dict[str, dict[str, float]] = {}
     if run := read_benchmark():
         arms = {arm["name"]: arm for arm in run["arms"]}
         demo, resident = arms["demo"], arms["resident"]
-        figures |= benchmark.summary(run)
-        figures |= {
+        found["benchmark_h100.json"] = benchmark.summary(run) | {
             "h100.step_vs_demo.resident_512": rounded(resident["step_ms"] / demo["step_ms"]),
             "h100.step_vs_demo.resident_1024": rounded(resident["large"]["step_ms"] / demo["large"]["step_ms"]),
             "h100.prediction_error.resident": rounded(resident["prediction_error"]),
         }
     for memory in ("resident", "offload"):
-        if run := read(f"batch_h100_{memory}.json"):
-            figures[f"batch.h100_s.{memory}"] = run[memory]["batch"]["seconds_a_picture"]
-            figures[f"batch.h100_s.{memory}_single"] = run[memory]["single"]["seconds_a_picture"]
+        if run := read(file := f"batch_h100_{memory}.json"):
+            found[file] = {
+                f"batch.h100_s.{memory}": run[memory]["batch"]["seconds_a_picture"],
+                f"batch.h100_s.{memory}_single": run[memory]["single"]["seconds_a_picture"],
+            }
     if run := read("fp8_mini.json"):
-        for name, found in run["results"].items():
-            figures |= {f"fp8.psnr_db.{name}": found["psnr"], f"fp8.prediction_error.{name}": found["prediction_error"]}
+        found["fp8_mini.json"] = {
+            f"fp8.{key}.{name}": result[figure]
+            for name, result in run["results"].items()
+            for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
+        }
     if run := read("quantize_h100.json"):
-        figures |= {
+        found["quantize_h100.json"] = {
             "quantize.h100_s": run["quantize"]["seconds"],
             "quantize.h100_conventional_s": run["conventional"]["seconds"],
             "quantize.peak_host_gib": run["quantize"]["host_gib"],
             "quantize.peak_gpu_gib": run["quantize"]["gpu_device_gib"],
             "nf4.quantize_s.h100_full_size": run["scale_search"]["seconds"],
+            **{f"quantize.bytes.{name}": size["bytes"] for name, size in run["bytes"]["nf4"].items()},
         }
-        figures |= {f"quantize.bytes.{name}": size["bytes"] for name, size in run["bytes"]["nf4"].items()}
     if run := read("quantize_cpu.json"):
         errors = run["scale_search_vs_stock"]["squared_error"]
-        figures |= {
+        found["quantize_cpu.json"] = {
             "quantize.cpu_vs_bitsandbytes": run["cpu_vs_bitsandbytes"],
             "quantize.cpu_projected_s": run["projected_full_size_s"],
             "nf4.cpu_time_vs_stock": run["scale_search_vs_stock"]["time"],
@@ -163,13 +172,13 @@ def summary() -> dict[str, float]:
             "nf4.error_vs_stock.normal": errors["normal"],
         }
     if run := read("nf4_mini.json"):
-        figures |= {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}
-    return figures
+        found["nf4_mini.json"] = {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}
+    return found
 
 
 def tables() -> dict[str, str]:
     """The tables by name, those of runs that are there."""
-    made = {"summary": summary_table(summary())}
+    made = {"summary": summary_table(figures_of_runs())}
     if run := read("../training/report.json"):
         made["mini-figures"] = mini_table(run["figures"])
     if run := read_benchmark():
@@ -184,9 +193,15 @@ def tables() -> dict[str, str]:
     return made
 
 
-def summary_table(figures: dict[str, float]) -> str:
-    rows = [f"| `{key}` | {text} | {number(figures[key])} |" for key, text in TEXTS.items() if key in figures]
-    return "\n".join(["| figure | what | value |", "|---|---|---:|", *rows])
+def summary_table(runs: dict[str, dict[str, float]]) -> str:
+    """Every headline figure, with the run that measured it."""
+    measured = {key: (number(value), file) for file, figures in runs.items() for key, value in figures.items()}
+    rows = []
+    for key, text in TEXTS.items():
+        if key in measured:
+            value, file = measured[key]
+            rows.append(f"| `{key}` | {text} | {value} | [{file.removesuffix('.json')}](../benchmarks/{file}) |")
+    return "\n".join(["| figure | what | value | run |", "|---|---|---:|---|", *rows])
 
 
 def mini_table(figures: dict[str, float]) -> str:

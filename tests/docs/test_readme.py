@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import shlex
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,12 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import skeleton, stored
-from doc_pages import blocks, read
+from doc_pages import read
 from huggingface_hub import ModelCard
-from typer.main import get_command
 
-import ernie_image_nf4
-from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.loading.pipeline import device_bytes
 from ernie_image_nf4.memory.placement import GIB, choose_memory, mode_bytes, working_bytes
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weights
@@ -94,26 +89,3 @@ def test_host_memory_is_that_of_the_weights(full_size_weights: dict[str, int]) -
     assert f"saves {enhancer:.1f} GiB in `resident`" in README
     modes = " ".join(read("docs/memory-modes.md").split())
     assert f"that is {total:.1f} GiB, or {total - enhancer:.1f} GiB with `prompt_enhancer=False`" in modes
-
-
-@pytest.mark.parametrize(("page", "code"), blocks("python"))
-def test_python_examples_are_python(page: str, code: str) -> None:
-    ast.parse(code, page)
-
-
-def test_commands_exist_with_their_options() -> None:
-    commands = get_command(app).commands
-    lines = [part for _, text in blocks("bash") for line in text.splitlines() for part in line.split("&&")]
-    ours = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("ernie-image-nf4 ")]
-    assert len(ours) >= 15
-    for _, name, *arguments in ours:
-        known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert {argument for argument in arguments if argument.startswith("-")} <= known
-
-
-def test_what_examples_import_is_there() -> None:
-    lines = [
-        line for _, code in blocks("python") for line in code.splitlines() if line.startswith("from ernie_image_nf4")
-    ]
-    names = {alias.name for line in lines for alias in ast.parse(line).body[0].names}
-    assert {"load", "generate_batch"} <= names <= set(ernie_image_nf4.__all__)

@@ -311,6 +311,7 @@ def prompts(tmp_path) -> Path:
 
 
 OPTIONS = ("--height", 32, "--width", 32, "--guidance", 3, "--device", "cpu")
+LAUNCH = ("-m", "accelerate.commands.launch")
 
 
 def test_the_command_draws_a_file_of_prompts(command, repository, prompts, whole, tmp_path):
@@ -333,6 +334,12 @@ def test_usage_errors_exit_with_two(command, prompts, tmp_path):
 
 
 # Several processes
+
+
+def free_port() -> int:
+    """For `accelerate launch`, of which older versions take 0 for a port like another and wait forever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def forked(target, *arguments, rank: int | None = None, port: int | None = None) -> multiprocessing.Process:
@@ -369,8 +376,7 @@ def test_killed_at_any_moment_it_goes_on_and_draws_nothing_twice(pipe, whole, tm
 @needs_fork
 def test_a_process_that_dies_does_not_lose_the_pictures_of_the_other(pipe, whole, tmp_path):
     def two() -> list[multiprocessing.Process]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         return [forked(run, pipe, tmp_path, rank=rank, port=port) for rank in range(2)]
 
     first, second = two()
@@ -396,7 +402,7 @@ def test_a_process_that_dies_does_not_lose_the_pictures_of_the_other(pipe, whole
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo")
 def test_the_command_under_accelerate_launch_gives_the_same_bytes(repository, prompts, whole, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    launch = [*LAUNCH, "--multi_gpu", "--num_processes", 2, "--main_process_port", free_port()]
     command = [
         "-m",
         "ernie_image_nf4",
@@ -447,7 +453,7 @@ def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeyp
 def test_under_accelerate_launch_each_gpu_draws_its_share(repository, prompts, tmp_path):
     count = torch.cuda.device_count()
     command = ["-m", "ernie_image_nf4", "generate", "--prompts-file", prompts, "-m", repository, "--batch-size", 1]
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", count, "--main_process_port", 0]
+    launch = [*LAUNCH, "--num_processes", count, "--main_process_port", free_port()]
     launch += ["--multi_gpu"] if count > 1 else []
     options = [option for option in OPTIONS if option not in ("--device", "cpu")]
     output = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 
@@ -60,6 +61,9 @@ def test_another_generate_changes_neither_the_pipeline_nor_the_enhancer(pipe):
 
 def test_without_its_method_prompts_are_enhanced_to_the_same_texts(repository, monkeypatch, caplog):
     pipe = load(repository, device="cpu")
+    latents = pipe("a cat", height=32, width=32, num_inference_steps=1, output_type="latent")
+    if isinstance(latents, torch.Tensor):
+        pytest.skip("this diffusers has the method, and gives no texts beside latents")
     make_prompt_enhancer_fast(pipe.pe)
     expected = [enhance(pipe, settings) for settings in SETTINGS]
     caplog.set_level(logging.INFO, logger=gone.logger.name)
