@@ -80,6 +80,11 @@ TEXTS = {
     "batch.h100_s.resident_single": "... one by one",
     "batch.h100_s.offload": "... in batches of 8, `offload`",
     "batch.h100_s.offload_single": "... one by one",
+    "reload.growth_mib_per_round": "the mini on an H100, loaded, drawn with and deleted 100 times, the memory modes in "
+    "turn: allocated memory that stays, MiB a round",
+    "reload.freed_by_del": "... least share of a pipeline's memory that `del pipe` frees",
+    "threads.wrong_pictures": "... drawn in four threads, with a pipeline each and with one for all, in each memory "
+    "mode, and while another thread loads: pictures that are not the one drawn alone",
     "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page cache, "
     "s",
     "quantize.h100_conventional_s": "... the same by `from_pretrained` and `save_pretrained`, s",
@@ -152,6 +157,13 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             f"fp8.{key}.{name}": result[figure]
             for name, result in run["results"].items()
             for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
+        }
+    if run := read("threads_and_reloads_h100.json"):
+        cases = [case for memory in run["threads"].values() for case in memory.values()]
+        found["threads_and_reloads_h100.json"] = {
+            "reload.growth_mib_per_round": run["reloads"]["growth_mib_per_round"],
+            "reload.freed_by_del": run["reloads"]["freed_by_del"],
+            "threads.wrong_pictures": sum(case["wrong"] for case in (*cases, run["loading"])),
         }
     if run := read("quantize_h100.json"):
         found["quantize_h100.json"] = {
