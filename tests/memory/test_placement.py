@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from full_size import full_size_weights
 
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidSettings
+from ernie_image_nf4.loading.pipeline import decide_placement
 from ernie_image_nf4.memory.placement import (
     MEMORY_MODES,
+    Placement,
     choose_device,
     choose_dtype,
     choose_memory,
@@ -19,7 +22,7 @@ from ernie_image_nf4.memory.placement import (
     find_device,
 )
 from ernie_image_nf4.memory.requirements import GIB, MODES, WeightBytes, mode_needs, without_optional
-from ernie_image_nf4.repository.record import StoredComponent
+from ernie_image_nf4.repository.record import Repository, StoredComponent
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -224,6 +227,22 @@ def test_a_refusal_without_the_prompt_enhancer_does_not_offer_to_leave_it_out(we
     with pytest.raises(DeviceUnavailable) as refused:
         memory("stream", 1, without_optional(weights))
     assert "--no-pe" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "takes"),
+    [
+        (True, torch.bfloat16, "9.8 GiB for resident, 5.8 GiB for offload, 2.8 GiB for stream"),
+        (True, torch.float16, "9.8 GiB for resident, 5.8 GiB for offload, 2.8 GiB for stream"),
+        (True, torch.float32, "12.6 GiB for resident, 7.5 GiB for offload, 4.3 GiB for stream"),
+        (False, torch.bfloat16, "14.6 GiB for resident, 5.9 GiB for offload, 5.9 GiB for stream"),
+    ],
+)
+def test_a_repository_is_placed_by_its_files_and_by_how_it_runs(full_size, monkeypatch, fast, dtype, takes):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 80 * GIB))
+    placement, reason = decide_placement(Repository(Path(), {}, full_size), CUDA, dtype, "auto", fast)
+    assert placement == Placement(CUDA, dtype, "stream", fast)
+    assert f"it takes {takes}" in reason
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("mps")])
