@@ -21,6 +21,7 @@ CHECKOUT = FOLDER.parent
 CHART = FOLDER / "benchmark_h100.png"
 # Table -> the page it stands on.
 PAGES = {
+    "cards": "README.md",
     "headline": "README.md",
     "summary": "docs/figures.md",
     "mini-figures": "docs/mini.md",
@@ -38,6 +39,11 @@ HEADLINES = {
     "offload": "`offload`",
     "stream": "`stream`",
 }
+# Below the table of cards: what its figures are of.
+CARDS_NOTE = """\
+Measured on an H100 of which another process held the rest: the command `generate` from its start to its end, and the
+picture in it, with 50 steps and the prompt enhancer, by random weights; the memory that PyTorch reserved, and all that
+the process took, CUDA's context included. Real small cards compute more slowly."""
 VARIANTS = ("stock", "scale_search", "default", "calibrated")
 FORMATS = {
     "original": "bfloat16 original",
@@ -75,6 +81,11 @@ TEXTS = {
     "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
     "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",
     "fp8.prediction_error.bfloat16": "... in bfloat16",
+    "cards.seconds_1024.free_11_0": "`generate` as a whole at 1024x1024, 50 steps, with the enhancer, s: where 11.0 "
+    "GiB are free",
+    "cards.seconds_1024.free_7_2": "... where 7.2 GiB are free",
+    "cards.seconds_1024.free_5_2": "... 5.2 GiB",
+    "cards.seconds_1024.free_3_4": "... 3.4 GiB",
     "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the "
     "enhancer, in batches of 8: seconds a picture, `resident`",
     "batch.h100_s.resident_single": "... one by one",
@@ -146,6 +157,8 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             "h100.step_vs_demo.resident_1024": rounded(resident["large"]["step_ms"] / demo["large"]["step_ms"]),
             "h100.prediction_error.resident": rounded(resident["prediction_error"]),
         }
+    if run := read("cards.json"):
+        found["cards.json"] = benchmark.cards_summary(run)
     for memory in ("resident", "offload"):
         if run := read(file := f"batch_h100_{memory}.json"):
             found[file] = {
@@ -193,6 +206,8 @@ def tables() -> dict[str, str]:
     made = {"summary": summary_table(figures_of_runs())}
     if run := read("../training/report.json"):
         made["mini-figures"] = mini_table(run["figures"])
+    if run := read("cards.json"):
+        made["cards"] = f"{cards_table(run)}\n\n{CARDS_NOTE}"
     if run := read_benchmark():
         made |= {
             "headline": headline_table(run),
@@ -231,6 +246,23 @@ def headline_table(run: dict[str, Any]) -> str:
         times = [f"{arm[key]:.1f}" for key in ("load_s", "first_s", "seconds")]
         rows.append([name, *times, f"{arm['step_ms']:.0f}", f"{memory:.1f}"])
     return markdown_table(["", *columns], rows)
+
+
+def cards_table(run: dict[str, Any]) -> str:
+    """Cards by their free memory: the mode that was chosen, and what a picture took."""
+    columns = ["free of it", "mode", "command (s)", "of it the picture (s)", "reserved (GiB)", "in all (GiB)"]
+    rows = [
+        [
+            row["card"],
+            f"{row['free_gib']:.1f} GiB",
+            f"`{row['mode']}`",
+            *(f"{row[key]:.0f}" for key in ("seconds", "picture_s")),
+            *(f"{row[key]:.1f}" for key in ("peak_reserved_gib", "device_peak_gib")),
+        ]
+        for row in run["cards"]
+        if row["enhancer"] and "error" not in row
+    ]
+    return markdown_table(["a card of", *columns], rows)
 
 
 def large_table(run: dict[str, Any]) -> str:

@@ -50,6 +50,14 @@ def repository(original: Path) -> Path:
     return quantize(original, original.with_name("ERNIE-Tiny-NF4"), device="cpu", progress=False)
 
 
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StoredComponent]:
+    """The components of the full-size repository, headers without values."""
+    from full_size import full_size_components  # which imports this module
+
+    return full_size_components(tmp_path_factory.mktemp("full-size"))
+
+
 @pytest.fixture
 def copy(repository: Path, tmp_path: Path) -> Path:
     """A copy of `repository` to damage."""

@@ -102,9 +102,10 @@ class TransformerRuntime(Runtime):
     def release_graph(self) -> None:
         """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
         step = self.captured_step
-        if step is not None and step.stream is not None:
-            with self.turn.take(step.stream.device):
-                step.release()
+        if step is None:
+            return
+        with self.turn.take(torch.device("cpu") if step.stream is None else step.stream.device):
+            step.release()
 
 
 def runtime_of(transformer: nn.Module) -> TransformerRuntime | None:

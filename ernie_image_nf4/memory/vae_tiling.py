@@ -15,7 +15,8 @@ from diffusers import AutoencoderKLFlux2
 
 from ..fast.subclassing import Runtime, become, named_as_upstream
 from ..fast.turns import Turn
-from .placement import DECODE_BYTES_PER_PIXEL, TILE, free_memory
+from .placement import free_memory
+from .requirements import DECODE_BYTES_PER_PIXEL, TILE
 
 
 @dataclass
@@ -32,10 +33,11 @@ class TilingRuntime(Runtime):
     before_decode: Callable[[], None] | None = None
     turn: Turn = field(default_factory=Turn, compare=False)
 
-    def fits(self, pixels: int, device: torch.device) -> bool:
-        """Whether `pixels` can be decoded at once on a device. Always True for one that uses the machine's memory."""
-        budget = free_memory(device) if self.budget is None else self.budget
-        return budget is None or pixels * DECODE_BYTES_PER_PIXEL <= budget
+    def fits(self, pixels: int, latents: torch.Tensor) -> bool:
+        """Whether `pixels` can be decoded at once from such latents. Always True in the machine's own memory."""
+        budget = free_memory(latents.device) if self.budget is None else self.budget
+        factor = latents.dtype.itemsize / torch.bfloat16.itemsize
+        return budget is None or pixels * DECODE_BYTES_PER_PIXEL * factor <= budget
 
 
 @named_as_upstream
@@ -56,8 +58,8 @@ class TiledVAE(AutoencoderKLFlux2):
             if z.is_cuda:
                 torch.cuda.empty_cache()  # What denoising leaves free lies in pieces too small for a decode.
             try:
-                self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z.device)
-                self.use_tiling = tiling or not self.runtime.fits(pixels, z.device)
+                self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z)
+                self.use_tiling = tiling or not self.runtime.fits(pixels, z)
                 return super().decode(z, *args, **kwargs)
             finally:
                 self.use_slicing, self.use_tiling = slicing, tiling

@@ -37,7 +37,8 @@ def test_tables_are_those_of_the_runs(name: str):
 
 
 def test_every_table_is_made():
-    assert TABLES.keys() == summary.PAGES.keys()
+    measured = (CHECKOUT / "benchmarks" / "cards.json").exists()
+    assert TABLES.keys() == summary.PAGES.keys() - (set() if measured else {"cards"})
 
 
 @pytest.mark.parametrize(
