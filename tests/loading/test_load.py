@@ -31,6 +31,7 @@ from ernie_image_nf4 import load
 from ernie_image_nf4.errors import DeviceUnavailable, InvalidRepository, InvalidSettings
 from ernie_image_nf4.fast.ops import elementwise
 from ernie_image_nf4.loading import build
+from ernie_image_nf4.memory.apply import memory_mode
 from ernie_image_nf4.memory.placement import find_dtype
 from ernie_image_nf4.repository.components import COMPONENT, PROMPT_ENHANCER, QUANTIZED
 
@@ -228,14 +229,14 @@ def test_a_repository_without_prompt_enhancer_loads(copy, entry):
 # Other people's folders
 
 
-def test_loads_without_metadata(copy):
+def test_loads_without_metadata(copy, pipe):
     (copy / "quantization_metadata.json").unlink()
-    draw(load(copy, device="cpu", prompt_enhancer=False))
+    assert np.array_equal(draw(load(copy, device="cpu", prompt_enhancer=False)), draw(pipe))
 
 
-def test_loads_with_metadata_of_another_form(copy):
+def test_loads_with_metadata_of_another_form(copy, pipe):
     (copy / "quantization_metadata.json").write_text('{"quantization": "4-bit NF4"}')
-    draw(load(copy, device="cpu", prompt_enhancer=False))
+    assert np.array_equal(draw(load(copy, device="cpu", prompt_enhancer=False)), draw(pipe))
 
 
 def test_loads_sharded_weights(copy, pipe):
@@ -331,8 +332,10 @@ def test_what_save_pretrained_writes_loads_again(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["auto", "resident"])
-def test_a_cpu_keeps_everything_resident(repository, memory):
-    draw(load(repository, device="cpu", memory=memory, prompt_enhancer=False))
+def test_a_cpu_keeps_everything_resident(repository, pipe, memory):
+    loaded = load(repository, device="cpu", memory=memory, prompt_enhancer=False)
+    assert memory_mode(loaded) == "resident"
+    assert np.array_equal(draw(loaded), draw(pipe))
 
 
 def test_offload_makes_no_sense_on_a_cpu(repository):
