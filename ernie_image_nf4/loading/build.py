@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
-import transformers
 from torch import nn
 
 from ..errors import InvalidRepository
@@ -24,6 +23,7 @@ from ..upstream.triton_cache import prepare_triton
 from .assembly import TensorSource, assemble, keep_as_stored, move_rest
 from .device_reader import DeviceReader
 from .from_pretrained import load_plain
+from .tokenizers import load_tokenizer
 
 
 def build_pipeline(repository: Repository, placement: Placement) -> diffusers.ErnieImagePipeline:
@@ -40,7 +40,7 @@ def build_pipeline(repository: Repository, placement: Placement) -> diffusers.Er
         parts: dict[str, Any] = {}
         template = None
         if pe_tokenizer := repository.components.get("pe_tokenizer"):
-            parts["pe_tokenizer"] = _load_tokenizer(pe_tokenizer)
+            parts["pe_tokenizer"] = load_tokenizer(pe_tokenizer)
             # Renders in a process of its own, for which there is no need to wait.
             template = pool.submit(check_chat_template, parts["pe_tokenizer"])
         for name, part in repository.components.items():
@@ -90,7 +90,7 @@ def _load_component(part: StoredComponent, placement: Placement, source: TensorS
     """One component. Models with NF4 weights are on the device that they are loaded to, all else is on the CPU."""
     component = part.component
     if component.weights is None:
-        return _load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
+        return load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
     if component.quantized and placement.load_device.type != "cpu":
         return load_plain(part, placement)
     model = assemble(part, source, placement.dtype)
@@ -109,12 +109,6 @@ def _leave_unused_on_host(model: nn.Module, part: StoredComponent, placement: Pl
         unused = unused_modules(model, part.component.unused)
     if placement.moves:
         move_rest(model, placement.device, unused)
-
-
-def _load_tokenizer(part: StoredComponent) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer by the class that ``model_index.json`` names, as diffusers would load it."""
-    with library_reading(part.folder):
-        return getattr(transformers, part.class_name).from_pretrained(part.folder, local_files_only=True)
 
 
 def _load_scheduler(part: StoredComponent) -> Any:

@@ -40,6 +40,7 @@ class StoredComponent:
         settings: Content of each JSON file in the folder but vocabularies, by name.
         files: Its weight files, none for a component without weights.
         tensors: The tensors in these files by name, from their headers.
+        templates: Text of each chat template in the folder, by name.
         problems: Where headers and the index of shards contradict each other, a sentence each.
     """
 
@@ -49,6 +50,7 @@ class StoredComponent:
     settings: dict[str, dict[str, Any]]
     files: tuple[Path, ...] = ()
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    templates: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -198,7 +200,7 @@ def open_component(
         raise InvalidRepository(f"Folder {place} is missing: {DOWNLOAD_AGAIN}.")
     if not (place / component.config).is_file():
         raise InvalidRepository(f"File {place / component.config} is missing: {DOWNLOAD_AGAIN}.")
-    settings = read_component_files(folder, place)
+    settings, templates = read_component_files(folder, place)
     # diffusers notes the class here; transformers has `architectures` instead.
     if (written := settings[component.config].get("_class_name", component.class_name)) != component.class_name:
         raise InvalidRepository(
@@ -206,7 +208,7 @@ def open_component(
         )
     if is_tokenizer:
         _check_tokenizer_files(place)
-    stored = StoredComponent(component, place, str(class_name), settings)
+    stored = StoredComponent(component, place, str(class_name), settings, templates=templates)
     return _with_headers(stored) if component.weights and weights else stored
 
 
