@@ -16,9 +16,9 @@ from ..memory.host_embeddings import enable_host_embeddings, unused_modules
 from ..memory.placement import Placement
 from ..repository import nf4_format as nf4
 from ..repository.chat_template import check_chat_template
+from ..repository.libraries import library_reading
 from ..repository.record import Repository, StoredComponent
 from ..repository.safetensors_io import DTYPES, StoredTensor
-from ..repository.security import library_reading
 from ..upstream.triton_cache import prepare_triton
 from .assembly import TensorSource, assemble, keep_as_stored, move_rest
 from .device_reader import DeviceReader
@@ -32,7 +32,8 @@ def build_pipeline(repository: Repository, placement: Placement) -> diffusers.Er
     The quantized components are on the device if ``placement.memory`` is ``"resident"``, all others on the CPU.
 
     Raises:
-        InvalidRepository: A component is damaged, can't be loaded, or doesn't fit the others.
+        InvalidRepository: A component is damaged, or doesn't fit the others.
+        IncompatibleLibraries: The installed libraries can't load a component that is sound.
     """
     with ThreadPoolExecutor(2) as pool, _tensor_source(repository, placement) as source:
         if placement.fast:
@@ -112,7 +113,7 @@ def _leave_unused_on_host(model: nn.Module, part: StoredComponent, placement: Pl
 
 
 def _load_scheduler(part: StoredComponent) -> Any:
-    with library_reading(part.folder):
+    with library_reading(part):
         return getattr(diffusers, part.class_name).from_config(part.config)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import transformers
 
+from ..errors import IncompatibleLibraries
+from ..repository.libraries import library_reading
 from ..repository.record import StoredComponent
-from ..repository.security import library_reading
 
 VOCABULARY = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -48,16 +49,29 @@ def load_tokenizer(part: StoredComponent) -> transformers.PreTrainedTokenizerBas
     are read again by transformers.
 
     Raises:
-        InvalidRepository: transformers can't make a tokenizer of the files.
+        InvalidRepository: A file is broken or was changed.
+        IncompatibleLibraries: transformers has no such class, or can't make a tokenizer of files without a fault.
     """
-    tokenizer_class = getattr(transformers, part.class_name)
+    tokenizer_class = _tokenizer_class(part)
     if _is_plain(part, tokenizer_class):
-        with library_reading(part.folder / VOCABULARY):
+        with library_reading(part, part.folder / VOCABULARY):
             tokenizer = _build(part)
         if tokenizer is not None:
             return tokenizer
-    with library_reading(part.folder):
+    with library_reading(part):
         return tokenizer_class.from_pretrained(part.folder, local_files_only=True)
+
+
+def _tokenizer_class(part: StoredComponent) -> Any:
+    """The class. `repository.record` knows its name; that it is a tokenizer's is looked at before a file is."""
+    with library_reading(part):
+        found = getattr(transformers, part.class_name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase):
+        return found
+    raise IncompatibleLibraries(
+        f"transformers {transformers.__version__} has no tokenizer {part.class_name}, of which {part.folder} is: "
+        "install a version that has it, pip install -U transformers."
+    )
 
 
 def _is_plain(part: StoredComponent, tokenizer_class: type) -> bool:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ErnieImageNF4Error, InvalidRepository
+from ..errors import InvalidRepository
 
 DOWNLOAD_AGAIN = "download the repository again, e.g. with `hf download user/name --local-dir FOLDER`"
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -150,33 +148,10 @@ def refuse_pointer(path: Path, content: bytes) -> None:
         )
 
 
-@contextmanager
-def library_reading(place: Path) -> Iterator[None]:
-    """Turn whatever a library raises while it reads `place` into one clear error.
-
-    The only place where every exception is caught: what diffusers, transformers, tokenizers and bitsandbytes raise for
-    senseless settings is undocumented and of any type (KeyError, ZeroDivisionError, AttributeError ...). Only calls
-    into those libraries may stand inside; the original error is kept as the cause.
-
-    Raises:
-        InvalidRepository: The library raised something.
-    """
-    try:
-        yield
-    except (ErnieImageNF4Error, MemoryError):
-        raise
-    except Exception as error:
-        # torch.OutOfMemoryError, by name: this module doesn't import torch.
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise InvalidRepository(
-            f"{place} can't be loaded ({type(error).__name__}: {first_line(error)}): {DOWNLOAD_AGAIN}."
-        ) from error
-
-
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of an error's message that isn't empty, or its kind if there is none."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__)
 
 
 def _read(path: Path, limit: int) -> bytes:
