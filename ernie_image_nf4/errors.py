@@ -21,3 +21,7 @@ class DeviceUnavailable(ErnieImageNF4Error):
 
 class InvalidSettings(ErnieImageNF4Error):
     """A setting (size, steps, prompt, output path, memory mode ...) that can't work."""
+
+
+class IncompatibleLibraries(ErnieImageNF4Error):
+    """A library, in the version that is installed, can't do with files in which no check finds a fault."""
