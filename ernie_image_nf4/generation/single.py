@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from diffusers import ErnieImagePipeline
 
-from ..errors import DeviceUnavailable
 from ..fast.products import is_in_fp8
 from ..fast.random_state import SeededDraws
 from ..loading.loaded_pipeline import taking_turn
-from ..memory.apply import memory_mode
+from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
-from ..upstream.pipelines import execution_device
+from .failures import check_picture, explained
 from .image_file import Drawing, save_png
 from .seeding import initial_latents
 from .settings import Settings, complete_settings, described_model
@@ -52,6 +51,10 @@ def draw_and_save(
         guidance: Guidance scale.
         seed: Of the first picture; None for a random one.
         use_pe: Whether the prompt enhancer rewrites the prompt.
+
+    Raises:
+        DeviceUnavailable: As `draw`.
+        NotFinite: See there. Files of the pictures before stay.
     """
     recommended, name = described_model(pipe, model)
     settings = complete_settings(
@@ -82,9 +85,10 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
 
     Raises:
         DeviceUnavailable: The device's memory ran out. The pipeline can go on with a smaller picture.
+        NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
     started = time.perf_counter()
-    with taking_turn(pipe), SeededDraws(settings.seed):
+    with taking_turn(pipe), SeededDraws(settings.seed), noted() as notes:
         try:
             result = pipe(
                 prompt=settings.prompt,
@@ -96,24 +100,17 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
                 latents=initial_latents(pipe, settings),
                 use_pe=settings.use_pe,
             )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU has no error of its own
-            if not should_reduce_batch_size(error):
+        except RuntimeError as error:
+            reason = explained(pipe, settings, error)
+            if reason is None:
                 raise
-            message = memory_ran_out(pipe, settings)
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed call
             _free_device(pipe)
-            raise DeviceUnavailable(message) from error
+            raise reason from error
+    check_picture(pipe, result.images[0], notes)
     revised = result.revised_prompts[0] if result.revised_prompts else None
     seconds = time.perf_counter() - started
     return Drawing(result.images[0], settings, revised, seconds, fp8=is_in_fp8(pipe.transformer))
-
-
-def memory_ran_out(pipe: ErnieImagePipeline, settings: Settings) -> str:
-    """The message for a picture that doesn't fit the device's memory, with what to do."""
-    device, mode = execution_device(pipe), memory_mode(pipe)
-    smaller = None if device.type in ("cpu", "mps") else {"resident": "offload", "offload": "stream"}.get(mode)
-    cure = f"load with memory={smaller!r} (--memory {smaller}) or draw" if smaller else "draw"
-    return f"The memory of {device} ran out at {settings.width}x{settings.height}: {cure} a smaller size."
 
 
 def _free_device(pipe: ErnieImagePipeline) -> None:

@@ -21,17 +21,19 @@ from diffusers import ErnieImagePipeline
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import NotFinite
 from ..fast.products import is_in_fp8
 from ..fast.transformer import several_pictures
 from ..loading.loaded_pipeline import taking_turn
 from ..memory.apply import memory_mode
+from ..memory.decode_check import is_finite, noted
 from ..upstream.pipelines import execution_device
 from .enhancement import enhance_all
+from .failures import check_latents, check_picture, explained
 from .image_file import Drawing
 from .schedule import Picture, find_batch_size, groups
 from .seeding import initial_latents
 from .settings import Settings
-from .single import memory_ran_out
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +69,12 @@ def _draw_group_or_each(
     """`draw_group`. If it fails, each picture that is left is drawn alone, so that one bad row spoils no other."""
     left = [picture for batch in group for picture in batch]
     try:
-        for drawing in draw_group(pipe, [[picture.settings for picture in batch] for batch in group], limits):
-            yield left.pop(0), drawing
+        for result in draw_group(pipe, [[picture.settings for picture in batch] for batch in group], limits):
+            yield left.pop(0), result
         return
     except Exception as error:  # whatever it is, the other rows go on
         logger.debug("A group failed.", exc_info=True)
-        reason = f"{type(error).__name__}: {error}"
-        if should_reduce_batch_size(error):
-            reason = memory_ran_out(pipe, left[0].settings)
+        reason = str(explained(pipe, left[0].settings, error) or f"{type(error).__name__}: {error}")
     clear_device_cache(garbage_collection=True)  # out here, where no traceback holds tensors any more
     if len(left) == 1:
         yield left[0], reason
@@ -83,8 +83,12 @@ def _draw_group_or_each(
         yield from _draw_group_or_each(pipe, [[picture]], limits)
 
 
-def draw_group(pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], limits: Limits) -> Iterator[Drawing]:
+def draw_group(
+    pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], limits: Limits
+) -> Iterator[Drawing | str]:
     """Enhance, encode, denoise and decode pictures, each stage for all of them before the next.
+
+    Yields each drawing, or why it came to nothing: numbers that aren't finite.
 
     Args:
         pipe: The pipeline, as from `load`.
@@ -108,8 +112,13 @@ def draw_group(pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], 
                 )
         for each, prompt, text, result in zip(settings, prompts, revised, denoised, strict=True):
             started = time.perf_counter()
-            with taking_turn(pipe):  # not while the caller has the drawing: it may go on in another thread
-                image = decode(calls, each, embeddings[prompt], result.latents)
+            try:
+                # Not while the caller has the drawing: it may go on in another thread.
+                with taking_turn(pipe):
+                    image = decode(calls, each, embeddings[prompt], result.latents)
+            except NotFinite as error:
+                yield str(error)
+                continue
             seconds = shared + result.seconds + time.perf_counter() - started
             yield Drawing(image, each, text, seconds, result.batch_size, is_in_fp8(pipe.transformer))
 
@@ -141,7 +150,23 @@ def denoise(
     negatives: Sequence[torch.Tensor | None],
     limits: Limits,
 ) -> list[Denoised]:
-    """Latents of a batch. If the memory runs out it is halved, and `limits` gets the size that is left."""
+    """Latents of a batch. Those that aren't finite are drawn once more, alone: a neighbour may have spoiled them."""
+    results = _denoise_together(pipe, batch, texts, negatives, limits)
+    for number, result in enumerate(results):
+        if result.batch_size > 1 and not is_finite(result.latents):
+            one = slice(number, number + 1)
+            results[one] = _denoise_together(pipe, batch[one], texts[one], negatives[one], limits)
+    return results
+
+
+def _denoise_together(
+    pipe: ErnieImagePipeline,
+    batch: Sequence[Settings],
+    texts: Sequence[torch.Tensor],
+    negatives: Sequence[torch.Tensor | None],
+    limits: Limits,
+) -> list[Denoised]:
+    """`denoise` in one go. If the memory runs out the batch is halved, and `limits` gets the size that is left."""
     first = batch[0]
     started = time.perf_counter()
     try:
@@ -169,22 +194,33 @@ def denoise(
         "The memory ran out with %d pictures of %dx%d at once: %d.", len(batch), first.width, first.height, half
     )
     parts = [slice(start, start + half) for start in range(0, len(batch), half)]
-    return [result for part in parts for result in denoise(pipe, batch[part], texts[part], negatives[part], limits)]
+    return [
+        result
+        for part in parts
+        for result in _denoise_together(pipe, batch[part], texts[part], negatives[part], limits)
+    ]
 
 
 def decode(pipe: ErnieImagePipeline, settings: Settings, text: torch.Tensor, latents: torch.Tensor) -> Image.Image:
     """The picture of finished latents. One at a time: decoding needs more memory a picture than denoising.
 
     Upstream has no function for what comes after denoising. Its pipeline does that alone when there are no steps.
+
+    Raises:
+        NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
-    return pipe(
-        prompt_embeds=[text],
-        height=settings.height,
-        width=settings.width,
-        num_inference_steps=0,
-        guidance_scale=1.0,
-        latents=latents.to(execution_device(pipe)),
-    ).images[0]
+    check_latents(pipe, latents)
+    with noted() as notes:
+        image = pipe(
+            prompt_embeds=[text],
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=0,
+            guidance_scale=1.0,
+            latents=latents.to(execution_device(pipe)),
+        ).images[0]
+    check_picture(pipe, image, notes)
+    return image
 
 
 class _GroupCalls:

@@ -6,6 +6,7 @@
   ``tensor_arena.py`` holds their tensors in a few blocks, and ``pinned_memory.py`` page-locks the blocks.
 - ``host_embeddings.py`` leaves on the host what the text encoder doesn't need on the device, and ``vae_tiling.py``
   keeps decoding within the memory that is free.
+- ``decode_check.py`` looks for numbers that aren't finite where the VAE decodes.
 
 Imports from ``fast``, ``repository``, ``upstream`` and ``errors``.
 """

@@ -11,6 +11,7 @@ from ..fast.prompt_enhancer import make_prompt_enhancer_fast
 from ..fast.transformer import make_transformer_fast, runtime_of
 from ..repository.components import COMPONENT
 from ..upstream.offloading import hook_of, hooks_are_found
+from .decode_check import make_vae_checked
 from .host_embeddings import unused_modules
 from .offload import OffloadHook, StreamedBlocks, enable_offload
 from .placement import Placement
@@ -34,6 +35,8 @@ def apply_placement(pipe: ErnieImagePipeline, placement: Placement) -> None:
         hook.on_offload = release_graph  # The captured step reads the weights' addresses.
     if placement.fast:
         make_vae_tiled(pipe.vae, budget=decode_budget, before_decode=release_graph)
+    else:
+        make_vae_checked(pipe.vae)
 
 
 def memory_mode(pipe: ErnieImagePipeline) -> str:

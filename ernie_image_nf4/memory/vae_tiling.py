@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2
 
-from ..fast.subclassing import Runtime, become, named_as_upstream
+from ..fast.subclassing import named_as_upstream
 from ..fast.turns import Turn
+from .decode_check import CheckedVAE, DecodeCheck, make_vae_checked
 from .placement import free_memory
 from .requirements import DECODE_BYTES_PER_PIXEL, TILE
 
 
-@dataclass
-class TilingRuntime(Runtime):
+@dataclass(kw_only=True)
+class TilingRuntime(DecodeCheck):
     """What `TiledVAE` keeps beside its weights.
 
     Attributes:
@@ -41,7 +42,7 @@ class TilingRuntime(Runtime):
 
 
 @named_as_upstream
-class TiledVAE(AutoencoderKLFlux2):
+class TiledVAE(CheckedVAE):
     """A VAE that decodes picture by picture ("slicing"), then in tiles, where a call doesn't fit the memory budget."""
 
     runtime: TilingRuntime
@@ -60,7 +61,7 @@ class TiledVAE(AutoencoderKLFlux2):
             try:
                 self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z)
                 self.use_tiling = tiling or not self.runtime.fits(pixels, z)
-                return super().decode(z, *args, **kwargs)
+                return CheckedVAE.decode(self, z, *args, **kwargs)
             finally:
                 self.use_slicing, self.use_tiling = slicing, tiling
 
@@ -75,9 +76,10 @@ def make_vae_tiled(
         budget: Bytes to decode in; None for the device's free memory at each call.
         before_decode: Called first, to free memory that is no longer needed. Must not refer to the VAE.
     """
-    become(vae, TiledVAE)
+    make_vae_checked(vae)
+    vae.__class__ = TiledVAE
     vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // upscaling(vae)
-    vae.runtime = TilingRuntime(budget, before_decode)
+    vae.runtime = TilingRuntime(budget=budget, before_decode=before_decode)
 
 
 def upscaling(vae: AutoencoderKLFlux2) -> int:
