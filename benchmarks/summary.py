@@ -21,6 +21,7 @@ CHECKOUT = FOLDER.parent
 CHART = FOLDER / "benchmark_h100.png"
 # Table -> the page it stands on.
 PAGES = {
+    "cards": "README.md",
     "headline": "README.md",
     "summary": "docs/figures.md",
     "mini-figures": "docs/mini.md",
@@ -38,6 +39,11 @@ HEADLINES = {
     "offload": "`offload`",
     "stream": "`stream`",
 }
+# Below the table of cards: what its figures are of.
+CARDS_NOTE = """\
+Measured on an H100 of which another process held the rest: the command `generate` from its start to its end, and the
+picture in it, with 50 steps and the prompt enhancer, by random weights; the memory that PyTorch reserved, and all that
+the process took, CUDA's context included. Real small cards compute more slowly."""
 VARIANTS = ("stock", "scale_search", "default", "calibrated")
 FORMATS = {
     "original": "bfloat16 original",
@@ -75,11 +81,21 @@ TEXTS = {
     "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
     "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",
     "fp8.prediction_error.bfloat16": "... in bfloat16",
+    "cards.seconds_1024.free_11_0": "`generate` as a whole at 1024x1024, 50 steps, with the enhancer, s: where 11.0 "
+    "GiB are free",
+    "cards.seconds_1024.free_7_2": "... where 7.2 GiB are free",
+    "cards.seconds_1024.free_5_2": "... 5.2 GiB",
+    "cards.seconds_1024.free_3_4": "... 3.4 GiB",
     "batch.h100_s.resident": "full-size model with random weights on an H100, 512x512, 50 steps, 16 prompts with the "
     "enhancer, in batches of 8: seconds a picture, `resident`",
     "batch.h100_s.resident_single": "... one by one",
     "batch.h100_s.offload": "... in batches of 8, `offload`",
     "batch.h100_s.offload_single": "... one by one",
+    "reload.growth_mib_per_round": "the mini on an H100, loaded, drawn with and deleted 100 times, the memory modes in "
+    "turn: allocated memory that stays, MiB a round",
+    "reload.freed_by_del": "... least share of a pipeline's memory that `del pipe` frees",
+    "threads.wrong_pictures": "... drawn in four threads, with a pipeline each and with one for all, in each memory "
+    "mode, and while another thread loads: pictures that are not the one drawn alone",
     "quantize.h100_s": "full-size `quantize --no-scale-search --no-default-keep` on an H100, source in the page cache, "
     "s",
     "quantize.h100_conventional_s": "... the same by `from_pretrained` and `save_pretrained`, s",
@@ -127,35 +143,53 @@ def main() -> None:
 
 def summary() -> dict[str, float]:
     """All headline figures by key."""
-    figures: dict[str, float] = {}
+    return {key: value for figures in figures_of_runs().values() for key, value in figures.items()}
+
+
+def figures_of_runs() -> dict[str, dict[str, float]]:
+    """File of a run, of those that are there -> the headline figures that it measured."""
+    found: dict[str, dict[str, float]] = {}
     if run := read_benchmark():
         arms = {arm["name"]: arm for arm in run["arms"]}
         demo, resident = arms["demo"], arms["resident"]
-        figures |= benchmark.summary(run)
-        figures |= {
+        found["benchmark_h100.json"] = benchmark.summary(run) | {
             "h100.step_vs_demo.resident_512": rounded(resident["step_ms"] / demo["step_ms"]),
             "h100.step_vs_demo.resident_1024": rounded(resident["large"]["step_ms"] / demo["large"]["step_ms"]),
             "h100.prediction_error.resident": rounded(resident["prediction_error"]),
         }
+    if run := read("cards.json"):
+        found["cards.json"] = benchmark.cards_summary(run)
     for memory in ("resident", "offload"):
-        if run := read(f"batch_h100_{memory}.json"):
-            figures[f"batch.h100_s.{memory}"] = run[memory]["batch"]["seconds_a_picture"]
-            figures[f"batch.h100_s.{memory}_single"] = run[memory]["single"]["seconds_a_picture"]
+        if run := read(file := f"batch_h100_{memory}.json"):
+            found[file] = {
+                f"batch.h100_s.{memory}": run[memory]["batch"]["seconds_a_picture"],
+                f"batch.h100_s.{memory}_single": run[memory]["single"]["seconds_a_picture"],
+            }
     if run := read("fp8_mini.json"):
-        for name, found in run["results"].items():
-            figures |= {f"fp8.psnr_db.{name}": found["psnr"], f"fp8.prediction_error.{name}": found["prediction_error"]}
+        found["fp8_mini.json"] = {
+            f"fp8.{key}.{name}": result[figure]
+            for name, result in run["results"].items()
+            for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
+        }
+    if run := read("threads_and_reloads_h100.json"):
+        cases = [case for memory in run["threads"].values() for case in memory.values()]
+        found["threads_and_reloads_h100.json"] = {
+            "reload.growth_mib_per_round": run["reloads"]["growth_mib_per_round"],
+            "reload.freed_by_del": run["reloads"]["freed_by_del"],
+            "threads.wrong_pictures": sum(case["wrong"] for case in (*cases, run["loading"])),
+        }
     if run := read("quantize_h100.json"):
-        figures |= {
+        found["quantize_h100.json"] = {
             "quantize.h100_s": run["quantize"]["seconds"],
             "quantize.h100_conventional_s": run["conventional"]["seconds"],
             "quantize.peak_host_gib": run["quantize"]["host_gib"],
             "quantize.peak_gpu_gib": run["quantize"]["gpu_device_gib"],
             "nf4.quantize_s.h100_full_size": run["scale_search"]["seconds"],
+            **{f"quantize.bytes.{name}": size["bytes"] for name, size in run["bytes"]["nf4"].items()},
         }
-        figures |= {f"quantize.bytes.{name}": size["bytes"] for name, size in run["bytes"]["nf4"].items()}
     if run := read("quantize_cpu.json"):
         errors = run["scale_search_vs_stock"]["squared_error"]
-        figures |= {
+        found["quantize_cpu.json"] = {
             "quantize.cpu_vs_bitsandbytes": run["cpu_vs_bitsandbytes"],
             "quantize.cpu_projected_s": run["projected_full_size_s"],
             "nf4.cpu_time_vs_stock": run["scale_search_vs_stock"]["time"],
@@ -163,15 +197,17 @@ def summary() -> dict[str, float]:
             "nf4.error_vs_stock.normal": errors["normal"],
         }
     if run := read("nf4_mini.json"):
-        figures |= {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}
-    return figures
+        found["nf4_mini.json"] = {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}
+    return found
 
 
 def tables() -> dict[str, str]:
     """The tables by name, those of runs that are there."""
-    made = {"summary": summary_table(summary())}
+    made = {"summary": summary_table(figures_of_runs())}
     if run := read("../training/report.json"):
         made["mini-figures"] = mini_table(run["figures"])
+    if run := read("cards.json"):
+        made["cards"] = f"{cards_table(run)}\n\n{CARDS_NOTE}"
     if run := read_benchmark():
         made |= {
             "headline": headline_table(run),
@@ -184,9 +220,15 @@ def tables() -> dict[str, str]:
     return made
 
 
-def summary_table(figures: dict[str, float]) -> str:
-    rows = [f"| `{key}` | {text} | {number(figures[key])} |" for key, text in TEXTS.items() if key in figures]
-    return "\n".join(["| figure | what | value |", "|---|---|---:|", *rows])
+def summary_table(runs: dict[str, dict[str, float]]) -> str:
+    """Every headline figure, with the run that measured it."""
+    measured = {key: (number(value), file) for file, figures in runs.items() for key, value in figures.items()}
+    rows = []
+    for key, text in TEXTS.items():
+        if key in measured:
+            value, file = measured[key]
+            rows.append(f"| `{key}` | {text} | {value} | [{file.removesuffix('.json')}](../benchmarks/{file}) |")
+    return "\n".join(["| figure | what | value | run |", "|---|---|---:|---|", *rows])
 
 
 def mini_table(figures: dict[str, float]) -> str:
@@ -204,6 +246,23 @@ def headline_table(run: dict[str, Any]) -> str:
         times = [f"{arm[key]:.1f}" for key in ("load_s", "first_s", "seconds")]
         rows.append([name, *times, f"{arm['step_ms']:.0f}", f"{memory:.1f}"])
     return markdown_table(["", *columns], rows)
+
+
+def cards_table(run: dict[str, Any]) -> str:
+    """Cards by their free memory: the mode that was chosen, and what a picture took."""
+    columns = ["free of it", "mode", "command (s)", "of it the picture (s)", "reserved (GiB)", "in all (GiB)"]
+    rows = [
+        [
+            row["card"],
+            f"{row['free_gib']:.1f} GiB",
+            f"`{row['mode']}`",
+            *(f"{row[key]:.0f}" for key in ("seconds", "picture_s")),
+            *(f"{row[key]:.1f}" for key in ("peak_reserved_gib", "device_peak_gib")),
+        ]
+        for row in run["cards"]
+        if row["enhancer"] and "error" not in row
+    ]
+    return markdown_table(["a card of", *columns], rows)
 
 
 def large_table(run: dict[str, Any]) -> str:

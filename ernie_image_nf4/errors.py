@@ -23,6 +23,10 @@ class InvalidSettings(ErnieImageNF4Error):
     """A setting (size, steps, prompt, output path, memory mode ...) that can't work."""
 
 
+class IncompatibleLibraries(ErnieImageNF4Error):
+    """A library, in the version that is installed, can't do with files in which no check finds a fault."""
+
+
 class NotFinite(ErnieImageNF4Error):
     """Drawing came to NaN or infinity, or to a picture of one single value: another dtype has more range."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(original: Path) -> Path:
     """The NF4 repository of `original`."""
     return quantize(original, original.with_name("ERNIE-Tiny-NF4"), device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StoredComponent]:
+    """The components of the full-size repository, headers without values."""
+    from full_size import full_size_components  # which imports this module
+
+    return full_size_components(tmp_path_factory.mktemp("full-size"))
 
 
 @pytest.fixture
@@ -95,6 +104,13 @@ def stored(folder: Path, component: Component) -> StoredComponent:
 
 def weight_files(folder: Path, component: Component) -> list[Path]:
     return list(stored(folder, component).files)
+
+
+def captured(transformer: torch.nn.Module) -> weakref.ref[torch.Tensor]:
+    """Gives a fast transformer memory of a captured step, as on a GPU, and tells whether it is still there."""
+    step = transformer.runtime.captured_step
+    step.output = torch.zeros(4)
+    return weakref.ref(step.output)
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""Headline figures of a run on an H100."""
+"""Headline figures of runs on an H100."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "prediction_error.resident_fp8": fp8.get("prediction_error"),
     }
     return {f"h100.{key}": float(f"{value:.4g}") for key, value in figures.items() if value is not None}
+
+
+def cards_summary(result: dict[str, Any]) -> dict[str, float]:
+    """Headline figures of ``benchmarks/cards.json``: seconds of a 1024x1024 picture, from the start of the command to
+    its end, by the GiB that were free.
+    """
+    return {
+        f"cards.seconds_1024.free_{str(row['free_gib']).replace('.', '_')}": float(f"{row['seconds']:.4g}")
+        for row in result["cards"]
+        if row["enhancer"] and "error" not in row
+    }
 
 
 def _ratio(one: dict[str, float], other: dict[str, float], key: str) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from ..generation.seeding import seeded
+from ..fast.random_state import SeededDraws
 
 BATCH = 8  # Pictures that go through a metric's network at once
 SET_PROMPTS = 100  # Distances between sets of fewer pictures mean nothing
@@ -196,7 +196,7 @@ def _find_distance(kind: str, options: dict[str, Any]) -> Callable[[torch.device
             for real, images in ((True, reference), (False, pictures)):
                 for part in images.split(BATCH):
                     distance.update(part.to(device), real=real)
-            with seeded(0, device):  # KID draws random subsets
+            with SeededDraws(0):  # KID draws random subsets
                 value = distance.compute()
             return [(value[0] if isinstance(value, tuple) else value).item()]
 

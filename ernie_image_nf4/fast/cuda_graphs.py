@@ -10,25 +10,46 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from ..upstream.models import is_hooked, version_of
+from .streams import CaptureStream
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# torch's random state is the process's and knows one capture at a time, whichever model captures.
+# While one thread captures, no other does: torch allows one capture at a time in a process. Held as well to draw from
+# torch's global random state, which is another one for a moment as a capture begins.
 CAPTURING = threading.Lock()
+
+
+class Graph(torch.cuda.CUDAGraph):
+    """A CUDA graph whose capture leaves torch's global random state alone.
+
+    torch 2.11 sets the device's default generator to capturing, whether the graph draws from it or not, and refuses
+    whatever another thread draws meanwhile ("Offset increment outside graph capture"). So the default generator has
+    another state, a copy of its own, for the moment in which the capture begins.
+    """
+
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        """As of `torch.cuda.CUDAGraph`."""
+        default = torch.cuda.default_generators[torch.cuda.current_device()]
+        own = default.graphsafe_get_state()
+        default.graphsafe_set_state(default.clone_state())
+        try:
+            super().capture_begin(*args, **kwargs)
+        finally:
+            default.graphsafe_set_state(own)
 
 
 def capture(
     work: Callable[[], Result],
-    stream: torch.cuda.Stream,
+    on: CaptureStream,
     *,
     warm_up: bool = False,
     generator: torch.Generator | None = None,
@@ -36,12 +57,10 @@ def capture(
     """Record the kernels that `work` starts on the stream's device, which has to be the current one.
 
     Args:
-        work: Reads and writes tensors whose addresses stay.
-        stream: To capture on. Every owner of graphs needs one of its own and keeps it: cuBLAS has a workspace for each
-            stream, in which no two graphs may work at once, and which newer versions of torch free together with a
-            graph of that stream.
+        work: Reads and writes tensors whose addresses stay. It draws no random numbers but from `generator`.
+        on: To capture on. The owner of the graph keeps it as long as the graph.
         warm_up: Whether to run `work` once before, so that what is allocated or compiled the first time isn't recorded.
-        generator: Random generator that `work` draws from, if not the global one.
+        generator: Random generator that `work` draws from. After an error it can't be used any more.
 
     Returns:
         The graph, and what `work` returned: tensors that each replay writes anew.
@@ -49,9 +68,9 @@ def capture(
     Raises:
         RuntimeError: Too little memory, or `work` does what can't be captured, such as waiting for the GPU.
     """
-    device = stream.device
+    device, stream = on.device, on.stream
     current = torch.cuda.current_stream(device)
-    graph = torch.cuda.CUDAGraph()
+    graph = Graph()
     if generator is not None:
         graph.register_generator_state(generator)
     # The outer context brings the current stream back: a capture that fails leaves its own.
@@ -68,7 +87,7 @@ def capture(
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     output = work()
             except BaseException:
-                _end_capture(stream)
+                on.abandon()
                 raise
     return graph, output
 
@@ -83,15 +102,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _end_capture(stream: torch.cuda.Stream) -> None:
-    """Let torch's random state know that a failed capture is over: one that succeeds tells it."""
-    with (
-        suppress(RuntimeError),
-        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
-    ):
-        torch.zeros(1, device=stream.device)
 
 
 class Predictor(Protocol):
@@ -125,7 +135,7 @@ class CapturedStep:
         self.picture: tuple | None = None
         self.tried = False
         self.failed = False
-        self.stream: torch.cuda.Stream | None = None
+        self.stream: CaptureStream | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[torch.Tensor, torch.Tensor] | None = None
         self.output: torch.Tensor | None = None
@@ -160,7 +170,7 @@ class CapturedStep:
         """Drop the graph and the memory that it works in. The rest of the picture goes through Python."""
         if self.graph is not None and self.stream is not None:
             # Replays ran on the current stream, but the memory goes back to the capturing stream's.
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+            self.stream.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         self.graph = self.inputs = self.output = None
 
     def _capture(
@@ -172,14 +182,14 @@ class CapturedStep:
         lengths: torch.Tensor,
     ) -> None:
         device = latents.device
-        if self.stream is None or self.stream.device != device:
-            self.stream = torch.cuda.Stream(device)
         inputs = latents.clone(), timestep.clone()
         try:
+            if self.stream is None or self.stream.device != device:
+                self.stream = CaptureStream(device)
             with torch.cuda.device(device):
                 graph, output = capture(lambda: transformer.predict(*inputs, text, lengths), self.stream)
         except RuntimeError as error:  # too little memory, or something that only works outside of a capture
-            self.failed = True
+            self.failed, self.stream = True, None
             logger.info("Steps aren't captured as a CUDA graph: %s", next(iter(str(error).splitlines()), ""))
             return
         self.graph, self.inputs, self.output = graph, inputs, output

@@ -9,23 +9,23 @@ GPU.
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, StaticCache
 from transformers.models.ministral3.modeling_ministral3 import Ministral3Model
 
+from ..upstream.attention import EfficientAttention
 from ..upstream.models import cache_argument
 from .cuda_graphs import capture
 from .decode_request import DecodeRequest
 from .module_tensors import tensors_of
+from .streams import CaptureStream
 
 CACHE_ARGUMENT = cache_argument(Ministral3Model.forward)
 CACHE_STEP = 512  # tokens by which the cache's capacity is rounded up; 54 MB for the full-size enhancer
-# Without cuDNN's, which in PyTorch 2.11 on an H100 now and then gave other last bits for the same decode step.
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LOOK_BACK = 4  # steps under way before the end of a finished one is looked at, so that the GPU never waits for Python
 
 
@@ -42,7 +42,7 @@ class DecodeBuffers:
         minimum: () int64, new tokens before which no end token may come.
         ended: (batch, 1) bool, whether the text has its end token.
         end: (vocabulary,) bool, True at end tokens.
-        generator: Random generator to sample from; None for the global one.
+        generator: Random generator to sample from, that of the slot.
         graph: The step, where it is captured.
     """
 
@@ -54,7 +54,7 @@ class DecodeBuffers:
     minimum: torch.Tensor
     ended: torch.Tensor
     end: torch.Tensor
-    generator: torch.Generator | None = None
+    generator: torch.Generator
     graph: torch.cuda.CUDAGraph | None = None
 
     def reset(self, minimum: int) -> None:
@@ -83,14 +83,15 @@ class DecodeSlot:
     There are buffers for each capacity: rounding may depend on it, and a text must not depend on those before it.
 
     Attributes:
-        generator: Random generator to sample from; None for the global one.
+        generator: Random generator to sample from, on the model's device. torch's global one is the process's, and
+            other threads draw from it, too.
         stream: To capture on, and to decode on if there are several slots; None where there is no CUDA.
         buffers: By capacity. A later call of the same kind takes them again.
         settings: What the graphs of the buffers were captured for.
     """
 
-    generator: torch.Generator | None = None
-    stream: torch.cuda.Stream | None = None
+    generator: torch.Generator
+    stream: CaptureStream | None = None
     buffers: dict[int, DecodeBuffers] = field(default_factory=dict)
     settings: tuple = ()
 
@@ -121,7 +122,7 @@ def decode_n_tokens(
         slot: What to decode with.
         request: What to decode.
         ids: Its input on the model's device, (batch, length) int64.
-        seed: Sets the slot's generator; None leaves the random state as it is.
+        seed: Sets the slot's generator; None leaves it as it is.
 
     Returns:
         Input and new tokens, (batch, length + new) int64.
@@ -129,7 +130,7 @@ def decode_n_tokens(
     length = ids.shape[1]
     buffers = slot.buffers_for(model, request, _rounded_up(length + CACHE_STEP // 2))
     buffers.reset(request.min_new_tokens)
-    if seed is not None and slot.generator is not None:
+    if seed is not None:
         slot.generator.manual_seed(seed)
     tokens, pending = [], []
 
@@ -152,7 +153,7 @@ def decode_n_tokens(
 
 
 def new_buffers(
-    model: PreTrainedModel, request: DecodeRequest, capacity: int, generator: torch.Generator | None = None
+    model: PreTrainedModel, request: DecodeRequest, capacity: int, generator: torch.Generator
 ) -> DecodeBuffers:
     """Empty buffers on the model's device."""
     embeddings = model.get_input_embeddings().weight
@@ -190,25 +191,22 @@ def decode_one_token(model: PreTrainedModel, buffers: DecodeBuffers, request: De
 
 
 def capture_decode_step(
-    model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest, stream: torch.cuda.Stream
+    model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest, stream: CaptureStream
 ) -> None:
     """Record `decode_one_token` as the CUDA graph of `buffers`. The random state stays as it was."""
-    device, generator = buffers.token.device, buffers.generator
-    kept = torch.cuda.get_rng_state(device) if generator is None else generator.get_state()
+    generator = buffers.generator
+    kept = generator.get_state()
     buffers.graph, _ = capture(
         lambda: decode_one_token(model, buffers, request), stream, warm_up=True, generator=generator
     )
-    if generator is None:
-        torch.cuda.set_rng_state(kept, device)
-    else:
-        generator.set_state(kept)
+    generator.set_state(kept)
 
 
 def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits behind the last token, (batch, vocabulary) float32. `positions`: (1, length), of `ids`."""
     # A mask in full: to make one itself, upstream would look from Python at how far the cache is filled.
     mask = torch.arange(buffers.capacity, device=ids.device) <= positions[..., None]
-    with sdpa_kernel(ATTENTION):
+    with EfficientAttention() if ids.is_cuda else nullcontext():
         output = model.model(
             input_ids=ids,
             position_ids=positions.expand(len(ids), -1),
@@ -232,7 +230,7 @@ def sample(buffers: DecodeBuffers, logits: torch.Tensor, request: DecodeRequest)
     buffers.count.add_(1)
 
 
-def multinomial_sample_one_no_sync(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def multinomial_sample_one_no_sync(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One draw from each row of `probabilities`, (batch, vocabulary): (batch, 1) int64, without waiting for the GPU.
 
     The function of gpt-fast, by exponential clocks: the index of the least q / p, with q ~ Exp(1), is drawn with

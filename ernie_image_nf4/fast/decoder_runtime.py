@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate.hooks import ModelHook
 from transformers import PreTrainedModel
 
 from ..upstream.offloading import hook_of
 from .decode_request import DecodeRequest
 from .decoder import DecodeSlot, decode_n_tokens
+from .random_state import drawing_as_caller
+from .streams import CaptureStream
 from .subclassing import Runtime
+from .turns import Turn
+
+logger = logging.getLogger(__name__)
 
 Text = Generator[None, None, torch.Tensor]  # a text under way, which returns its tokens
 
@@ -21,33 +27,35 @@ class DecoderRuntime(Runtime):
     """What a fast prompt enhancer keeps beside its weights: buffers with captured steps, for calls of the same kind.
 
     Attributes:
-        lock: Held while texts are decoded.
-        slot: What one call at a time is decoded with.
+        turn: Held while texts are decoded.
+        slot: What one call at a time is decoded with; None before the first.
         streams: Of the model's device: one for `slot`, then one for each slot of `generate_together`.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.slot = DecodeSlot()
-        self.streams: list[torch.cuda.Stream] = []
+        self.turn = Turn()
+        self.slot: DecodeSlot | None = None
+        self.streams: list[CaptureStream] = []
 
     def generate(self, model: PreTrainedModel, request: DecodeRequest) -> torch.Tensor:
         """Input and new tokens, (batch, length + new) int64 on the input's device, as from upstream's ``generate``."""
         with self._onloaded(model) as device:
-            self.slot.stream = self._stream(device, 0)
-            text = decode_n_tokens(model, self.slot, request, request.input_ids.to(device))
-            return _run(text).to(request.input_ids.device)
+            if self.slot is None or self.slot.generator.device != device:
+                self.slot = self._new_slot(device, 0)
+            ids = request.input_ids.to(device)
+            with drawing_as_caller(self.slot.generator):
+                return _run(decode_n_tokens(model, self.slot, request, ids)).to(request.input_ids.device)
 
     def generate_together(
         self, model: PreTrainedModel, requests: Sequence[DecodeRequest], seeds: Sequence[int], count: int
     ) -> list[torch.Tensor]:
-        """`generate` for each request, with its seed as random state; `count` texts are decoded at a time.
+        """What `generate` gives for each request after ``torch.manual_seed(seed)``; `count` are decoded at a time.
 
         A step of one text leaves much of the GPU idle. Here several texts take turns, each with buffers, a stream and a
         random state of its own: their steps run at once and are the same as alone, so no text depends on the others.
         """
         with self._onloaded(model) as device:
-            slots = [self._new_slot(device, number) for number in range(min(count, len(requests)))]
+            slots = [self._new_slot(device, 1 + number) for number in range(min(count, len(requests)))]
             try:
                 texts = _take_turns(model, slots, requests, seeds, device)
                 return [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
@@ -57,22 +65,27 @@ class DecoderRuntime(Runtime):
 
     def release(self) -> None:
         """Drop all buffers: their graphs read weights that are about to move."""
-        self.slot.buffers.clear()
+        if self.slot is not None:
+            self.slot.buffers.clear()
 
     def _new_slot(self, device: torch.device, number: int) -> DecodeSlot:
-        stream = self._stream(device, 1 + number)
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(device))
-        return DecodeSlot(torch.Generator(device), stream)
+        on = self._stream(device, number)
+        if on is not None:
+            on.stream.wait_stream(torch.cuda.current_stream(device))
+        return DecodeSlot(torch.Generator(device), on)
 
-    def _stream(self, device: torch.device, number: int) -> torch.cuda.Stream | None:
-        """The stream of this number, the same one while the model stays on a device."""
+    def _stream(self, device: torch.device, number: int) -> CaptureStream | None:
+        """The stream of this number, the same one while the model stays on a device; None if there is none."""
         if device.type != "cuda":
             return None
         if self.streams and self.streams[0].device != device:
             self.streams.clear()
-        while len(self.streams) <= number:
-            self.streams.append(torch.cuda.Stream(device))
+        try:
+            while len(self.streams) <= number:
+                self.streams.append(CaptureStream(device))
+        except RuntimeError as error:
+            logger.info("Tokens are decoded without a CUDA graph: %s", error)
+            return None
         return self.streams[number]
 
     @contextmanager
@@ -80,7 +93,7 @@ class DecoderRuntime(Runtime):
         """The device of the model, onloaded as a call of its ``forward`` would do it."""
         hook = hook_of(model)
         # No inference mode: buffers outlive the call, and later calls may not be in it.
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.turn.take(_device_of(model, hook)), torch.inference_mode(False), torch.no_grad():
             tells = hasattr(hook, "on_offload")
             if hook is not None:
                 hook.pre_forward(model)
@@ -92,11 +105,18 @@ class DecoderRuntime(Runtime):
                 with torch.cuda.device_of(weight):
                     yield weight.device
             except BaseException:
-                self.release()
+                self.slot = None  # a failed capture spoils its generator and stream
+                self.streams.clear()
                 raise
             finally:
                 if hook is not None and not tells:
                     self.release()
+
+
+def _device_of(model: PreTrainedModel, hook: ModelHook | None) -> torch.device:
+    """Where a model computes that may be offloaded now."""
+    device = getattr(hook, "execution_device", None)
+    return model.get_input_embeddings().weight.device if device is None else torch.device(device)
 
 
 def _run(text: Text) -> torch.Tensor:
@@ -123,7 +143,7 @@ def _take_turns(
     while busy:
         for number, (index, text) in list(busy.items()):
             slot, request = slots[number], requests[index]
-            with torch.cuda.stream(slot.stream):
+            with torch.cuda.stream(None if slot.stream is None else slot.stream.stream):
                 if text is None:
                     text = decode_n_tokens(model, slot, request, request.input_ids.to(device), seeds[index])
                     busy[number] = index, text
@@ -136,5 +156,5 @@ def _take_turns(
                         busy[number] = following, None
     for slot in slots:
         if slot.stream is not None:
-            torch.cuda.current_stream(device).wait_stream(slot.stream)
+            torch.cuda.current_stream(device).wait_stream(slot.stream.stream)
     return [done[index] for index in range(len(requests))]

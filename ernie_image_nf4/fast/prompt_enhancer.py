@@ -32,6 +32,7 @@ from .decode_request import DecodeRequest, may_be_served, request_of
 from .decoder_runtime import DecoderRuntime
 from .ops import elementwise
 from .subclassing import become, named_as_upstream
+from .unpickled import restore_nf4_weights
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def make_prompt_enhancer_fast(pe: Ministral3ForCausalLM) -> None:
     for module in pe.modules():
         if type(module) in fast:
             become(module, fast[type(module)])
+
+
+def is_fast(pe: object) -> bool:
+    """Whether a prompt enhancer has fast decoding."""
+    return isinstance(pe, FastPromptEnhancer) and pe.runtime is not None
 
 
 def _needs_upstream() -> bool:
@@ -185,6 +191,10 @@ class FastPromptEnhancer(Ministral3ForCausalLM):
     """
 
     runtime: DecoderRuntime | None = None  # of a model built by this class itself: its layers are upstream's
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        restore_nf4_weights(self)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's."""

@@ -1,4 +1,4 @@
-"""How an upstream model becomes a fast one: by a change of its class.
+"""How an upstream model or pipeline becomes one of ours: by a change of its class.
 
 `isinstance`, `save_pretrained`, copies and pickles take it for what it was.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
-ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+Class = TypeVar("Class", bound=type)
 
 
 class Runtime:
@@ -24,7 +25,7 @@ class Runtime:
         return type(self), ()
 
 
-def named_as_upstream(cls: ModuleClass) -> ModuleClass:
+def named_as_upstream(cls: Class) -> Class:
     """Give a subclass its base's ``__name__``, by which diffusers, transformers and peft know a model's class.
 
     Pickles find the subclass by ``__module__`` and ``__qualname__``, which stay its own.
@@ -33,7 +34,7 @@ def named_as_upstream(cls: ModuleClass) -> ModuleClass:
     return cls
 
 
-def become(module: nn.Module, cls: type[nn.Module]) -> None:
+def become(module: nn.Module | DiffusionPipeline, cls: type) -> None:
     """Make an object of an upstream class one of its subclass `cls`. Weights, buffers and hooks stay.
 
     Call it before anything wraps ``module.forward`` (accelerate's hooks do), as the wrapper keeps calling the method
@@ -57,5 +58,5 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
 
 
-def _base(cls: type[nn.Module]) -> type[nn.Module]:
+def _base(cls: type) -> type:
     return cls.__bases__[0]

@@ -23,12 +23,15 @@ from diffusers.models.transformers.transformer_ernie_image import (
 )
 from torch import nn
 
+from ..errors import InvalidSettings
 from ..upstream.models import attention_backend, attention_dispatch, is_compiled, version_of
 from .cuda_graphs import CapturedStep
 from .linear import apply_layers, apply_to_gelu
 from .ops import elementwise
 from .packing import Packing, pack, packed_rotary, token_positions
 from .subclassing import Runtime, become, named_as_upstream
+from .turns import Turn
+from .unpickled import restore_nf4_weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class TransformerRuntime(Runtime):
         fp8: Whether layers multiply in fp8; a setting, which copies keep.
         pictures: Pictures that the rows of a call belong to (`several_pictures`).
         positions: Packing and rotary embedding of the picture that is being drawn, with what they were computed from.
+        turn: Held during a step. Pipelines may share a transformer.
     """
 
     def __init__(self, capture_steps: bool = False, fp8: bool = False) -> None:
@@ -90,14 +94,18 @@ class TransformerRuntime(Runtime):
         self.fp8 = fp8
         self.pictures = 1
         self.positions: tuple[torch.Tensor, tuple, tuple[Packing, Rotary]] | None = None
+        self.turn = Turn()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.captured_step is not None, self.fp8)
 
     def release_graph(self) -> None:
         """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
-        if self.captured_step is not None:
-            self.captured_step.release()
+        step = self.captured_step
+        if step is None:
+            return
+        with self.turn.take(torch.device("cpu") if step.stream is None else step.stream.device):
+            step.release()
 
 
 def runtime_of(transformer: nn.Module) -> TransformerRuntime | None:
@@ -178,6 +186,19 @@ def scaled_attention(
     return dispatch(query, key, value, attn_mask=mask if options["backend"] is None else None, **options)
 
 
+def refuse_for_nf4(model: object, name: str) -> None:
+    """Refuse one of upstream's ways of offloading single tensors: it leaves the quantization states of NF4 behind.
+
+    Raises:
+        InvalidSettings: The model is in NF4.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise InvalidSettings(
+            f"{name} breaks NF4 weights: load with memory='stream' instead, which keeps two blocks of the transformer "
+            "on the GPU at a time."
+        )
+
+
 @named_as_upstream
 class FastErnieImageTransformer(ErnieImageTransformer2DModel):
     """A transformer that denoises by packed rows and captured steps. With gradients or compiled, it is upstream's."""
@@ -201,11 +222,21 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
             or attention_dispatch() is None  # of a pickle that another version of diffusers loads
         ):
             return super().forward(hidden_states, timestep, text_bth, text_lens, return_dict)
-        if runtime.captured_step is None:
-            sample = self.predict(hidden_states, timestep, text_bth, text_lens)
-        else:
-            sample = runtime.captured_step.predict(self, hidden_states, timestep, text_bth, text_lens)
+        with runtime.turn.take(hidden_states.device):
+            if runtime.captured_step is None:
+                sample = self.predict(hidden_states, timestep, text_bth, text_lens)
+            else:
+                sample = runtime.captured_step.predict(self, hidden_states, timestep, text_bth, text_lens)
         return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        restore_nf4_weights(self)
+
+    @functools.wraps(ErnieImageTransformer2DModel.enable_group_offload)
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        refuse_for_nf4(self, "enable_group_offload")
+        super().enable_group_offload(*args, **kwargs)
 
     def _is_compiled(self, runtime: TransformerRuntime) -> bool:
         """Whether torch.compile traces the transformer, or its blocks have been compiled."""

@@ -4,5 +4,5 @@
 enhances (`enhancement`), encodes, denoises and decodes them in groups, `manifest` records them, and `contact_sheet`
 shows them all. `settings`, `seeding`, `image_file` and `failures` serve both.
 
-Imports from `memory`, `fast`, `repository`, `upstream` and `errors`.
+Imports from `loading`, `memory`, `fast`, `repository`, `upstream` and `errors`.
 """

@@ -11,11 +11,11 @@ from diffusers import ErnieImagePipeline
 
 from ..fast.decode_request import DecodeRequest
 from ..fast.prompt_enhancer import FastPromptEnhancer
+from ..fast.random_state import SeededDraws
 from ..memory.offload import OffloadHook
 from ..memory.placement import GIB, WORKING_BYTES, free_memory
 from ..upstream.offloading import hook_of
 from ..upstream.pipelines import enhance_prompt, execution_device
-from .seeding import seeded
 from .settings import Settings
 
 MAX_DECODE_SLOTS = 4
@@ -41,7 +41,7 @@ def enhance(
     if not settings.use_pe or pipe.pe is None or pipe.pe_tokenizer is None:
         return None
     device, size = execution_device(pipe), {"width": settings.width, "height": settings.height}
-    with seeded(settings.seed, device):
+    with SeededDraws(settings.seed):
         return enhance_prompt(pipe, settings.prompt, device, **size, generate=generate)
 
 

@@ -1,19 +1,12 @@
-"""What a seed decides: the initial latents, and the random state that the prompt enhancer samples from."""
+"""What a seed decides beside the prompt enhancer's text: the initial latents."""
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from diffusers import ErnieImagePipeline
 
 from ..upstream.pipelines import execution_device
 from .settings import Settings
-
-# Each device has one random state for all threads: two that set and restore it by turns would restore each other's.
-_SEEDING = threading.RLock()
 
 
 def initial_latents(pipe: ErnieImagePipeline, settings: Settings) -> torch.Tensor:
@@ -29,25 +22,3 @@ def initial_latents(pipe: ErnieImagePipeline, settings: Settings) -> torch.Tenso
     )
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(settings.seed))
     return noise.to(execution_device(pipe), pipe.transformer.dtype)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global random states of the CPU and of one device while the context lasts, then restore both.
-
-    ``torch.manual_seed`` would reseed all other GPUs too, even those that are first used later. Contexts in other
-    threads wait meanwhile.
-    """
-    device_random = None if device.type == "cpu" else torch.get_device_module(device)
-    with _SEEDING:
-        before = torch.get_rng_state()
-        device_before = device_random.get_rng_state(device) if device_random else None
-        try:
-            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-            if device_random:
-                device_random.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
-            yield
-        finally:
-            torch.set_rng_state(before)
-            if device_random:
-                device_random.set_rng_state(device_before, device)

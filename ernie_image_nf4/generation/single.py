@@ -13,12 +13,13 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import ErnieImagePipeline
 
 from ..fast.products import is_in_fp8
+from ..fast.random_state import SeededDraws
+from ..loading.loaded_pipeline import taking_turn
 from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
-from ..upstream.pipelines import execution_device
 from .failures import check_picture, explained
 from .image_file import Drawing, check_side, format_of, save_picture
-from .seeding import initial_latents, seeded
+from .seeding import initial_latents
 from .settings import Settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 
 
@@ -80,7 +81,7 @@ def draw_and_save(
 def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     """Draw one picture. The same settings give the same picture again on the same machine, prompt enhancer included.
 
-    The prompt enhancer samples from torch's global random state, which is seeded for the call and then restored.
+    The prompt enhancer samples by the seed. torch's global random state stays as it is.
 
     Args:
         pipe: The pipeline, as from `load`.
@@ -91,7 +92,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
         NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
     started = time.perf_counter()
-    with seeded(settings.seed, execution_device(pipe)), noted() as notes:
+    with taking_turn(pipe), SeededDraws(settings.seed), noted() as notes:
         try:
             result = pipe(
                 prompt=settings.prompt,

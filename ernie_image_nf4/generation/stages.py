@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..errors import NotFinite
 from ..fast.products import is_in_fp8
 from ..fast.transformer import several_pictures
+from ..loading.loaded_pipeline import taking_turn
 from ..memory.apply import memory_mode
 from ..memory.decode_check import is_finite, noted
 from ..upstream.pipelines import execution_device
@@ -97,19 +98,24 @@ def draw_group(
     settings = [each for batch in batches for each in batch]
     with _group_calls(pipe) as calls:
         started = time.perf_counter()
-        revised = enhance_all(calls, settings)
-        prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
-        negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
-        embeddings = encode(calls, [*prompts, *negatives])
-        shared = (time.perf_counter() - started) / len(settings)
-        denoised: list[Denoised] = []
-        for batch in batches:
-            texts = [embeddings[prompt] for prompt in prompts[len(denoised) : len(denoised) + len(batch)]]
-            denoised += denoise(calls, batch, texts, [embeddings.get(each.negative_prompt) for each in batch], limits)
+        with taking_turn(pipe):
+            revised = enhance_all(calls, settings)
+            prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
+            negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
+            embeddings = encode(calls, [*prompts, *negatives])
+            shared = (time.perf_counter() - started) / len(settings)
+            denoised: list[Denoised] = []
+            for batch in batches:
+                texts = [embeddings[prompt] for prompt in prompts[len(denoised) : len(denoised) + len(batch)]]
+                denoised += denoise(
+                    calls, batch, texts, [embeddings.get(each.negative_prompt) for each in batch], limits
+                )
         for each, prompt, text, result in zip(settings, prompts, revised, denoised, strict=True):
             started = time.perf_counter()
             try:
-                image = decode(calls, each, embeddings[prompt], result.latents)
+                # Not while the caller has the drawing: it may go on in another thread.
+                with taking_turn(pipe):
+                    image = decode(calls, each, embeddings[prompt], result.latents)
             except NotFinite as error:
                 yield str(error)
                 continue

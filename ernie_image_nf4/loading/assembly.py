@@ -18,10 +18,10 @@ from torch import nn
 
 from ..fast.module_tensors import tensors_of
 from ..repository import nf4_format as nf4
+from ..repository.libraries import library_reading
 from ..repository.meta_model import tied_weights
 from ..repository.record import StoredComponent
 from ..repository.safetensors_io import DTYPES, StoredTensor, read_tensor
-from ..repository.security import library_reading
 from ..repository.validation import StoredModel, StoredNF4, match_tensors
 from ..upstream.models_in_memory import finish_loading
 from .device_reader import DeviceReader
@@ -75,10 +75,11 @@ def assemble(part: StoredComponent, source: TensorSource, dtype: torch.dtype) ->
 
     Raises:
         InvalidRepository: Files and configuration don't fit each other.
+        IncompatibleLibraries: The library can't build the model all the same.
     """
     with torch.inference_mode(False):  # inference tensors can't be moved later
         found = match_tensors(part, dtype)
-        with library_reading(part.folder):
+        with library_reading(part):
             _assign(found, source, dtype)
             finish_loading(found.model, part.component.library, found.quantizer, part.folder, dtype)
     return found.model

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
-import transformers
 from torch import nn
 
 from ..errors import InvalidRepository
@@ -17,13 +16,15 @@ from ..memory.host_embeddings import enable_host_embeddings, unused_modules
 from ..memory.placement import Placement
 from ..repository import nf4_format as nf4
 from ..repository.chat_template import check_chat_template
+from ..repository.libraries import library_reading
 from ..repository.record import Repository, StoredComponent
 from ..repository.safetensors_io import DTYPES, StoredTensor
-from ..repository.security import library_reading
 from ..upstream.triton_cache import prepare_triton
 from .assembly import TensorSource, assemble, keep_as_stored, move_rest
 from .device_reader import DeviceReader
 from .from_pretrained import load_plain
+from .loaded_pipeline import make_pipeline_take_turns
+from .tokenizers import load_tokenizer
 
 
 def build_pipeline(repository: Repository, placement: Placement) -> diffusers.ErnieImagePipeline:
@@ -32,7 +33,8 @@ def build_pipeline(repository: Repository, placement: Placement) -> diffusers.Er
     The quantized components are on the device if ``placement.memory`` is ``"resident"``, all others on the CPU.
 
     Raises:
-        InvalidRepository: A component is damaged, can't be loaded, or doesn't fit the others.
+        InvalidRepository: A component is damaged, or doesn't fit the others.
+        IncompatibleLibraries: The installed libraries can't load a component that is sound.
     """
     with ThreadPoolExecutor(2) as pool, _tensor_source(repository, placement) as source:
         if placement.fast:
@@ -40,7 +42,7 @@ def build_pipeline(repository: Repository, placement: Placement) -> diffusers.Er
         parts: dict[str, Any] = {}
         template = None
         if pe_tokenizer := repository.components.get("pe_tokenizer"):
-            parts["pe_tokenizer"] = _load_tokenizer(pe_tokenizer)
+            parts["pe_tokenizer"] = load_tokenizer(pe_tokenizer)
             # Renders in a process of its own, for which there is no need to wait.
             template = pool.submit(check_chat_template, parts["pe_tokenizer"])
         for name, part in repository.components.items():
@@ -50,6 +52,7 @@ def build_pipeline(repository: Repository, placement: Placement) -> diffusers.Er
         pipe = diffusers.ErnieImagePipeline(**parts)
         if template:
             template.result()
+    make_pipeline_take_turns(pipe)
     pipe.register_to_config(_name_or_path=str(repository.folder))
     _check_agreement(pipe, repository)
     return pipe
@@ -90,7 +93,7 @@ def _load_component(part: StoredComponent, placement: Placement, source: TensorS
     """One component. Models with NF4 weights are on the device that they are loaded to, all else is on the CPU."""
     component = part.component
     if component.weights is None:
-        return _load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
+        return load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
     if component.quantized and placement.load_device.type != "cpu":
         return load_plain(part, placement)
     model = assemble(part, source, placement.dtype)
@@ -111,14 +114,8 @@ def _leave_unused_on_host(model: nn.Module, part: StoredComponent, placement: Pl
         move_rest(model, placement.device, unused)
 
 
-def _load_tokenizer(part: StoredComponent) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer by the class that ``model_index.json`` names, as diffusers would load it."""
-    with library_reading(part.folder):
-        return getattr(transformers, part.class_name).from_pretrained(part.folder, local_files_only=True)
-
-
 def _load_scheduler(part: StoredComponent) -> Any:
-    with library_reading(part.folder):
+    with library_reading(part):
         return getattr(diffusers, part.class_name).from_config(part.config)
 
 

@@ -116,7 +116,8 @@ class DeviceReader:
         if place is None:
             return None
         data = self._memory[stored.file][place : place + stored.spec.bytes]
-        return data.view(DTYPES[stored.spec.dtype]).view(stored.spec.shape)
+        # A storage of its own on the same memory: pickles of a tensor hold its whole storage.
+        return torch.from_dlpack(data).view(DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
     def wait(self) -> None:
         """Wait until all tensors are on the device.

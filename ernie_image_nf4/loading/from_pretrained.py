@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..memory.placement import Placement
+from ..repository.libraries import library_reading
 from ..repository.record import StoredComponent
-from ..repository.security import library_reading
 from ..repository.validation import check_structure
 from ..upstream.models_in_memory import forget_nf4_loading
 
@@ -26,13 +26,14 @@ def load_plain(part: StoredComponent, placement: Placement) -> nn.Module:
     """A component on ``placement.load_device``, loaded as in the model card's demo.
 
     Raises:
-        InvalidRepository: Its files don't fit its configuration, or upstream can't load them.
+        InvalidRepository: Its files don't fit its configuration, or are damaged.
+        IncompatibleLibraries: Upstream can't load them all the same.
     """
     check_structure(part)
     component = part.component
     dtype = torch.get_default_dtype()
     try:
-        with library_reading(part.folder):
+        with library_reading(part):
             model = getattr(importlib.import_module(component.library), component.class_name).from_pretrained(
                 part.folder,
                 device_map={"": placement.load_device},

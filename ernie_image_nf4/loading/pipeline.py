@@ -10,9 +10,10 @@ import torch
 
 from ..fast.products import check_fp8, enable_fp8
 from ..memory.apply import apply_placement
-from ..memory.placement import Placement, find_device, find_dtype, find_memory, working_bytes
+from ..memory.placement import Placement, find_device, find_dtype, find_memory
+from ..memory.requirements import weight_bytes
 from ..repository.integrity import check_integrity
-from ..repository.record import Repository, StoredComponent, open_repository
+from ..repository.record import Repository, open_repository
 from ..repository.resolve import find_repository
 from .build import build_pipeline
 from .garbage_collection import move_to_oldest_generation
@@ -128,8 +129,14 @@ def decide_placement(
     mode, reason = find_memory(
         memory,
         device,
-        weight_bytes={name: device_bytes(part, fast) for name, part in repository.components.items()},
-        working_bytes=working_bytes(recommended.height * recommended.width, fast),
+        weights={
+            name: weight_bytes(part, fast=fast, dtype=dtype)
+            for name, part in repository.components.items()
+            if part.component.weights
+        },
+        pixels=recommended.height * recommended.width,
+        dtype=dtype,
+        tiled=fast,
     )
     return Placement(device, dtype, mode, fast), reason
 
@@ -143,8 +150,3 @@ def warn_of_unquantized(repository: Repository, dtype: torch.dtype) -> None:
                 part.folder,
                 dtype,
             )
-
-
-def device_bytes(part: StoredComponent, fast: bool) -> int:
-    """Bytes of a component's weights that come to the device."""
-    return sum(stored.spec.bytes for stored in part.device_tensors(fast).values())

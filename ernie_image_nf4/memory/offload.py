@@ -112,6 +112,7 @@ class OffloadScheduler:
     stream: torch.cuda.Stream | None
     limit: int
     _resident: weakref.ReferenceType[ComponentWeights] | None = None
+    _prefetched: weakref.ReferenceType[ComponentWeights] | None = None
 
     @property
     def resident(self) -> ComponentWeights | None:
@@ -120,6 +121,10 @@ class OffloadScheduler:
 
     def onload(self, weights: ComponentWeights) -> None:
         """Put a component on the device in place of the one that is there."""
+        prefetched = self._prefetched() if self._prefetched is not None else None
+        if prefetched is not None and prefetched is not weights:
+            prefetched.offload()  # Another one is called first: `limit` has no room for a third.
+        self._prefetched = None
         self.offload_resident()
         weights.arena.onload(self.stream)
         self._resident = weakref.ref(weights)  # Set only after onload: an OOM must not mark it resident.
@@ -129,6 +134,7 @@ class OffloadScheduler:
         following = None if weights.following is None else weights.following()
         if following is not None and weights.arena.bytes + following.arena.bytes <= self.limit:
             following.arena.prefetch(self.stream)
+            self._prefetched = weights.following
 
     def offload(self, weights: ComponentWeights) -> None:
         """Free a component's copy on the device, a prefetched one as well."""

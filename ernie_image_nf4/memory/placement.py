@@ -6,28 +6,22 @@ call them. A `Placement` records the decision, which ``apply.py`` carries out.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import DeviceUnavailable, InvalidSettings
-from ..repository.components import COMPONENT
 from ..upstream.devices import cpu_has_bfloat16
+from .requirements import GIB, MODES, WeightBytes, mode_needs, without_optional
 
-GIB = 1024**3
 DEVICE_TYPES = ("cuda", "xpu", "mps", "cpu")  # in order of preference; bitsandbytes has NF4 for each of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MEMORY_MODES = ("auto", "resident", "offload", "stream")
+MEMORY_MODES = ("auto", *MODES)
 
-# Side of a tile of the VAE's. Pictures up to this size are decoded as upstream decodes them, so most sizes don't
-# change by a bit.
-TILE = 512
-# Decoding takes most of the memory beyond the weights: of a whole picture, or of one tile. In
-# benchmarks/benchmark_h100.json (resident), 5.0 GiB a megapixel are reserved beyond loading at 512x512, 4.4 at
-# 1024x1024; a little more here, for other cards.
-DECODE_BYTES_PER_PIXEL = 5.5 * GIB / 1024**2
-# Activations of the transformer and text encoder, decoding in tiles, and what the allocator rounds up: 0.6 GiB at
-# 512x512 there (offload).
+CPU_CURE = "device='cpu' (--device cpu)"
+# Left free by whoever fills a device with batches.
 WORKING_BYTES = 1 * GIB
 
 
@@ -142,22 +136,26 @@ def choose_memory(
     requested: str,
     device: torch.device,
     *,
-    weight_bytes: dict[str, int],
+    weights: dict[str, WeightBytes],
     free_bytes: int | None,
-    working_bytes: int = WORKING_BYTES,
+    pixels: int,
+    dtype: torch.dtype = torch.bfloat16,
+    tiled: bool = True,
 ) -> tuple[str, str]:
     """Choose the memory mode.
 
-    ``"auto"`` takes the first of resident, offload and stream in which the weights and a picture of the recommended
-    size fit. A mode asked for by name is refused only if its weights and `WORKING_BYTES` don't fit: a smaller picture
-    may still be drawn.
+    ``"auto"`` takes the first of resident, offload and stream in which a picture of the recommended size fits, of
+    prompts up to 1,024 tokens. A mode asked for by name, and stream where none fits, is refused only if not even a
+    small picture of a short prompt does.
 
     Args:
         requested: One of `MEMORY_MODES`.
         device: Device of the computation.
-        weight_bytes: Component name -> bytes of its weights that are computed with on the device.
-        free_bytes: Free memory of the device; None for a device that uses the machine's memory.
-        working_bytes: Bytes that a picture of the recommended size takes beside the weights.
+        weights: Of each component, on the device.
+        free_bytes: As of `free_memory`.
+        pixels: Of a picture of the recommended size.
+        dtype: Of the computation.
+        tiled: Whether the VAE decodes in tiles where a whole picture doesn't fit.
 
     Returns:
         One of `MEMORY_MODES`, never ``"auto"``, and the reason in words.
@@ -175,45 +173,41 @@ def choose_memory(
                 "use memory='auto' or 'resident'."
             )
         return "resident", "it works in the machine's own memory"
-    weights = mode_bytes(weight_bytes)
     if requested == "auto":
-        mode = next((mode for mode in weights if free_bytes >= weights[mode] + working_bytes), "stream")
-        needs = ", ".join(f"{_gib(size + working_bytes)} for {mode}" for mode, size in weights.items())
-        reason = f"{_gib(free_bytes)} free; it takes {needs}"
+        needs = mode_needs(weights, pixels, dtype=dtype, tiled=tiled)
+        mode = next((mode for mode in MODES if needs[mode] <= free_bytes), MODES[-1])
+        takes = ", ".join(f"{_at_least(need)} for {mode}" for mode, need in needs.items())
+        smaller = "" if needs[mode] <= free_bytes else ", and less for a smaller picture or a short prompt"
+        reason = f"{_at_most(free_bytes)} free; it takes {takes}{smaller}"
     else:
-        mode, reason = requested, f"as asked, {_gib(free_bytes)} free"
-    if free_bytes < (minimum := weights[mode] + WORKING_BYTES):
-        smaller = "" if mode == "stream" else "memory='stream' (--memory stream), "
+        mode, reason = requested, f"as asked, {_at_most(free_bytes)} free"
+    least = _least_needs(weights, dtype)
+    if free_bytes < least[mode]:
+        cures = [f"{cure}, which needs {_at_least(need)}" for cure, need in _cures(mode, weights, dtype, free_bytes)]
         raise DeviceUnavailable(
-            f"Memory mode {mode!r} needs {_gib(minimum)} on {device}, where {_gib(free_bytes)} are free: "
-            f"close what else uses the device, or use {smaller}prompt_enhancer=False (--no-pe) or device='cpu'."
+            f"Memory mode {mode!r} needs {_at_least(least[mode])} on {device}, where {_at_most(free_bytes)} are free: "
+            f"close what else uses the device, or use {', or '.join([*cures, CPU_CURE])}."
         )
     return mode, reason
 
 
-def working_bytes(pixels: int, fast: bool) -> int:
-    """Bytes that a picture takes on the device beside the weights.
-
-    Args:
-        pixels: Pixels of the picture.
-        fast: Whether the VAE decodes in tiles where a whole picture doesn't fit.
-    """
-    at_once = min(pixels, TILE**2) if fast else pixels
-    return max(WORKING_BYTES, int(DECODE_BYTES_PER_PIXEL * at_once))
+def _least_needs(weights: dict[str, WeightBytes], dtype: torch.dtype) -> dict[str, int]:
+    """Memory mode -> bytes below which not even a small picture of a short prompt is drawn."""
+    return mode_needs(weights, 0, dtype=dtype, long_text=False)
 
 
-def mode_bytes(weight_bytes: dict[str, int]) -> dict[str, int]:
-    """Memory mode -> bytes of weights on the device at once, in falling order.
-
-    Args:
-        weight_bytes: Component name -> bytes of its weights.
-    """
-    sizes = weight_bytes.values()
-    return {
-        "resident": sum(sizes),
-        "offload": max(sizes, default=0),
-        "stream": max((size for name, size in weight_bytes.items() if not COMPONENT[name].streamed), default=0),
-    }
+def _cures(
+    mode: str, weights: dict[str, WeightBytes], dtype: torch.dtype, free_bytes: int
+) -> Iterator[tuple[str, int]]:
+    """What to use where a memory mode doesn't fit, and the bytes that it needs, of which there are enough."""
+    least, alone = _least_needs(weights, dtype), _least_needs(without_optional(weights), dtype)
+    smaller = next((other for other in MODES[MODES.index(mode) + 1 :] if least[other] <= free_bytes), None)
+    if smaller is not None:
+        yield f"memory={smaller!r} (--memory {smaller})", least[smaller]
+    if least[mode] > free_bytes >= alone[mode]:
+        yield "prompt_enhancer=False (--no-pe)", alone[mode]
+    elif smaller is None and least["stream"] > free_bytes >= alone["stream"]:
+        yield "memory='stream' and prompt_enhancer=False (--memory stream --no-pe)", alone["stream"]
 
 
 def find_device(requested: str | torch.device | None) -> torch.device:
@@ -228,11 +222,23 @@ def find_dtype(requested: str | torch.dtype | None, device: torch.device) -> tor
 
 
 def find_memory(
-    requested: str, device: torch.device, *, weight_bytes: dict[str, int], working_bytes: int
+    requested: str,
+    device: torch.device,
+    *,
+    weights: dict[str, WeightBytes],
+    pixels: int,
+    dtype: torch.dtype,
+    tiled: bool,
 ) -> tuple[str, str]:
     """`choose_memory` by the device's free memory now."""
     return choose_memory(
-        requested, device, weight_bytes=weight_bytes, free_bytes=free_memory(device), working_bytes=working_bytes
+        requested,
+        device,
+        weights=weights,
+        free_bytes=free_memory(device),
+        pixels=pixels,
+        dtype=dtype,
+        tiled=tiled,
     )
 
 
@@ -247,7 +253,11 @@ def device_counts() -> dict[str, int]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a GPU, with what PyTorch keeps reserved; None for a device that uses the machine's memory."""
+    """Free bytes of a GPU, with what PyTorch keeps reserved; None for a device that uses the machine's memory.
+
+    To ask makes the process's context on the device if there is none, so what that takes (0.5 GiB on an H100) is not
+    free any more.
+    """
     if device.type not in ("cuda", "xpu"):
         return None
     backend = getattr(torch, device.type)
@@ -255,5 +265,11 @@ def free_memory(device: torch.device) -> int | None:
     return free + backend.memory_reserved(device) - backend.memory_allocated(device)
 
 
-def _gib(count: int) -> str:
-    return f"{count / GIB:.1f} GiB"
+def _at_least(count: int) -> str:
+    """A need in words, rounded up: no figure smaller than what is asked for."""
+    return f"{math.ceil(10 * count / GIB) / 10:.1f} GiB"
+
+
+def _at_most(count: int) -> str:
+    """What is there in words, rounded down."""
+    return f"{math.floor(10 * count / GIB) / 10:.1f} GiB"

@@ -105,6 +105,7 @@ class HostArena:
         """Bytes of all blocks, on either side."""
         return sum(len(block.memory) for block in self.host_blocks)
 
+    @torch.compiler.disable
     def prefetch(self, stream: torch.cuda.Stream | None) -> None:
         """Start copying to the device on `stream`, None without CUDA; `onload` waits for the copies."""
         if self.device_blocks:
@@ -121,6 +122,7 @@ class HostArena:
             self.copied.record(stream)
         self.device_blocks = copies
 
+    @torch.compiler.disable
     def onload(self, stream: torch.cuda.Stream | None) -> None:
         """Let the module's tensors be the copies on the device."""
         self.prefetch(stream)
@@ -128,6 +130,7 @@ class HostArena:
         for slot in self.slots:
             slot.point_to(slot.view(self.device_blocks[slot.block]))
 
+    @torch.compiler.disable
     def offload(self) -> None:
         """Let the module's tensors be those in host memory, and free the copies."""
         self._wait_for_copies()

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2
 
 from ..fast.subclassing import named_as_upstream
+from ..fast.turns import Turn
 from .decode_check import CheckedVAE, DecodeCheck, make_vae_checked
-from .placement import DECODE_BYTES_PER_PIXEL, TILE, free_memory
+from .placement import free_memory
+from .requirements import DECODE_BYTES_PER_PIXEL, TILE
 
 
 @dataclass(kw_only=True)
@@ -25,15 +27,18 @@ class TilingRuntime(DecodeCheck):
     Attributes:
         budget: Bytes to decode in; None for the device's free memory at each call.
         before_decode: Called first, to free memory that is no longer needed. Must not refer to the VAE.
+        turn: Held during a decode. Pipelines may share a VAE.
     """
 
     budget: int | None = None
     before_decode: Callable[[], None] | None = None
+    turn: Turn = field(default_factory=Turn, compare=False)
 
-    def fits(self, pixels: int, device: torch.device) -> bool:
-        """Whether `pixels` can be decoded at once on a device. Always True for one that uses the machine's memory."""
-        budget = free_memory(device) if self.budget is None else self.budget
-        return budget is None or pixels * DECODE_BYTES_PER_PIXEL <= budget
+    def fits(self, pixels: int, latents: torch.Tensor) -> bool:
+        """Whether `pixels` can be decoded at once from such latents. Always True in the machine's own memory."""
+        budget = free_memory(latents.device) if self.budget is None else self.budget
+        factor = latents.dtype.itemsize / torch.bfloat16.itemsize
+        return budget is None or pixels * DECODE_BYTES_PER_PIXEL * factor <= budget
 
 
 @named_as_upstream
@@ -47,17 +52,18 @@ class TiledVAE(CheckedVAE):
     @functools.wraps(AutoencoderKLFlux2.decode)
     def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         pixels = z.shape[-2] * z.shape[-1] * upscaling(self) ** 2
-        slicing, tiling = self.use_slicing, self.use_tiling
-        if self.runtime.before_decode is not None:
-            self.runtime.before_decode()
-        if z.is_cuda:
-            torch.cuda.empty_cache()  # What denoising leaves free lies in pieces too small for a decode.
-        try:
-            self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z.device)
-            self.use_tiling = tiling or not self.runtime.fits(pixels, z.device)
-            return CheckedVAE.decode(self, z, *args, **kwargs)
-        finally:
-            self.use_slicing, self.use_tiling = slicing, tiling
+        with self.runtime.turn.take(z.device):
+            slicing, tiling = self.use_slicing, self.use_tiling
+            if self.runtime.before_decode is not None:
+                self.runtime.before_decode()
+            if z.is_cuda:
+                torch.cuda.empty_cache()  # What denoising leaves free lies in pieces too small for a decode.
+            try:
+                self.use_slicing = slicing or not self.runtime.fits(pixels * len(z), z)
+                self.use_tiling = tiling or not self.runtime.fits(pixels, z)
+                return CheckedVAE.decode(self, z, *args, **kwargs)
+            finally:
+                self.use_slicing, self.use_tiling = slicing, tiling
 
 
 def make_vae_tiled(

@@ -256,7 +256,7 @@ def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent
     """Record what was written of a component and move it to the output."""
     plan, files = conversion.plans.get(part.name), folder_records(made.work / part.name)
     record = ComponentRecord(
-        class_name=part.component.class_name,
+        class_name=part.class_name,
         quantized=part.component.quantized,
         files=files,
         bytes=sum(file.bytes for name, file in files.items() if name.endswith(WEIGHTS)),

@@ -21,11 +21,11 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from ..errors import InvalidRepository
 from ..repository import nf4_format as nf4
 from ..repository.components import Component
+from ..repository.libraries import library_reading
 from ..repository.meta_model import MetaParameters, meta_model, saved_names, tied_weights
 from ..repository.metadata import Quantization
 from ..repository.record import StoredComponent
 from ..repository.safetensors_io import DTYPES, StoredTensor, TensorSpec, read_chunks
-from ..repository.security import library_reading
 from ..upstream.models_in_memory import exchange_layers, nf4_quantizer
 
 QUANTIZATION = Quantization()
@@ -76,12 +76,13 @@ def plan_weights(part: StoredComponent, keep: Sequence[str] = ()) -> WeightPlan:
 
     Raises:
         InvalidRepository: It is quantized already, or a tensor is missing or has an unexpected shape or dtype.
+        IncompatibleLibraries: The libraries can't build the model that the configuration describes.
     """
     folder, component, stored = part.folder, part.component, dict(part.tensors)
     if part.quantized:
         raise InvalidRepository(f"{folder} is quantized already: name the original repository instead.")
     dtype = _main_dtype(folder, stored)
-    with library_reading(part.config_file):
+    with library_reading(part, part.config_file):
         model: Any = meta_model(component, part.settings)
     model = model.to(dtype) if component.library == "transformers" else model
     state, names = model.state_dict(), _output_names(model, stored)

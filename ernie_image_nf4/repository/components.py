@@ -24,6 +24,7 @@ class Component:
         name: Folder and pipeline argument.
         library: ``"diffusers"`` or ``"transformers"``, the first entry of its ``model_index.json`` line.
         class_name: The class that loads it, the second entry.
+        other_classes: Other classes that the second entry may name: no class is imported that isn't in this table.
         config: The file without which the folder is not this component.
         weights: The safetensors file, or None for a component without weights.
         quantized: Whether its linear layers are stored as NF4; everything else keeps its original precision.
@@ -42,7 +43,17 @@ class Component:
     optional: bool = False
     streamed: bool = False
     unused: tuple[str, ...] = ()
+    other_classes: tuple[str, ...] = ()
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """All classes that may load it."""
+        return (self.class_name, *self.other_classes)
+
+
+# The tokenizers of Mistral's text models, by their names in transformers 5 and in earlier releases.
+TOKENIZER = "TokenizersBackend"
+OTHER_TOKENIZERS = ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer")
 
 COMPONENTS: tuple[Component, ...] = (
     Component(
@@ -68,8 +79,15 @@ COMPONENTS: tuple[Component, ...] = (
     ),
     Component("vae", "diffusers", "AutoencoderKLFlux2", "config.json", "diffusion_pytorch_model.safetensors"),
     Component("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler", "scheduler_config.json"),
-    Component("tokenizer", "transformers", "TokenizersBackend", "tokenizer_config.json"),
-    Component("pe_tokenizer", "transformers", "TokenizersBackend", "tokenizer_config.json", optional=True),
+    Component("tokenizer", "transformers", TOKENIZER, "tokenizer_config.json", other_classes=OTHER_TOKENIZERS),
+    Component(
+        "pe_tokenizer",
+        "transformers",
+        TOKENIZER,
+        "tokenizer_config.json",
+        optional=True,
+        other_classes=OTHER_TOKENIZERS,
+    ),
 )
 
 COMPONENT: dict[str, Component] = {component.name: component for component in COMPONENTS}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InvalidRepository
+from ..errors import IncompatibleLibraries, InvalidRepository
 from .components import COMPONENTS, METADATA, MODEL_INDEX, Component
-from .metadata import ComponentRecord, file_record, read_metadata
+from .metadata import ComponentRecord, changed_files, read_metadata
 from .record import Repository, component_class, open_component, read_model_index
 from .security import DOWNLOAD_AGAIN
 from .validation import structure_problems
@@ -56,12 +56,11 @@ def verify(folder: str | Path, *, components: Sequence[Component] = COMPONENTS) 
         record = metadata.components.get(component.name) if metadata else None
         if record is None and component.optional and component_class(index, component) is None:
             continue
-        problems = _recorded_problems(folder, index, component, record) if record else []
+        changed = _recorded_problems(folder, index, component, record) if record else []
         if metadata and not record:
-            problems.append(f"{METADATA} says nothing of {component.name}.")
-        if not problems:
-            problems = _own_problems(folder, index, component)
-        summary = _summary(component, record, problems)
+            changed.append(f"{METADATA} says nothing of {component.name}.")
+        problems = changed or _own_problems(folder, index, component, record)
+        summary = _summary(component, record, changed, problems)
         reports.append(ComponentReport(component.name, summary, not problems, problems))
     return reports
 
@@ -71,6 +70,7 @@ def check_integrity(repository: Repository) -> None:
 
     Raises:
         InvalidRepository: Something is wrong. The message has the first problem and the number of all.
+        IncompatibleLibraries: The installed libraries can't build a model by its configuration.
     """
     if repository.metadata_problem:
         raise repository.metadata_problem
@@ -89,20 +89,7 @@ def check_integrity(repository: Repository) -> None:
 
 def _recorded_problems(folder: Path, index: dict, component: Component, record: ComponentRecord) -> list[str]:
     """Where the files of one component aren't as they were recorded."""
-    place = folder / component.name
-    problems = []
-    for name, expected in record.files.items():
-        path = place / name
-        if not path.is_file():
-            problems.append(f"{path} is missing.")
-        elif (size := path.stat().st_size) != expected.bytes:
-            problems.append(f"{path} has {size} bytes, expected {expected.bytes}.")
-        elif file_record(path) != expected:
-            problems.append(f"{path} was changed: its SHA-256 isn't the recorded one.")
-    found = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
-    problems += [
-        f"{path} isn't in {METADATA}." for path in found if path.relative_to(place).as_posix() not in record.files
-    ]
+    problems = changed_files(folder / component.name, record)
     if component_class(index, component) != record.class_name:
         problems.append(
             f"{MODEL_INDEX} says {index.get(component.name)} of {component.name}, {METADATA} {record.class_name}."
@@ -110,17 +97,17 @@ def _recorded_problems(folder: Path, index: dict, component: Component, record: 
     return problems
 
 
-def _own_problems(folder: Path, index: dict, component: Component) -> list[str]:
-    """Where a component contradicts itself."""
+def _own_problems(folder: Path, index: dict, component: Component, record: ComponentRecord | None) -> list[str]:
+    """Where a component contradicts itself, or why the libraries here can't tell."""
     if component_class(index, component) is None:
         return [f"{MODEL_INDEX} has no line for {component.name}."]
     try:
-        return structure_problems(open_component(folder, index, component), values=True)
-    except InvalidRepository as error:
+        return structure_problems(open_component(folder, index, component, record=record), values=True)
+    except (InvalidRepository, IncompatibleLibraries) as error:
         return [str(error)]
 
 
-def _summary(component: Component, record: ComponentRecord | None, problems: list[str]) -> str:
+def _summary(component: Component, record: ComponentRecord | None, changed: list[str], problems: list[str]) -> str:
     if record is None:
         state = f"{len(problems)} problems" if problems else "complete, no digests to compare"
         return f"{component.name}: {component.class_name}, {state}"
@@ -129,5 +116,6 @@ def _summary(component: Component, record: ComponentRecord | None, problems: lis
     error = (
         "" if record.relative_weight_error is None else f"relative weight error {record.relative_weight_error:.4f}, "
     )
-    wrong = f"{len(problems)} of {len(record.files)} files wrong" if problems else f"{len(record.files)} files ok"
-    return f"{component.name}: {record.class_name}, {kind}, {size}{error}{wrong}"
+    files = f"{len(changed)} of {len(record.files)} files wrong" if changed else f"{len(record.files)} files ok"
+    unusable = f", but {len(problems)} problems" if problems and not changed else ""
+    return f"{component.name}: {record.class_name}, {kind}, {size}{error}{files}{unusable}"

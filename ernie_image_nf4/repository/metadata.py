@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import InvalidRepository
 from .components import COMPONENT, METADATA, PIXELS_PER_PATCH
-from .security import DOWNLOAD_AGAIN, is_plain_name, read_json
+from .security import DOWNLOAD_AGAIN, WEIGHTS, is_plain_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,30 @@ def file_record(path: Path) -> FileRecord:
         while block := file.read(1 << 20):
             digest.update(block)
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def changed_files(folder: Path, record: ComponentRecord, *, weights: bool = True) -> list[str]:
+    """Where the files in a component's folder aren't as they were recorded, a sentence each.
+
+    Args:
+        folder: The component's.
+        record: What they should be.
+        weights: Whether to read weight files too. Without, their sizes alone are compared.
+    """
+    problems = []
+    for name, expected in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing.")
+        elif (size := path.stat().st_size) != expected.bytes:
+            problems.append(f"{path} has {size} bytes, expected {expected.bytes}.")
+        elif (weights or not name.endswith(WEIGHTS)) and file_record(path) != expected:
+            problems.append(f"{path} was changed: its SHA-256 isn't the recorded one.")
+    found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    problems += [
+        f"{path} isn't in {METADATA}." for path in found if path.relative_to(folder).as_posix() not in record.files
+    ]
+    return problems
 
 
 def to_json(metadata: Metadata) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InvalidRepository
 from .components import COMPONENT, COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS, PROMPT_ENHANCER, Component
-from .metadata import Metadata, Recommended, parse_metadata
+from .metadata import ComponentRecord, Metadata, Recommended, parse_metadata
 from .safetensors_io import StoredTensor, read_header
 from .security import (
     DOWNLOAD_AGAIN,
@@ -24,7 +24,8 @@ from .security import (
     refuse_lfs_pointer,
 )
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Of files that libraries read by pickle, weights and others (optimizer.pt, training_args.bin). NumPy's may hold some.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -40,6 +41,8 @@ class StoredComponent:
         settings: Content of each JSON file in the folder but vocabularies, by name.
         files: Its weight files, none for a component without weights.
         tensors: The tensors in these files by name, from their headers.
+        templates: Text of each chat template in the folder, by name.
+        record: What the metadata says of it, if anything.
         problems: Where headers and the index of shards contradict each other, a sentence each.
     """
 
@@ -49,6 +52,8 @@ class StoredComponent:
     settings: dict[str, dict[str, Any]]
     files: tuple[Path, ...] = ()
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    templates: dict[str, str] = field(default_factory=dict)
+    record: ComponentRecord | None = None
     problems: tuple[str, ...] = ()
 
     @property
@@ -152,12 +157,15 @@ def open_repository(folder: Path, *, prompt_enhancer: bool = True, weights: bool
             holds what `security` refuses.
     """
     index = read_model_index(folder)
+    metadata, problem = _open_metadata(folder)
+    records = metadata.components if metadata else {}
     found: dict[str, StoredComponent] = {}
     for component in COMPONENTS:
         if component.optional and not prompt_enhancer:
             continue
         if component_class(index, component) is not None:
-            found[component.name] = open_component(folder, index, component, weights=weights)
+            record = records.get(component.name)
+            found[component.name] = open_component(folder, index, component, record=record, weights=weights)
         elif not component.optional:
             raise InvalidRepository(f"{folder / MODEL_INDEX} names no {component.name!r}: {DOWNLOAD_AGAIN}.")
     enhancer = [name for name in PROMPT_ENHANCER if name in found]
@@ -166,12 +174,16 @@ def open_repository(folder: Path, *, prompt_enhancer: bool = True, weights: bool
             f"Of {' and '.join(PROMPT_ENHANCER)}, {folder / MODEL_INDEX} names only {enhancer[0]!r}: "
             f"load without the prompt enhancer (prompt_enhancer=False, --no-pe), or {DOWNLOAD_AGAIN}."
         )
-    metadata, problem = _open_metadata(folder)
     return Repository(folder, index, found, metadata, problem)
 
 
 def open_component(
-    folder: Path, index: dict[str, Any], component: Component, *, weights: bool = True
+    folder: Path,
+    index: dict[str, Any],
+    component: Component,
+    *,
+    record: ComponentRecord | None = None,
+    weights: bool = True,
 ) -> StoredComponent:
     """Read and check one component: its line in ``model_index.json``, its files, and the headers of its weights.
 
@@ -179,6 +191,7 @@ def open_component(
         folder: The repository.
         index: Its ``model_index.json``.
         component: One that is not left out.
+        record: What the metadata says of it, if anything. Nothing is compared with it here.
         weights: Whether weight files have to be there.
 
     Raises:
@@ -187,8 +200,7 @@ def open_component(
     place, entry = folder / component.name, index.get(component.name)
     is_tokenizer = component.config == TOKENIZER_CONFIG
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    known = class_name == component.class_name or (is_tokenizer and "Token" in str(class_name))
-    if library != component.library or not known:
+    if library != component.library or class_name not in component.class_names:
         raise InvalidRepository(
             f"{folder / MODEL_INDEX}: {component.name} is {entry}, expected "
             f"{[component.library, component.class_name]}: only the classes of ERNIE-Image are loaded, and no code "
@@ -198,7 +210,7 @@ def open_component(
         raise InvalidRepository(f"Folder {place} is missing: {DOWNLOAD_AGAIN}.")
     if not (place / component.config).is_file():
         raise InvalidRepository(f"File {place / component.config} is missing: {DOWNLOAD_AGAIN}.")
-    settings = read_component_files(folder, place)
+    settings, templates = read_component_files(folder, place)
     # diffusers notes the class here; transformers has `architectures` instead.
     if (written := settings[component.config].get("_class_name", component.class_name)) != component.class_name:
         raise InvalidRepository(
@@ -206,7 +218,8 @@ def open_component(
         )
     if is_tokenizer:
         _check_tokenizer_files(place)
-    stored = StoredComponent(component, place, str(class_name), settings)
+    stored = StoredComponent(component, place, str(class_name), settings, templates=templates, record=record)
+    _refuse_pickles(stored)
     return _with_headers(stored) if component.weights and weights else stored
 
 
@@ -234,7 +247,9 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 def component_class(index: dict[str, Any], component: Component) -> str | None:
     """The class that ``model_index.json`` names for a component, None if left out (``[null, null]``, or no line)."""
     entry = index.get(component.name)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if entry in (None, [None, None]):
+        return None
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else str(entry)
 
 
 def _check_tokenizer_files(place: Path) -> None:
@@ -245,18 +260,30 @@ def _check_tokenizer_files(place: Path) -> None:
         refuse_lfs_pointer(path)
 
 
+def _refuse_pickles(stored: StoredComponent) -> None:
+    """Nothing here reads one, but other programs that are given the folder might."""
+    pickles = sorted(path for path in stored.folder.rglob("*") if path.suffix.lower() in PICKLES)
+    if not pickles:
+        return
+    weights = stored.component.weights
+    if weights and not stored.weight_files():
+        raise InvalidRepository(
+            f"{stored.folder} has its weights as a pickle only ({pickles[0].name}), which can run code when loaded: "
+            f"expected {weights}; use a safetensors release, or convert it with save_pretrained."
+        )
+    more = f" (and {len(pickles) - 1} more in {stored.folder})" if len(pickles) > 1 else ""
+    raise InvalidRepository(
+        f"{pickles[0]}{more} may be a pickle, which can run code when loaded, and isn't needed: remove the file."
+    )
+
+
 def _with_headers(stored: StoredComponent) -> StoredComponent:
     """The component with its weight files and their headers."""
     files = stored.weight_files()
     if not files:
-        weights = stored.component.weights
-        pickles = sorted(path.name for path in stored.folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise InvalidRepository(
-                f"{stored.folder} has its weights as a pickle only ({pickles[0]}), which can run code when loaded: "
-                f"expected {weights}; use a safetensors release, or convert it with save_pretrained."
-            )
-        raise InvalidRepository(f"Weight file {stored.folder / str(weights)} is missing: {DOWNLOAD_AGAIN}.")
+        raise InvalidRepository(
+            f"Weight file {stored.folder / str(stored.component.weights)} is missing: {DOWNLOAD_AGAIN}."
+        )
     tensors: dict[str, StoredTensor] = {}
     problems = []
     for file in files:

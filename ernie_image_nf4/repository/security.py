@@ -7,17 +7,17 @@ expected.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ErnieImageNF4Error, InvalidRepository
+from ..errors import InvalidRepository
 
 DOWNLOAD_AGAIN = "download the repository again, e.g. with `hf download user/name --local-dir FOLDER`"
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+MAX_POINTER = 1024  # bytes; the specification demands fewer
 
 # Bytes. The largest published ones: an index of shards with 0.3 MB, a tokenizer with 17 MB, chat templates of some 10
 # kB.
@@ -54,12 +54,7 @@ def read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidRepository(f"File {path} is missing: {DOWNLOAD_AGAIN}.")
     check_inside(folder, path)
-    _check_size(path, MAX_JSON)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    refuse_pointer(path, data)
+    data = _read(path, MAX_JSON)
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
@@ -69,20 +64,20 @@ def read_json(folder: Path, path: Path) -> dict[str, Any]:
     return value
 
 
-def read_component_files(folder: Path, place: Path) -> dict[str, dict[str, Any]]:
-    """Check every file of a component, and read its JSON files.
+def read_component_files(folder: Path, place: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Check every file of a component, and read its JSON files and chat templates.
 
     Args:
         folder: The repository.
         place: The component's folder in it.
 
     Returns:
-        Content of each JSON file but vocabularies, by its path in `place`.
+        Content of each JSON file but vocabularies, and text of each template, by their paths in `place`.
 
     Raises:
         InvalidRepository: A file leads out of the repository, is code, names code or other files, or is absurdly large.
     """
-    settings = {}
+    settings, templates = {}, {}
     for path in sorted(place.rglob("*")):
         check_inside(folder, path)
         if not path.exists():
@@ -92,13 +87,14 @@ def read_component_files(folder: Path, place: Path) -> dict[str, dict[str, Any]]
                 f"{path} would change what is loaded, and how: no code or adapter of a repository is used. "
                 "Remove the file if you trust the rest; an adapter goes to pipe.load_lora_weights."
             )
+        name = path.relative_to(place).as_posix()
         if path.name in VOCABULARIES:
             _check_size(path, MAX_VOCABULARY)
         elif path.suffix == ".jinja":
-            _check_size(path, MAX_TEMPLATE)
+            templates[name] = _read_template(path)
         elif path.suffix == ".json":
-            settings[path.relative_to(place).as_posix()] = _checked_settings(path, read_json(folder, path))
-    return settings
+            settings[name] = _checked_settings(path, read_json(folder, path))
+    return settings, templates
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -124,11 +120,13 @@ def is_plain_name(name: object) -> bool:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Refuse a file that git left as a pointer.
+    """Refuse a file that git left as a pointer. One that is too large to be a pointer isn't opened.
 
     Raises:
         InvalidRepository: It is one, or can't be read.
     """
+    if path.stat().st_size > MAX_POINTER:
+        return
     try:
         with path.open("rb") as file:
             start = file.read(len(GIT_LFS_POINTER))
@@ -150,33 +148,29 @@ def refuse_pointer(path: Path, content: bytes) -> None:
         )
 
 
-@contextmanager
-def library_reading(place: Path) -> Iterator[None]:
-    """Turn whatever a library raises while it reads `place` into one clear error.
-
-    The only place where every exception is caught: what diffusers, transformers, tokenizers and bitsandbytes raise for
-    senseless settings is undocumented and of any type (KeyError, ZeroDivisionError, AttributeError ...). Only calls
-    into those libraries may stand inside; the original error is kept as the cause.
-
-    Raises:
-        InvalidRepository: The library raised something.
-    """
-    try:
-        yield
-    except (ErnieImageNF4Error, MemoryError):
-        raise
-    except Exception as error:
-        # torch.OutOfMemoryError, by name: this module doesn't import torch.
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise InvalidRepository(
-            f"{place} can't be loaded ({type(error).__name__}: {first_line(error)}): {DOWNLOAD_AGAIN}."
-        ) from error
-
-
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of an error's message that isn't empty, or its kind if there is none."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The content of a file of at most so many bytes."""
+    _check_size(path, limit)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    refuse_pointer(path, data)
+    return data
+
+
+def _read_template(path: Path) -> str:
+    """The text of a chat template, its line ends as Python reads them."""
+    try:
+        return io.TextIOWrapper(io.BytesIO(_read(path, MAX_TEMPLATE)), "utf-8").read()
+    except UnicodeDecodeError as error:
+        raise InvalidRepository(f"{path} is no text in UTF-8 ({error}): {DOWNLOAD_AGAIN}.") from error
 
 
 def _check_size(path: Path, limit: int) -> None:

@@ -23,10 +23,10 @@ from torch import nn
 from ..errors import InvalidRepository
 from ..upstream.models_in_memory import exchange_layers, nf4_quantizer, persistent_tensors
 from . import nf4_format as nf4
+from .libraries import library_reading
 from .meta_model import MetaParameters, TooManyParameters, meta_model, saved_names, tied_weights
 from .record import StoredComponent
 from .safetensors_io import DTYPES, StoredTensor, TensorSpec, read_chunks, read_tensor
-from .security import library_reading
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
 FLOATS = ("bfloat16", "float16", "float32")
@@ -116,6 +116,7 @@ def structure_problems(part: StoredComponent, *, values: bool = False) -> list[s
 
     Raises:
         InvalidRepository: The configuration describes no model, or a file can't be read.
+        IncompatibleLibraries: The libraries can't build the model that the configuration describes.
     """
     if part.component.weights is None:
         return []
@@ -132,6 +133,7 @@ def match_tensors(part: StoredComponent, dtype: torch.dtype = torch.bfloat16) ->
 
     Raises:
         InvalidRepository: Files and configuration don't fit each other. The message has the first problem.
+        IncompatibleLibraries: The libraries can't build the model that the configuration describes.
     """
     problems = [*part.problems]
     if not problems:
@@ -145,7 +147,7 @@ def match_tensors(part: StoredComponent, dtype: torch.dtype = torch.bfloat16) ->
 def _matched(part: StoredComponent, dtype: torch.dtype = torch.bfloat16) -> StoredModel:
     """As `match_tensors`, with all problems in the result."""
     model, quantizer = _built_model(part, dtype)
-    with library_reading(part.config_file):
+    with library_reading(part, part.config_file):
         expected, tied = _expected_tensors(model, part.tensors)
     settings, stored = _read_settings(part.tensors), part.tensors
     found = StoredModel(model, quantizer, tied={key: stored[key] for key in sorted(tied.keys() & stored)})
@@ -177,7 +179,7 @@ def _built_model(part: StoredComponent, dtype: torch.dtype) -> tuple[nn.Module, 
     A model of more parameters than the files have tensors is given up while it is built.
     """
     settings = _quantization_settings(part) if part.quantized else None
-    with library_reading(part.config_file):
+    with library_reading(part, part.config_file):
         try:
             model = meta_model(part.component, part.settings, limit=len(part.tensors) + MAX_TIED)
         except TooManyParameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -60,6 +61,7 @@ class TorchModelHook(ModelHook):
             self._handle.remove()
         return module
 
+    @torch.compiler.disable  # traced, it would move weights while the graph is made, and never again
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """As a forward pre-hook of torch."""
         self.pre_forward(module)

@@ -33,3 +33,8 @@ def extras() -> dict[str, list[str]]:
     """The package's extras with their requirements. Python 3.10 can't read TOML."""
     section = read("pyproject.toml").split("[project.optional-dependencies]\n")[1].split("\n\n")[0]
     return {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (\[.*?\])$", section, re.M | re.S)}
+
+
+def requirements() -> list[str]:
+    """What the package needs."""
+    return ast.literal_eval(re.search(r"^dependencies = (\[.*?^\])", read("pyproject.toml"), re.M | re.S).group(1))

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import pytest
 import typer
-from doc_pages import CHECKOUT, read
+from doc_pages import read
 
 import ernie_image_nf4
-
-
-def script(name: str) -> ModuleType:
-    """A script of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, CHECKOUT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_api, make_cli, make_rooms = (script(name) for name in ("make_api", "make_cli", "make_rooms"))
+from docs import make_api, make_cli, make_rooms
 
 
 def test_the_python_api_is_that_of_the_docstrings() -> None:

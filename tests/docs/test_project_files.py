@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from doc_pages import CHECKOUT, extras, read
+from doc_pages import CHECKOUT, extras, read, requirements
 
 import ernie_image_nf4
 
@@ -56,6 +56,13 @@ def test_the_test_command_checks_and_tests() -> None:
     assert [part.split()[0] for part in command.split(" && ")] == ["pip", "ruff", "ruff", "mypy", "pytest"]
     brought = {re.match(r"[\w-]+", requirement).group() for requirement in extras()["test"]}
     assert {"ruff", "mypy", "pytest"} <= brought
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed() -> None:
+    allowed = {*requirements(), *extras()["test"]}
+    pins = {line for line in read(".ci/lowest.txt").splitlines() if not line.startswith("#")}
+    assert {requirement.replace(">=", "==") for requirement in allowed} == pins - {"typer-slim==0.19"}
+    assert "typer==0.19" in pins  # the same modules
 
 
 @pytest.mark.parametrize("page", ["SECURITY.md", "CONTRIBUTING.md", "README.md"])

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
-import shlex
-import shutil
-from importlib.resources import as_file, files
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import skeleton, stored
-from doc_pages import blocks, read
+from doc_pages import read
+from full_size import full_size_weights
 from huggingface_hub import ModelCard
-from typer.main import get_command
 
-import ernie_image_nf4
-from ernie_image_nf4.cli.app import app
-from ernie_image_nf4.loading.pipeline import device_bytes
-from ernie_image_nf4.memory.placement import GIB, choose_memory, mode_bytes, working_bytes
-from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weights
-from ernie_image_nf4.quantization.synthetic import tensor_specs
-from ernie_image_nf4.repository.components import COMPONENTS
-from ernie_image_nf4.repository.safetensors_io import TensorSpec
+from ernie_image_nf4.memory.placement import choose_memory
+from ernie_image_nf4.memory.requirements import GIB, MODES, WeightBytes, mode_needs
+from ernie_image_nf4.repository.record import StoredComponent
 
 README = read("README.md")
 
@@ -41,79 +29,48 @@ def test_it_fits_a_card() -> None:
     assert len(README.splitlines()) <= 220
 
 
-def hollow_file(file: Path, specs: dict[str, TensorSpec]) -> None:
-    """A safetensors file of these tensors with a hole in place of the values: full size, but no bytes on the disk."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, spec in specs.items():
-        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (end, end + spec.bytes)}
-        end += spec.bytes
-    text = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+CONTEXT = GIB // 2  # of CUDA, as on an H100: gone before the free memory is asked for
 
 
 @pytest.fixture(scope="module")
-def full_size_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Component -> bytes of its weights on the device, of the full-size model as `quantize` makes it."""
-    folder = tmp_path_factory.mktemp("full-size")
-    with as_file(files("ernie_image_nf4") / "quantization" / "configs" / "full") as configs:
-        shutil.copytree(configs, folder, dirs_exist_ok=True)
-    weights = {}
-    for component in COMPONENTS:
-        if component.weights:
-            file = folder / component.name / component.weights
-            hollow_file(file, tensor_specs(skeleton(component, folder / component.name), duplicate_lm_head=False))
-            if component.quantized:
-                hollow_file(file, plan_weights(stored(folder, component), DEFAULT_KEEP).specs())
-            weights[component.name] = device_bytes(stored(folder, component), fast=True)
-    return weights
+def weights(full_size: dict[str, StoredComponent]) -> dict[str, WeightBytes]:
+    return full_size_weights(full_size)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/memory-modes.md"])
-def test_the_tables_of_cards_are_what_auto_takes_at_full_size(page: str, full_size_weights: dict[str, int]) -> None:
-    rows = re.findall(r"^\| ([\d.]+) GiB[^|]* \| `(\w+)` \|", read(page), re.MULTILINE)
-    assert [mode for _, mode in rows] == ["resident", "offload", "stream"]
-    room = working_bytes(1024**2, fast=True)
-    for free, mode in rows:
-        least = (mode_bytes(full_size_weights)[mode] + room) / GIB
-        assert least <= float(free) < least + 0.1
-        chosen, _ = choose_memory(
-            "auto",
-            torch.device("cuda", 0),
-            weight_bytes=full_size_weights,
-            free_bytes=int(float(free) * GIB),
-            working_bytes=room,
-        )
-        assert chosen == mode
+def chosen(weights: dict[str, WeightBytes], free: float) -> str:
+    """The mode for pictures of 1024x1024 that `auto` takes on a card of which so many GiB are free."""
+    device, inside = torch.device("cuda", 0), int(free * GIB) - CONTEXT
+    return choose_memory("auto", device, weights=weights, free_bytes=inside, pixels=1024**2)[0]
 
 
-def test_host_memory_is_that_of_the_weights(full_size_weights: dict[str, int]) -> None:
-    total, enhancer = sum(full_size_weights.values()) / GIB, full_size_weights["pe"] / GIB
-    assert README.count(f"| {total:.1f} GiB, pinned |") == 2
+def test_the_table_of_cards_is_what_auto_takes_at_full_size(weights: dict[str, WeightBytes]) -> None:
+    rows = re.findall(r"^\| (\d+) GB \| ([\d.]+) GiB \| `(\w+)` \|", README, re.MULTILINE)
+    assert [(card, mode) for card, _, mode in rows] == [
+        ("12", "resident"),
+        ("8", "offload"),
+        ("6", "stream"),
+        ("4", "stream"),
+    ]
+    for _, free, mode in rows:
+        assert chosen(weights, float(free)) == mode
+    assert chosen(weights, 15) == chosen(weights, 23) == "resident"
+
+
+def test_the_limits_of_the_modes_are_those_of_auto_at_full_size(weights: dict[str, WeightBytes]) -> None:
+    page = read("docs/memory-modes.md")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) GiB \| ([\d.]+) GiB \|", page, re.MULTILINE)
+    assert [mode for mode, *_ in rows] == list(MODES)
+    without = {name: part for name, part in weights.items() if name != "pe"}
+    for mode, *limits in rows:
+        for each, limit in zip((weights, without), map(float, limits), strict=True):
+            need = (mode_needs(each, 1024**2)[mode] + CONTEXT) / GIB
+            assert need <= limit < need + 0.1
+            assert chosen(each, limit) == mode
+
+
+def test_host_memory_is_that_of_the_weights(weights: dict[str, WeightBytes]) -> None:
+    total, enhancer = sum(part.whole for part in weights.values()) / GIB, weights["pe"].whole / GIB
+    assert f"{total:.1f} GiB of pinned memory" in " ".join(README.split())
     assert f"saves {enhancer:.1f} GiB in `resident`" in README
     modes = " ".join(read("docs/memory-modes.md").split())
     assert f"that is {total:.1f} GiB, or {total - enhancer:.1f} GiB with `prompt_enhancer=False`" in modes
-
-
-@pytest.mark.parametrize(("page", "code"), blocks("python"))
-def test_python_examples_are_python(page: str, code: str) -> None:
-    ast.parse(code, page)
-
-
-def test_commands_exist_with_their_options() -> None:
-    commands = get_command(app).commands
-    lines = [part for _, text in blocks("bash") for line in text.splitlines() for part in line.split("&&")]
-    ours = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("ernie-image-nf4 ")]
-    assert len(ours) >= 15
-    for _, name, *arguments in ours:
-        known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert {argument for argument in arguments if argument.startswith("-")} <= known
-
-
-def test_what_examples_import_is_there() -> None:
-    lines = [
-        line for _, code in blocks("python") for line in code.splitlines() if line.startswith("from ernie_image_nf4")
-    ]
-    names = {alias.name for line in lines for alias in ast.parse(line).body[0].names}
-    assert {"load", "generate_batch"} <= names <= set(ernie_image_nf4.__all__)

@@ -12,6 +12,7 @@ import test_transformer
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from conftest import captured
 from diffusers import ErnieImageTransformer2DModel
 from PIL import Image
 
@@ -32,7 +33,20 @@ from ernie_image_nf4.repository.components import MODEL_INDEX
 from ernie_image_nf4.repository.nf4_format import block_scales
 
 CHECKOUT = Path(__file__).parents[2]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def cpu_multiplies() -> bool:
+    """Whether PyTorch multiplies fp8 on a CPU: 2.11 doesn't yet."""
+    values, scale = torch.ones(16, 16).to(FP8), torch.ones(16, 1)
+    try:
+        fp8.scaled_product(values, scale, values, scale)
+    except NotImplementedError:
+        return False
+    return True
+
+
+multiplies = pytest.mark.skipif(not cpu_multiplies(), reason="this PyTorch has no products in fp8 on a CPU")
+DEVICES = [pytest.param("cpu", marks=multiplies), pytest.param("cuda", marks=pytest.mark.gpu)]
 ROUNDING = 2.0**-4  # of a value with four significant bits, relative
 
 
@@ -150,6 +164,7 @@ def test_kernels_round_as_plain_torch_does(rows, columns, block_size, nested):
         assert ((found[0].float() - wanted[0].float()).abs() <= wanted[0].float().abs() * 2 * ROUNDING + 2.0**-9).all()
 
 
+@multiplies
 def test_a_gelu_is_rounded_once():
     torch.manual_seed(0)
     layer, gate, up = linear(columns=64), torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16()
@@ -164,6 +179,7 @@ def test_a_gelu_is_rounded_once():
     assert 0 < (found - expected).norm() / expected.norm() < 0.06
 
 
+@multiplies
 def test_attention_in_fp8_needs_no_masks_that_are_there_for_rounding(transformer):
     predict(transformer)
     assert all(mask is not None for mask in transformer.runtime.positions[2][0].masks)
@@ -200,6 +216,7 @@ def test_sums_cost_little_beside_the_rounding_to_fp8(device):
     assert ((found - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.005
 
 
+@multiplies
 def test_a_row_of_a_product_is_the_same_whichever_others_there_are():
     layer = linear()
     become(layer, Fp8Linear4bit)
@@ -250,15 +267,15 @@ def test_bfloat16_comes_back_to_the_bit(device):
     assert torch.equal(predict(transformer), expected)
 
 
-def test_a_step_captured_in_the_other_precision_is_released(transformer, monkeypatch):
-    released = []
-    monkeypatch.setattr(transformer.runtime, "release_graph", lambda: released.append(True))
-    enable_fp8(transformer)
-    assert len(released) == 1
-    disable_fp8(transformer)
-    assert len(released) == 2
+def test_a_step_captured_in_the_other_precision_is_freed(transformer):
+    make_transformer_fast(transformer, capture_steps=True)
+    for change in (enable_fp8, disable_fp8):
+        memory = captured(transformer)
+        change(transformer)
+        assert memory() is None
 
 
+@multiplies
 def test_nothing_is_kept_of_the_weights_in_fp8(transformer):
     before = {name: set(vars(module)) for name, module in transformer.named_modules()}
     enable_fp8(transformer)
@@ -267,6 +284,7 @@ def test_nothing_is_kept_of_the_weights_in_fp8(transformer):
         assert vars(module).keys() - before[name] <= {"__module__"}
 
 
+@multiplies
 def test_a_copy_stays_in_fp8_with_weights_of_its_own(transformer):
     enable_fp8(transformer)
     expected = predict(transformer)
@@ -291,6 +309,7 @@ class Adapter(torch.nn.Module):
         return self.base_layer(x) + 1
 
 
+@multiplies
 def test_adapters_and_hooks_are_called(transformer):
     enable_fp8(transformer)
     x = torch.randn(1, 3, 128).bfloat16()
@@ -349,6 +368,7 @@ def test_a_transformer_that_would_not_multiply_in_fp8_is_refused():
         enable_fp8(heads_of_48)
 
 
+@multiplies
 def test_pictures_say_that_they_were_made_in_fp8_and_others_are_not_taken_for_them(repository, tmp_path):
     pipe = load(repository, device="cpu", dtype="bfloat16", prompt_enhancer=False)
     settings = {"height": 32, "width": 32, "steps": 1}

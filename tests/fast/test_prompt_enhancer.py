@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import ModelHook
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, Ministral3Config, Ministral3ForCausalLM
 from transformers.models.ministral3 import modeling_ministral3
@@ -126,15 +126,20 @@ def test_a_text_does_not_depend_on_the_cache_of_a_longer_one_before(model, monke
     assert prefills == [16, 16, 16]
 
 
-def test_decoding_takes_no_attention_that_gives_other_bits_now_and_then(model, monkeypatch):
-    served(model, monkeypatch)
-    allowed = []
+@torch.no_grad()
+def test_decoding_computes_attention_by_one_kernel_and_changes_no_setting_of_other_threads(model):
+    make_prompt_enhancer_fast(model)
+    switches = []
     model.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        lambda *_: switches.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
     )
-    model.generate(**prompt(model, 1, 5), max_new_tokens=4, do_sample=False, pad_token_id=PAD, eos_token_id=None)
-    assert len(allowed) >= 2
-    assert not any(allowed)
+    ids = prompt(model, 1, 5)["input_ids"]
+    with Operations() as operations:
+        decoded(model, ids, torch.arange(5, device=model.device)[None])
+    assert switches == [(True, True)]
+    kernels = [name for name in operations.names if name.startswith("_scaled_dot_product")]
+    expected = {"_scaled_dot_product_efficient_attention"} if model.device.type == "cuda" else set()
+    assert {name for name in kernels if "cudnn" in name or "efficient" in name} == expected
 
 
 @pytest.mark.gpu
@@ -333,6 +338,9 @@ def test_texts_decoded_together_are_those_decoded_alone(model, monkeypatch, coun
     assert len({len(text[0]) for text in alone}) > 1  # some end earlier, and another text takes their place
 
 
+EFFICIENT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # without cuDNN's
+
+
 class Operations(TorchDispatchMode):
     """Counts what is started on the device while it lasts."""
 
@@ -358,7 +366,8 @@ def decoded(model: Ministral3ForCausalLM, ids: torch.Tensor, positions: torch.Te
     call = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
     request = build("cpu") if type(model) is Ministral3ForCausalLM else model
     make_prompt_enhancer_fast(request)
-    buffers = decoder.new_buffers(model, request.decode_request(**call), 128)
+    generator = torch.Generator(model.device)
+    buffers = decoder.new_buffers(model, request.decode_request(**call), 128, generator)
     return decoder.forward(model, buffers, ids, positions)
 
 
@@ -383,10 +392,10 @@ def test_fast_layers_give_upstreams_values_with_fewer_operations(model, dtype, l
 @torch.no_grad()
 def test_fast_layers_serve_a_forward_pass_without_a_cache(model):
     ids = prompt(model, 2, 40)["input_ids"]
-    with Operations() as upstream, sdpa_kernel(decoder.ATTENTION):
+    with Operations() as upstream, sdpa_kernel(EFFICIENT):
         expected = model(ids, use_cache=False).logits
     make_prompt_enhancer_fast(model)
-    with Operations() as fast, sdpa_kernel(decoder.ATTENTION):
+    with Operations() as fast, sdpa_kernel(EFFICIENT):
         got = model(ids, use_cache=False).logits
     assert_same(got, expected, model.dtype)
     assert [names.count("neg") for names in (upstream.names, fast.names)] == [4, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -301,7 +302,7 @@ def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(pipe, tmp_
     rows = [Row("a", negative="b", guidance=1.0), Row("a", guidance=1.0), Row("a", negative="b"), Row("a")]
     options = {"steps": 1, "height": 32, "width": 32, "use_pe": False}
     list(generate_batch(pipe, rows, tmp_path, guidance=3.0, **options))
-    (message,) = (record.getMessage() for record in caplog.records)
+    (message,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert message == (
         "The negative prompt of 1 of 4 pictures has no effect at guidance scale 1.0: use one above 1 (--guidance 4)."
     )
@@ -310,7 +311,7 @@ def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(pipe, tmp_
     assert "of 4 of 4 pictures" in caplog.text
     caplog.clear()
     list(generate_batch(pipe, rows[1:2], tmp_path, guidance=3.0, **options))
-    assert caplog.text == ""
+    assert "negative" not in caplog.text
 
 
 def test_a_picture_that_cannot_be_written_is_recorded_and_the_rest_goes_on(pipe, whole, tmp_path):
@@ -405,6 +406,7 @@ def prompts(tmp_path) -> Path:
 
 
 OPTIONS = ("--height", 32, "--width", 32, "--guidance", 3, "--device", "cpu")
+LAUNCH = ("-m", "accelerate.commands.launch")
 
 
 def test_the_command_draws_a_file_of_prompts(command, repository, prompts, whole, tmp_path):
@@ -430,6 +432,7 @@ def test_usage_errors_exit_with_two(command, prompts, tmp_path):
 
 
 def free_port() -> int:
+    """For `accelerate launch`, of which older versions take 0 for a port like another and wait forever."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -494,7 +497,7 @@ def test_a_process_that_dies_does_not_lose_the_pictures_of_the_other(pipe, whole
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo")
 def test_the_command_under_accelerate_launch_gives_the_same_bytes(repository, prompts, whole, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+    launch = [*LAUNCH, "--multi_gpu", "--num_processes", 2, "--main_process_port", free_port()]
     command = [
         "-m",
         "ernie_image_nf4",
@@ -591,7 +594,7 @@ def test_offload_moves_each_component_once_a_group(repository, tmp_path, monkeyp
 def test_under_accelerate_launch_each_gpu_draws_its_share(repository, prompts, tmp_path):
     count = torch.cuda.device_count()
     command = ["-m", "ernie_image_nf4", "generate", "--prompts-file", prompts, "-m", repository, "--batch-size", 1]
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", count, "--main_process_port", 0]
+    launch = [*LAUNCH, "--num_processes", count, "--main_process_port", free_port()]
     launch += ["--multi_gpu"] if count > 1 else []
     options = [option for option in OPTIONS if option not in ("--device", "cpu")]
     output = {}

@@ -99,6 +99,22 @@ def test_the_next_component_is_prefetched_only_if_both_fit(repository: Path):
     assert on_device(pipe) == ["text_encoder"]
 
 
+def test_a_prefetched_component_that_is_not_called_makes_room_for_another(repository: Path):
+    """As after a call for latents: the VAE is on its way, and the next call begins with the text encoder."""
+    pipe = load(repository, device="cpu")
+    expected = draw(pipe)
+    enable_offload(pipe, CPU, stream_blocks=True)
+    scheduler = hook_of(pipe.vae).scheduler
+    scheduler.limit = 1 << 30
+    options = {"height": 32, "width": 32, "num_inference_steps": 1, "use_pe": False}
+    pipe("a cat", output_type="latent", **options)
+    assert on_device(pipe) == ["transformer", "vae"]
+    scheduler.limit = 0
+    pipe.encode_prompt("a dog", CPU)
+    assert on_device(pipe) == ["text_encoder"]
+    assert np.array_equal(draw(pipe), expected)
+
+
 def test_streamed_blocks_are_onloaded_one_ahead_and_draw_the_same(repository: Path):
     pipe = load(repository, device="cpu")
     expected = draw(pipe)

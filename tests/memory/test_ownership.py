@@ -45,6 +45,8 @@ def offloaded(repository: Path, memory: str) -> ErnieImagePipeline:
     enable_offload(pipe, CPU, stream_blocks=memory == "stream")
     pipe.set_progress_bar_config(disable=True)
     pipe("a cat", height=32, width=32, num_inference_steps=2, use_pe=False)
+    for layer in pipe.text_encoder.language_model.layers:
+        vars(layer).pop("forward", None)  # transformers 5.0 leaves the method there, a cycle of its own
     return pipe
 
 

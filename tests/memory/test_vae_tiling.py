@@ -14,7 +14,7 @@ from conftest import CHECKOUT
 from diffusers import AutoencoderKLFlux2
 
 from ernie_image_nf4.memory import vae_tiling
-from ernie_image_nf4.memory.placement import DECODE_BYTES_PER_PIXEL
+from ernie_image_nf4.memory.requirements import DECODE_BYTES_PER_PIXEL
 from ernie_image_nf4.memory.vae_tiling import TilingRuntime, make_vae_tiled
 
 
@@ -34,8 +34,8 @@ def latents(count: int, size: int) -> torch.Tensor:
 
 
 def budget(pixels: int) -> int:
-    """Bytes in which so many pixels just fit."""
-    return int(pixels * DECODE_BYTES_PER_PIXEL)
+    """Bytes in which so many pixels just fit in float32."""
+    return int(2 * pixels * DECODE_BYTES_PER_PIXEL)
 
 
 @torch.no_grad()

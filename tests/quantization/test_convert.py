@@ -569,6 +569,13 @@ def test_components_of_other_classes(source: Path, tmp_path: Path) -> None:
         quantize(source, tmp_path / "out", progress=False)
 
 
+def test_a_tokenizer_by_the_name_of_an_earlier_release(source: Path, tmp_path: Path) -> None:
+    edit_json(source / MODEL_INDEX, tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    output = quantize(source, tmp_path / "out", device="cpu", progress=False)
+    assert all(report.ok for report in verify(output))
+    load(output, device="cpu")
+
+
 # Outputs that can't be written
 
 

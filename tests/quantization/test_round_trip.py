@@ -245,7 +245,10 @@ def ranges(hub: Hub) -> list[int]:
 
 def test_a_lost_connection_is_taken_up_where_it_broke(hub, large, home, tmp_path):
     hub.cut_after = 15_000_000
-    result = hf(hub, home, "download", "user/large", "--local-dir", tmp_path)
+    for _ in range(2):  # huggingface_hub goes on by itself, or in versions like 1.3 when it is called again
+        result = hf(hub, home, "download", "user/large", "--local-dir", tmp_path)
+        if result.returncode == 0:
+            break
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path) == contents(large)
     assert ranges(hub)[-1] >= 10_000_000

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
+from ernie_image_nf4.fast.random_state import SeededDraws
 from ernie_image_nf4.generation import enhancement
 from ernie_image_nf4.generation.enhancement import enhance, enhance_all
-from ernie_image_nf4.generation.seeding import seeded
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.memory.offload import OffloadHook, enable_offload
 from ernie_image_nf4.upstream import gone, pipelines
@@ -39,7 +40,7 @@ def test_components_have_a_hook_while_they_are_offloaded(repository):
 
 def test_the_enhancer_is_asked_as_a_call_of_the_pipeline_asks_it(pipe):
     settings = SETTINGS[0]
-    with seeded(settings.seed, CPU):
+    with SeededDraws(settings.seed):
         expected = pipe("a cat", height=32, width=48, num_inference_steps=1, guidance_scale=1.0).revised_prompts[0]
     assert enhance(pipe, settings) == expected
 
@@ -60,6 +61,9 @@ def test_another_generate_changes_neither_the_pipeline_nor_the_enhancer(pipe):
 
 def test_without_its_method_prompts_are_enhanced_to_the_same_texts(repository, monkeypatch, caplog):
     pipe = load(repository, device="cpu")
+    latents = pipe("a cat", height=32, width=32, num_inference_steps=1, output_type="latent")
+    if isinstance(latents, torch.Tensor):
+        pytest.skip("this diffusers has the method, and gives no texts beside latents")
     make_prompt_enhancer_fast(pipe.pe)
     expected = [enhance(pipe, settings) for settings in SETTINGS]
     caplog.set_level(logging.INFO, logger=gone.logger.name)

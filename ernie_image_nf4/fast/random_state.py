@@ -1,0 +1,93 @@
+"""Random numbers of one thread's call: drawn from the caller's random state, by a generator of the call's own.
+
+torch's global random state is the process's. What one thread seeds, another one draws, and torch 2.11 refuses all draws
+from a GPU's global state while any thread captures a graph on that GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .cuda_graphs import CAPTURING
+
+# What transformers samples tokens with, and KID its subsets.
+RANDOM = {torch.multinomial, torch.randint, torch.randperm}
+MAX_SEED = 2**63 - 1
+
+# What stands for the global state in this thread: gives the generator of a device.
+_CALLER: ContextVar[Callable[[torch.device], torch.Generator] | None] = ContextVar("caller", default=None)
+_LENT: dict[torch.device, threading.Lock] = {}  # held while a call goes on with the global state of a device
+
+
+class SeededDraws(TorchFunctionMode):
+    """While active, in this thread, what would draw from torch's global random state draws from that of a seed.
+
+    The draws are those after ``torch.manual_seed(seed)``, on each device, but the global state stays as it is.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __enter__(self) -> SeededDraws:
+        self._token = _CALLER.set(self.generator)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _CALLER.reset(self._token)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM and kwargs.get("generator") is None:
+            given = args[0] if args else kwargs.get("input")
+            device = given.device if torch.is_tensor(given) else kwargs.get("device") or torch.get_default_device()
+            kwargs = {**kwargs, "generator": self.generator(torch.device(device))}
+        return func(*args, **kwargs)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The device's generator."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+@contextmanager
+def drawing_as_caller(generator: torch.Generator) -> Iterator[None]:
+    """Let a generator draw what the caller's random state would: the global one of its device, or what stands for it.
+
+    Afterwards the caller's state is behind these draws. While another thread's call goes on with the same global state,
+    the generator is seeded by a draw from it instead: two calls must not draw the same numbers. Meanwhile the generator
+    stands for the global state in this thread, for those who ask here.
+    """
+    caller, device = _CALLER.get(), generator.device
+    lender = _global_generator(device) if caller is None else caller(device)
+    lent = threading.Lock() if caller else _LENT.setdefault(device, threading.Lock())
+    alone = lent.acquire(blocking=False)
+    token = _CALLER.set(lambda device: generator)
+    try:
+        with CAPTURING:  # not while the global state is another one
+            if alone:
+                generator.set_state(lender.get_state())
+            else:
+                generator.manual_seed(int(torch.randint(MAX_SEED, (), device=device, generator=lender)))
+        yield
+        if alone:
+            with CAPTURING:
+                lender.set_state(generator.get_state())
+    finally:
+        _CALLER.reset(token)
+        if alone:
+            lent.release()
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]

@@ -1,0 +1,128 @@
+"""The class of the pipelines that `load` returns: upstream's, whose calls take turns."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import ErnieImagePipeline
+
+from ..errors import InvalidSettings
+from ..fast.prompt_enhancer import is_fast
+from ..fast.random_state import drawing_as_caller
+from ..fast.subclassing import become, named_as_upstream
+from ..fast.transformer import refuse_for_nf4
+from ..fast.turns import Turn
+from ..upstream.pipelines import execution_device
+
+CALL = inspect.signature(ErnieImagePipeline.__call__)
+# Methods that change weights, or where they are, or read them all.
+IN_TURN = (
+    "delete_adapters", "disable_lora", "enable_lora", "enable_model_cpu_offload", "encode_prompt", "fuse_lora",
+    "load_lora_weights", "maybe_free_model_hooks", "remove_all_hooks", "save_pretrained", "set_adapters", "to",
+    "unfuse_lora", "unload_lora_weights",
+)  # fmt: skip
+# With NF4: an illegal memory access, or tensors without data.
+BREAK_NF4 = ("enable_group_offload", "enable_sequential_cpu_offload")
+
+
+class PipelineTurn(Turn):
+    """The turn of a pipeline.
+
+    Attributes:
+        drawing: Whether the thread whose turn it is is in a call of the pipeline.
+    """
+
+    drawing = False
+
+
+@named_as_upstream
+class LoadedPipeline(ErnieImagePipeline):
+    """An ``ErnieImagePipeline`` that several threads may call: one waits for the other.
+
+    Upstream keeps what belongs to a picture in the pipeline and its scheduler, so nothing else would be right.
+    """
+
+    turn: PipelineTurn
+
+    @functools.wraps(ErnieImagePipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = CALL.bind(self, *args, **kwargs)
+        with taking_turn(self):
+            if self.turn.drawing:
+                raise InvalidSettings(
+                    "A callback called the pipeline that is drawing: collect what to draw, and draw it after the call."
+                )
+            self.turn.drawing = True
+            try:
+                with _default_device_is_cpu(), self._drawing_as_caller(call):
+                    return ErnieImagePipeline.__call__(*call.args, **call.kwargs)
+            finally:
+                self.turn.drawing = False
+
+    @contextmanager
+    def _drawing_as_caller(self, call: inspect.BoundArguments) -> Iterator[None]:
+        """Give a call on a CUDA GPU without a generator one of its own, see `random_state`.
+
+        Not if the prompt enhancer is upstream's, which samples from the global state.
+        """
+        device, given = execution_device(self), call.arguments.get("generator")
+        if device.type != "cuda" or given is not None or (self.pe is not None and not is_fast(self.pe)):
+            yield
+            return
+        generator = torch.Generator(device)
+        call.arguments["generator"] = generator
+        with drawing_as_caller(generator):
+            yield
+
+
+@contextmanager
+def _default_device_is_cpu() -> Iterator[None]:
+    """Upstream makes sigmas on the default device and gives them to numpy."""
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def taking_turn(pipe: ErnieImagePipeline) -> Iterator[None]:
+    """Keep other threads from a pipeline of `load` for several calls in a row. Another pipeline is left as it is."""
+    if not isinstance(pipe, LoadedPipeline):
+        yield
+        return
+    with pipe.turn.take(execution_device(pipe)):
+        yield
+
+
+def make_pipeline_take_turns(pipe: ErnieImagePipeline) -> None:
+    """Make an upstream pipeline a `LoadedPipeline`."""
+    become(pipe, LoadedPipeline)
+    pipe.turn = PipelineTurn()
+
+
+def _in_turn(name: str) -> Callable:
+    @functools.wraps(getattr(ErnieImagePipeline, name))
+    def method(self: LoadedPipeline, *args: Any, **kwargs: Any) -> Any:
+        with taking_turn(self):
+            return getattr(super(LoadedPipeline, self), name)(*args, **kwargs)
+
+    return method
+
+
+def _unless_nf4(name: str) -> Callable:
+    @functools.wraps(getattr(ErnieImagePipeline, name))
+    def method(self: LoadedPipeline, *args: Any, **kwargs: Any) -> Any:
+        for part in self.components.values():
+            refuse_for_nf4(part, name)
+        return getattr(super(LoadedPipeline, self), name)(*args, **kwargs)
+
+    return method
+
+
+for _name in IN_TURN:
+    setattr(LoadedPipeline, _name, _in_turn(_name))
+for _name in BREAK_NF4:
+    setattr(LoadedPipeline, _name, _unless_nf4(_name))

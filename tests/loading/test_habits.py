@@ -1,0 +1,219 @@
+"""What people do with a pipeline between load() and a picture: the picture is the usual one, or an error says why."""
+
+from __future__ import annotations
+
+import copy as copying
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from diffusers import ErnieImagePipeline
+
+from ernie_image_nf4 import load
+from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
+from ernie_image_nf4.fast.transformer import make_transformer_fast
+from ernie_image_nf4.memory.offload import enable_offload
+
+MODES = ("resident", "offload", "stream")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=MODES)
+def memory(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loaded(repository: Path, memory: str = "resident", device: str = "cuda", **options: object) -> ErnieImagePipeline:
+    pipe = load(repository, device=device, memory=memory, prompt_enhancer=False, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: ErnieImagePipeline, **options: object) -> np.ndarray:
+    size = {"height": 64, "width": 96, "num_inference_steps": 4, "guidance_scale": 4.0}
+    generator = torch.Generator().manual_seed(5)
+    return np.asarray(pipe("a cat", generator=generator, **size, **options).images[0]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def expected(repository: Path) -> np.ndarray:
+    return draw(loaded(repository))
+
+
+def to_cpu_and_back(pipe: ErnieImagePipeline) -> None:
+    pipe.to("cpu")
+    pipe.to("cuda")
+
+
+def compile_transformer(pipe: ErnieImagePipeline) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def remove_hooks(pipe: ErnieImagePipeline) -> None:
+    pipe.remove_all_hooks()
+    pipe.to("cuda")
+
+
+def set_backends(pipe: ErnieImagePipeline) -> None:
+    for backend in ("_native_math", "native"):
+        pipe.transformer.set_attention_backend(backend)
+        draw(pipe)
+    pipe.transformer.reset_attention_backend()
+
+
+def raise_in_callback(pipe: ErnieImagePipeline) -> None:
+    def callback(pipe: ErnieImagePipeline, step: int, *_: object) -> dict:
+        if step == 2:
+            raise KeyError("not found")
+        return {}
+
+    with pytest.raises(KeyError):
+        draw(pipe, callback_on_step_end=callback)
+
+
+def autocast(pipe: ErnieImagePipeline) -> None:
+    with torch.autocast("cuda", torch.bfloat16):
+        draw(pipe)
+
+
+def inference_mode(pipe: ErnieImagePipeline) -> None:
+    with torch.inference_mode():
+        draw(pipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "habit",
+    [
+        to_cpu_and_back,
+        compile_transformer,
+        lambda pipe: pipe.enable_model_cpu_offload(),
+        remove_hooks,
+        set_backends,
+        raise_in_callback,
+        autocast,
+        inference_mode,
+    ],
+)
+@pytest.mark.parametrize("drawn", [False, True], ids=["undrawn", "drawn"])
+def test_the_picture_stays_the_usual_one(repository, expected, memory, habit, drawn, dynamo):
+    pipe = loaded(repository, memory)
+    if drawn:
+        draw(pipe)
+    habit(pipe)
+    if habit is compile_transformer:  # other kernels for the same values
+        assert np.abs(draw(pipe) - expected).mean() < 2
+        assert np.array_equal(draw(pipe), draw(pipe))
+        return
+    assert np.array_equal(draw(pipe), expected)
+    assert np.array_equal(draw(pipe), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_default_device_changes_nothing(repository, expected, memory, fast):
+    before = torch.get_default_device()
+    torch.set_default_device("cuda")
+    try:
+        got = draw(loaded(repository, memory, fast=fast))
+    finally:
+        torch.set_default_device(before)
+    assert np.abs(got - expected).max() <= (0 if fast else 255)
+    assert np.abs(got - expected).mean() < 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_draws_on_the_second_gpu_while_the_first_one_is_current(repository, expected, memory):
+    pipe = loaded(repository, memory, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    allocated = torch.cuda.memory_allocated(0)
+    assert np.array_equal(draw(pipe), expected)
+    assert np.array_equal(draw(pipe), expected)
+    assert torch.cuda.memory_allocated(0) == allocated
+    moved = copying.deepcopy(pipe.transformer).to("cuda:0")
+    pipe = loaded(repository, "resident", device="cuda:0")
+    pipe.transformer = moved
+    assert np.array_equal(draw(pipe), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("copied", [copying.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copied_transformer_draws_in_another_pipeline(repository, expected, memory, copied):
+    pipe = loaded(repository, memory)
+    draw(pipe)
+    twin = copied(pipe.transformer).to("cuda")
+    pipe.transformer = None
+    other = loaded(repository)
+    other.transformer = twin
+    assert np.array_equal(draw(other), expected)
+
+
+@pytest.mark.gpu
+def test_a_pickle_is_about_as_large_as_the_weights(repository, memory):
+    transformer = loaded(repository, memory).transformer
+    assert len(pickle.dumps(transformer)) < 1.5 * transformer.get_memory_footprint() + 2**20
+
+
+def test_an_unpickled_models_weights_know_how_to_move(repository):
+    """torch's pickles forget a parameter's class, and with it what moves the quantization states."""
+    pipe = load(repository, device="cpu")
+    make_transformer_fast(pipe.transformer, capture_steps=False)
+    make_prompt_enhancer_fast(pipe.pe)
+    for model in (pipe.transformer, pipe.pe):
+        layers = [layer for layer in pickle.loads(pickle.dumps(model)).modules() if isinstance(layer, Linear4bit)]
+        assert layers
+        assert all(type(layer.weight) is Params4bit for layer in layers)
+
+
+@pytest.mark.parametrize("stream_blocks", [False, True])
+def test_a_compiled_transformer_is_onloaded(repository, stream_blocks, dynamo):
+    pipe = loaded(repository, device="cpu")
+    expected = draw(pipe)
+    make_transformer_fast(pipe.transformer, capture_steps=False)
+    enable_offload(pipe, CPU, stream_blocks=stream_blocks)
+    compile_transformer(pipe)
+    assert np.array_equal(draw(pipe), expected)
+    assert np.array_equal(draw(pipe), expected)
+
+
+# What NF4 can't be offloaded with
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        lambda pipe: pipe.enable_sequential_cpu_offload(),
+        lambda pipe: pipe.enable_group_offload(onload_device=CPU, offload_type="leaf_level"),
+        lambda pipe: pipe.transformer.enable_group_offload(onload_device=CPU, offload_type="leaf_level"),
+    ],
+)
+def test_upstreams_offloading_that_breaks_nf4_is_refused_before_anything_is_touched(repository, habit: Callable):
+    pipe = loaded(repository, device="cpu")
+    make_transformer_fast(pipe.transformer, capture_steps=False)
+    before = draw(pipe)
+    with pytest.raises(InvalidSettings, match="memory='stream'"):
+        habit(pipe)
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_an_original_may_be_offloaded_as_upstream_does(original, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ErnieImagePipeline, "enable_sequential_cpu_offload", lambda self: asked.append(self))
+    logging.getLogger("ernie_image_nf4").setLevel(logging.ERROR)
+    pipe = loaded(original, device="cpu")
+    pipe.enable_sequential_cpu_offload()
+    assert asked == [pipe]
