@@ -145,3 +145,11 @@ def test_half_a_prompt_enhancer(copy):
     edit_index(copy, lambda index: index.pop("pe_tokenizer"))
     assert "names only 'pe': load without the prompt enhancer" in problem(copy)
     open_repository(copy, prompt_enhancer=False)
+
+
+@pytest.mark.parametrize(
+    "entry", [["diffusers"], ["diffusers", "AutoencoderKLFlux2", "more"], "vae", 2, {"a": 1, "b": 2}]
+)
+def test_a_component_that_is_no_pair_of_library_and_class(copy, entry):
+    edit_index(copy, lambda index: index.update(vae=entry))
+    assert "model_index.json names no 'vae': download" in problem(copy)
