@@ -6,6 +6,7 @@ Only headers and small JSON files are read, so that every complaint comes before
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .security import (
 
 # Of files that libraries read by pickle, weights and others (optimizer.pt, training_args.bin). NumPy's may hold some.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz")
+WRAPPED = "base_layer"  # PEFT's name of a layer to which it adds a LoRA
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -281,6 +283,7 @@ def _with_headers(stored: StoredComponent) -> StoredComponent:
     """The component with its weight files and their headers."""
     files = stored.weight_files()
     if not files:
+        _refuse_variant(stored)
         raise InvalidRepository(
             f"Weight file {stored.folder / str(stored.component.weights)} is missing: {DOWNLOAD_AGAIN}."
         )
@@ -290,12 +293,34 @@ def _with_headers(stored: StoredComponent) -> StoredComponent:
         found = read_header(file)
         problems += [f"{file}: tensor {name} is in another file as well." for name in sorted(tensors.keys() & found)]
         tensors |= found
+    if wrapped := next((name for name in tensors if WRAPPED in name.split(".")), None):
+        raise InvalidRepository(
+            f"{tensors[wrapped].file} was saved with a LoRA loaded (its layers are wrapped: {wrapped}): save it again "
+            "after pipe.unload_lora_weights(), before which pipe.fuse_lora() makes the LoRA part of the weights; "
+            "a LoRA by itself goes to pipe.load_lora_weights after load."
+        )
     index = stored.settings.get(f"{stored.component.weights}{INDEX}")
     if index is not None and index["weight_map"] != {name: each.file.name for name, each in tensors.items()}:
         problems.append(
             f"{stored.folder / str(stored.component.weights)}{INDEX} doesn't list the tensors of its files."
         )
     return dataclasses.replace(stored, files=files, tensors=tensors, problems=tuple(problems))
+
+
+def _refuse_variant(stored: StoredComponent) -> None:
+    """Say what to do with weights that ``save_pretrained(variant="fp16")`` wrote, the only ones in their folder."""
+    weights = str(stored.component.weights)
+    stem, index = re.escape(weights.removesuffix(WEIGHTS)), re.escape(weights + INDEX.removesuffix(".json"))
+    names = sorted(path.name for path in stored.folder.iterdir())
+    for pattern, meant in (
+        (rf"{index}\.(\w+)\.json", weights + INDEX),
+        (rf"{stem}\.(\w+){re.escape(WEIGHTS)}", weights),
+    ):
+        for found in filter(None, (re.fullmatch(pattern, name) for name in names)):
+            raise InvalidRepository(
+                f"{stored.folder / found[0]} was saved with variant={found[1]!r}, which isn't looked for, and "
+                f"{weights} isn't there: rename the file to {meant}, in a folder of your own, or save again without it."
+            )
 
 
 def _open_metadata(folder: Path) -> tuple[Metadata | None, InvalidRepository | None]:

@@ -183,8 +183,8 @@ def _check_size(path: Path, limit: int) -> None:
 
 def _checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, known to name no code, no files elsewhere, and no number that no model has."""
-    if path.name.endswith(INDEX):
-        return settings  # keys are names of tensors
+    if f"{WEIGHTS}.index." in path.name:
+        return settings  # of shards, also of a variant: keys are names of tensors
     pending: list[tuple[str, Any]] = list(settings.items())
     while pending:
         key, value = pending.pop()
