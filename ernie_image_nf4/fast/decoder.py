@@ -206,6 +206,8 @@ def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, p
     """Logits behind the last token, (batch, vocabulary) float32. `positions`: (1, length), of `ids`."""
     # A mask in full: to make one itself, upstream would look from Python at how far the cache is filled.
     mask = torch.arange(buffers.capacity, device=ids.device) <= positions[..., None]
+    if ids.is_cuda:  # what attention makes of a mask, once instead of in every layer
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, -torch.inf)
     with EfficientAttention() if ids.is_cuda else nullcontext():
         output = model.model(
             input_ids=ids,

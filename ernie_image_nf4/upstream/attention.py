@@ -15,7 +15,7 @@ ALIGNMENT = 8  # of the mask's rows, in values
 
 
 class EfficientAttention(TorchFunctionMode):
-    """While active, in this thread, attention with a mask is computed by torch's memory-efficient kernel.
+    """While active, in this thread, attention with a mask of numbers is by torch's memory-efficient kernel.
 
     cuDNN's, which torch prefers on some GPUs, in PyTorch 2.11 on an H100 now and then gave other last bits for the same
     decode step. ``torch.nn.attention.sdpa_kernel`` would choose the kernel for all threads.
@@ -48,12 +48,11 @@ def _efficient_attention(
     if (
         not query.is_cuda
         or attn_mask is None
-        or attn_mask.dtype != torch.bool
+        or attn_mask.dtype != query.dtype
         or attn_mask.shape[-1] % ALIGNMENT
         or query.shape[-1] % ALIGNMENT
         or (enable_gqa and query.shape[1] != key.shape[1])
     ):
         return None
-    bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-    bias = bias.expand(*query.shape[:3], key.shape[2])
+    bias = attn_mask.expand(*query.shape[:3], key.shape[2])
     return kernel(query, key, value, bias, False, dropout_p, is_causal, scale=scale)[0]

@@ -111,7 +111,10 @@ def test_modes_took_on_cards_what_they_are_said_to_take():
     assert [row["free_gib"] for row in run["cards"] if row["enhancer"]] == list(cards.CARDS)
     assert "0.5 GiB of it goes to CUDA's context, as on an H100" in " ".join(page.split())
     assert run["context_gib"] == pytest.approx(0.5, abs=0.05)
-    assert len(run["limits"]) == 2 * len(MODES)
+    assert {row["expected"] for row in run["limits"]} >= {
+        "resident",
+        "offload",
+    }  # stream's limit is the smallest card's
     for row in run["limits"]:
         assert row["mode"] == row["expected"], row
     for row in (*run["cards"], *run["limits"]):

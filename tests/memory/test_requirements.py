@@ -85,7 +85,7 @@ def test_a_mode_takes_what_was_measured_for_it(weights, mode: str, size: int, en
 def test_a_streamed_mode_takes_its_largest_component_not_the_sum_of_the_largest(weights):
     pe, encoder, transformer, vae = (weights[name] for name in ("pe", "text_encoder", "transformer", "vae"))
     with_enhancer, without = (mode_needs(each, 1024**2)["stream"] for each in (weights, without_optional(weights)))
-    assert pe.whole < with_enhancer < pe.whole + 0.6 * GIB
+    assert pe.whole < with_enhancer < pe.whole + 0.7 * GIB
     assert transformer.at_once("stream") + vae.whole < without < with_enhancer
     assert encoder.whole < without
 
