@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def test_every_card_that_is_measured_has_its_words():
 
 
 RUN = CHECKOUT / "benchmarks" / "cards.json"
+alone = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="takes the whole GPU: run it without -n")
 
 
 @pytest.mark.skipif(not RUN.exists(), reason="not measured yet")
@@ -127,6 +129,7 @@ def test_modes_took_on_cards_what_they_are_said_to_take():
 
 
 @pytest.mark.gpu
+@alone
 def test_memory_is_held_until_the_end_and_the_least_that_was_free_is_noted():
     before = torch.cuda.mem_get_info()[0]
     with cards.small_card(3.0) as figures:
@@ -141,6 +144,7 @@ def test_memory_is_held_until_the_end_and_the_least_that_was_free_is_noted():
 
 
 @pytest.mark.gpu
+@alone
 def test_every_limit_of_the_modes_is_tried_on_a_gpu(repository: Path, tmp_path: Path):
     result = run(repository, tmp_path / "cards.json", "--free", 7.2)
     assert 0 < result["context_gib"] < 1.5
