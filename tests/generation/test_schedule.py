@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from ernie_image_nf4 import load
+from ernie_image_nf4.generation import schedule
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.generation.schedule import (
+    DENOISE_BYTES_PER_PIXEL,
     MAX_BATCH,
+    WORKING_BYTES,
     Picture,
     choose_batch_size,
+    find_batch_size,
     groups,
     plan_pictures,
     share,
     slug,
 )
 from ernie_image_nf4.generation.settings import Settings
+from ernie_image_nf4.memory.offload import enable_offload
 from ernie_image_nf4.memory.placement import GIB
 
 DEFAULTS = Settings("", "none", 32, 32, 2, 3.0, seed=5)
@@ -61,6 +68,18 @@ def test_a_row_overrides_the_defaults_and_zero_is_a_value():
 )
 def test_a_batch_fits_the_memory(side, free, expected):
     assert choose_batch_size(side * side, free) == expected
+
+
+@pytest.mark.parametrize(("memory", "expected"), [("resident", 4), ("offload", 3)])
+def test_weights_that_are_still_to_come_take_their_room(repository, monkeypatch, memory, expected):
+    pipe = load(repository, device="cpu", prompt_enhancer=False)
+    if memory == "offload":
+        enable_offload(pipe, torch.device("cpu"))
+    settings = Settings("a cat", "", 512, 512, 1, 1.0, seed=0)
+    assert find_batch_size(pipe, settings) == 1  # on a CPU
+    just_four = WORKING_BYTES + 4 * int(DENOISE_BYTES_PER_PIXEL) * 512**2
+    monkeypatch.setattr(schedule, "free_memory", lambda device: just_four)
+    assert find_batch_size(pipe, settings) == expected
 
 
 def shaped(number: int, height: int) -> Picture:
