@@ -25,3 +25,11 @@ class InvalidSettings(ErnieImageNF4Error):
 
 class IncompatibleLibraries(ErnieImageNF4Error):
     """A library, in the version that is installed, can't do with files in which no check finds a fault."""
+
+
+class DiskFull(ErnieImageNF4Error):
+    """A disk has too little room for what is downloaded or made."""
+
+
+class UploadFailed(ErnieImageNF4Error):
+    """The Hub doesn't take what is to be published, or can't be reached."""

@@ -21,4 +21,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, xpu, mps o
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Folder or Hub id. Default: the repository this package stands in.")
 ]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Take what the Hub cache holds, without any network call.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
