@@ -27,9 +27,17 @@ class IncompatibleLibraries(ErnieImageNF4Error):
     """A library, in the version that is installed, can't do with files in which no check finds a fault."""
 
 
+class DiskFull(ErnieImageNF4Error):
+    """A disk has too little room for what is downloaded or made."""
+
+
+class UploadFailed(ErnieImageNF4Error):
+    """The Hub doesn't take what is to be published, or can't be reached."""
+
+
 class NotFinite(ErnieImageNF4Error):
     """Drawing came to NaN or infinity, or to a picture of one single value: another dtype has more range."""
 
 
 class WriteFailed(ErnieImageNF4Error):
-    """A file can't be written: the disk is full, the folder is gone, or its format has no room for it."""
+    """A picture or a manifest can't be written, though its disk has room."""

@@ -296,7 +296,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(403, message=f"You don't have the rights to create a model under the namespace {owner!r}.")
         repo_id = f"{owner}/{wanted['name']}"
         if repo_id in self.hub.repositories:
-            raise _Refusal(409, message="You already created this model repo")
+            body = json.dumps({"url": f"{self.hub.endpoint}/{repo_id}"}).encode()
+            return self.send(
+                409, body, Content_Type="application/json", X_Error_Message="You already created this repo"
+            )
         private = wanted.get("private") or wanted.get("visibility") == "private"
         repository = self.hub.repositories[repo_id] = Repository(owner, private=bool(private))
         repository.commit({".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})

@@ -6,7 +6,6 @@ The workload is the model card's two experiments: one picture, and several in a 
 from __future__ import annotations
 
 import functools
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from ..errors import DeviceUnavailable
 from ..memory.placement import find_device
 from ..quantization.convert import quantize
+from ..quantization.resumable_output import is_finished
 from ..quantization.synthetic import synthesize
 from .arms import ARMS, DEFAULT_WORKLOAD, LOADED_AGAIN, PROMPT, Arm, Workload
 from .device import describe_machine
@@ -88,17 +88,24 @@ def benchmark(
     return result
 
 
-def make_synthetic(folder: str | Path) -> tuple[Path, Path]:
-    """Full-size repositories with random weights, made unless they exist.
+def make_synthetic(folder: str | Path, *, preset: str = "full") -> tuple[Path, Path]:
+    """Repositories with random weights, made unless they are there. What a killed run left isn't taken for one.
+
+    Args:
+        folder: Where they are, or are to be.
+        preset: Their size, as for `synthesize`.
 
     Returns:
         The NF4 repository and the original one, both below `folder`.
+
+    Raises:
+        InvalidSettings: There is something else in their place.
+        DiskFull: There is no room for them.
     """
     original, nf4 = Path(folder) / "ERNIE-Image", Path(folder) / "ERNIE-Image-NF4"
-    if not (original / "README.md").exists():  # Written last
-        shutil.rmtree(original, ignore_errors=True)
-        synthesize(original)
-    if not nf4.exists():  # Gets its name once it is finished
+    if not is_finished(original):
+        synthesize(original, preset=preset)
+    if not is_finished(nf4):
         quantize(original, nf4)
     return nf4, original
 

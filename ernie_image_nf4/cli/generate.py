@@ -14,6 +14,7 @@ from .options import (
     GuidanceOption,
     MemoryOption,
     ModelOption,
+    OfflineOption,
     RevisionOption,
     SizeOption,
     StepsOption,
@@ -35,6 +36,7 @@ def generate(
     ] = None,
     model: ModelOption = None,
     revision: RevisionOption = None,
+    offline: OfflineOption = False,
     height: SizeOption = None,
     width: SizeOption = None,
     steps: StepsOption = None,
@@ -70,7 +72,7 @@ def generate(
     if format is not None and prompts_file is None:
         raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
     loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory, "fp8": fp8}
-    loading |= {"prompt_enhancer": not no_pe}
+    loading |= {"local_files_only": offline, "prompt_enhancer": not no_pe}
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
     if prompt is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from .options import ModelArgument
+from .options import ModelArgument, OfflineOption, RevisionOption
 
 
-def verify(model: ModelArgument = None) -> None:
+def verify(model: ModelArgument = None, revision: RevisionOption = None, offline: OfflineOption = False) -> None:
     """Check every file of a repository against its metadata."""
     from ..repository.integrity import verify
     from ..repository.resolve import find_repository
 
-    reports = verify(find_repository(model))
+    reports = verify(find_repository(model, revision=revision, local_files_only=offline))
     for report in reports:
         typer.echo(report.summary)
         for problem in report.problems:
@@ -21,11 +21,12 @@ def verify(model: ModelArgument = None) -> None:
         raise typer.Exit(1)
 
 
-def info(model: ModelArgument = None) -> None:
+def info(model: ModelArgument = None, revision: RevisionOption = None, offline: OfflineOption = False) -> None:
     """Say what a repository holds, without loading it."""
     from ..repository.describe import describe
     from ..repository.record import open_repository
     from ..repository.resolve import find_repository
 
-    for line in describe(open_repository(find_repository(model, weights=False), weights=False)):
+    folder = find_repository(model, weights=False, revision=revision, local_files_only=offline)
+    for line in describe(open_repository(folder, weights=False)):
         typer.echo(line)

@@ -24,7 +24,6 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Of the computation. Default: what suits the device. float32 where pictures overflow."),
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 FormatOption = Annotated[
     Format | None, typer.Option(help="Of the pictures of --prompts-file. Default: png. One picture: see --output.")
 ]
@@ -34,5 +33,9 @@ ModelOption = Annotated[
 ]
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Folder or Hub id. Default: the repository this package stands in.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Take what the Hub cache holds, without any network call.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]

@@ -17,7 +17,7 @@ from diffusers import ErnieImagePipeline
 from tqdm import tqdm
 
 from .. import __version__
-from ..errors import ErnieImageNF4Error, InvalidSettings
+from ..errors import ErnieImageNF4Error, InvalidSettings, WriteFailed
 from ..fast.products import is_in_fp8
 from ..memory.placement import find_device
 from ..repository.metadata import file_record
@@ -83,6 +83,7 @@ def generate_batch(
     Raises:
         InvalidSettings: A row or setting that can't work, or an output folder that can't be written to. Once drawing
             begins: another run is in the folder.
+        DiskFull: While drawing. What is there is kept for the next run.
 
     Example:
         >>> rows = [Row("a fox in the snow", name="fox"), Row("一只橙色的小猫", seed=7, width=512)]
@@ -185,6 +186,7 @@ def _find_pending(
 
     Raises:
         InvalidSettings: Another run is in the folder, or there is a manifest of another kind.
+        DiskFull: There is no room for a manifest.
     """
     answer: list[Any] = [None]
     if state.is_main_process:
@@ -200,11 +202,11 @@ def _find_pending(
                     if not is_finished(_record(picture, about), records.get(picture.file), folder)
                 ]
             ]
-        except InvalidSettings as error:
-            answer = [str(error)]  # the others wait for one
+        except ErnieImageNF4Error as error:
+            answer = [error]  # the others wait for one
     (found,) = broadcast_object_list(answer)
-    if isinstance(found, str):
-        raise InvalidSettings(found)
+    if isinstance(found, ErnieImageNF4Error):
+        raise found
     return [pictures[number] for number in found]
 
 
@@ -220,7 +222,7 @@ def _save(picture: Picture, result: Drawing | str, folder: Path, about: Record) 
         return replace(record, error=result)
     try:
         save_picture(result, folder / picture.file, model=record.model, revision=record.revision)
-    except ErnieImageNF4Error as error:
+    except WriteFailed as error:  # but of a full disk, which would have no room for the next ones either
         return replace(record, error=str(error))
     return replace(
         record,

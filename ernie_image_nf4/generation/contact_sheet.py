@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
 
-from .image_file import replacing
+from .image_file import replacing, writing
 from .manifest import MANIFEST, read_manifest
 
 CONTACT_SHEET = "contact-sheet.png"
@@ -30,6 +30,6 @@ def save_contact_sheet(folder: Path) -> Path | None:
             thumbnail.paste(ImageOps.pad(image.convert("RGB"), (side, side), color="white"))
         number = file.stem.partition("-")[0]
         ImageDraw.Draw(thumbnail).text((4, 2), number, fill="white", stroke_fill="black", stroke_width=1)
-    with replacing(folder / CONTACT_SHEET) as temporary:
+    with writing(folder / CONTACT_SHEET), replacing(folder / CONTACT_SHEET) as temporary:
         make_image_grid(thumbnails, rows, columns).save(temporary, format="PNG")
     return folder / CONTACT_SHEET

@@ -16,16 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
-from ..errors import InvalidSettings, WriteFailed
+from ..errors import DiskFull, InvalidSettings, WriteFailed
+from ..repository.disk import is_full
 from ..repository.metadata import installed_versions
 from .settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
-
-PACKAGE = "ernie-image-nf4"
 
 
 @dataclass(frozen=True)
@@ -161,17 +159,15 @@ def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | No
 
     Raises:
         InvalidSettings: The ending stands for no format.
-        WriteFailed: The file can't be written, e.g. because the disk is full.
+        DiskFull: The disk is full.
+        WriteFailed: The file can't be written, or its format has no room for the settings.
     """
     image_format = format_of(path)
     settings = _described(drawing, model, revision)
     try:
-        with replacing(path) as temporary:
+        with writing(path), replacing(path) as temporary:
             kept = _png_chunks(settings) if image_format == "png" else {"exif": _exif(settings)}
             drawing.image.save(temporary, format=image_format, **kept, **FORMATS[image_format].options)
-    except OSError as error:
-        reason = error.strerror or error
-        raise WriteFailed(f"{path} could not be written ({reason}): make room, or name another.") from error
     except ValueError as error:  # Pillow's, for EXIF beyond the 64 KiB that JPEG has room for
         raise WriteFailed(f"{path} has no room for its settings ({error}): use PNG for prompts this long.") from error
 
@@ -200,7 +196,6 @@ def read_settings(path: Path) -> dict[str, str]:
 def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, str]:
     """What a file says about its picture."""
     settings = drawing.settings
-    versions = installed_versions() | {PACKAGE: __version__}
     described: dict[str, object] = {
         "prompt": settings.prompt,
         "negative_prompt": settings.negative_prompt,
@@ -210,7 +205,7 @@ def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, 
         "width": settings.width,
         "height": settings.height,
         "model": model,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     }
     if revision is not None:
         described["revision"] = revision
@@ -251,6 +246,25 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system while `path` is written, as ones that say what to do.
+
+    Raises:
+        DiskFull: The disk is full.
+        WriteFailed: Any other one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise DiskFull(
+                f"{path} could not be written: the disk is full. Free some space and run the command again."
+            ) from error
+        reason = error.strerror or error
+        raise WriteFailed(f"{path} could not be written ({reason}): mend that, or name another.") from error
 
 
 def remove_leftovers(folder: Path) -> None:

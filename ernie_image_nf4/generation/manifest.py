@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import InvalidSettings
-from .image_file import replacing
+from .image_file import replacing, writing
 from .settings import Settings
 
 MANIFEST = "manifest.jsonl"
@@ -69,8 +69,13 @@ def part_of(folder: Path, process: int) -> Path:
 
 
 def append(manifest: Path, record: Record) -> None:
-    """Add a line to a manifest. It is on the disk when this returns."""
-    with manifest.open("a", encoding="utf-8") as file:
+    """Add a line to a manifest. It is on the disk when this returns.
+
+    Raises:
+        DiskFull: The disk is full.
+        WriteFailed: The manifest can't be written.
+    """
+    with writing(manifest), manifest.open("a", encoding="utf-8") as file:
         file.write(to_line(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -118,12 +123,14 @@ def merge_manifests(folder: Path, *, failed: bool = True) -> None:
 
     Raises:
         InvalidSettings: There is a ``manifest.jsonl`` of another kind.
+        DiskFull: The disk is full.
+        WriteFailed: The manifest can't be written.
     """
     records = {record.file: record for record in read_manifest(folder / MANIFEST)}
     parts = sorted(folder.glob(PARTS))
     for part in parts:
         records |= {record.file: record for record in read_manifest(part, unfinished=True)}
-    with replacing(folder / MANIFEST) as temporary:
+    with writing(folder / MANIFEST), replacing(folder / MANIFEST) as temporary:
         lines = [to_line(records[file]) + "\n" for file in sorted(records) if failed or records[file].error is None]
         temporary.write_text("".join(lines), encoding="utf-8")
     for part in parts:

@@ -5,7 +5,6 @@ Memory holds a few tensors. Killed at any moment it leaves whole components, or 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import DeviceUnavailable, InvalidSettings
+from ..errors import DeviceUnavailable, DiskFull, InvalidSettings
 from ..generation.prompt_file import read_prompts
 from ..memory.placement import find_device
 from ..repository.components import METADATA, MODEL_INDEX
@@ -112,8 +111,11 @@ def quantize(
         RepositoryNotFound: There is no such source, or the Hub can't be reached.
         InvalidRepository: The source is incomplete or damaged, of other classes, quantized already, or has NaN,
             infinite values or a dtype that NF4 isn't made from.
-        InvalidSettings: The output can't be written or is in use, its disk is too small, a `keep` pattern matches
-            nothing, or there are no prompts to calibrate with, or no scale search.
+        IncompatibleLibraries: The installed libraries can't build a model that the source describes.
+        InvalidSettings: The output can't be written or is in use, a `keep` pattern matches nothing, or there are no
+            prompts to calibrate with, or no scale search.
+        DiskFull: The output's disk is too small.
+        UploadFailed: The Hub doesn't take the result, which is complete.
         DeviceUnavailable: There is no such device, or its memory is too small.
     """
     output = Path(output)
@@ -132,7 +134,7 @@ def quantize(
     described = describe_source(folder, token)
     if push_to_hub:
         create_repository(push_to_hub, token)
-    with _clear_errors(output, target), resumable_output(output, _job(conversion)) as made:
+    with _clear_errors(target), resumable_output(output, _job(conversion)) as made:
         if made:
             _write_components(made, conversion, progress)
             _write_rest(made, folder, _metadata(made, conversion, name or output.resolve().name, described))
@@ -184,13 +186,13 @@ def _job(conversion: Conversion) -> dict[str, Any]:
         "scale search": conversion.scale_search,
         "layers to keep": sorted(conversion.keep),
         "calibration": [digest, asdict(conversion.recommended)] if prompts else None,
-        "library versions": installed_versions(),
+        "versions": installed_versions(),
     }
 
 
 @contextmanager
-def _clear_errors(output: Path, device: torch.device) -> Iterator[None]:
-    """Say what to do when the device's memory or the disk is full."""
+def _clear_errors(device: torch.device) -> Iterator[None]:
+    """Say what to do when the device's memory is full."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -198,10 +200,6 @@ def _clear_errors(output: Path, device: torch.device) -> Iterator[None]:
             f"Device {str(device)!r} has too little free memory: close what else uses it, or repeat with --device cpu "
             "and another output folder."
         ) from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = f"The disk of {output} is full: free some space" if full else f"{error}: mend that"
-        raise InvalidSettings(f"{reason} and repeat the command, finished components are kept.") from error
 
 
 # Components
@@ -270,7 +268,7 @@ def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent
 def _check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise InvalidSettings(
+        raise DiskFull(
             f"{output} needs {needed / 1e9:.1f} GB more, its disk has {free / 1e9:.1f} GB free: "
             "free some, or name another disk."
         )

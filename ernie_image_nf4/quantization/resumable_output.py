@@ -19,8 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import InvalidSettings
+from ..errors import DiskFull, ErnieImageNF4Error, InvalidSettings
 from ..repository.components import MODEL_INDEX
+from ..repository.disk import is_full
 from ..repository.metadata import ComponentRecord, FileRecord, file_record
 
 WORK_FOLDER = ".unfinished"
@@ -94,7 +95,14 @@ def resumable_output(output: Path, job: dict[str, Any]) -> Iterator[ResumableOut
 
     Raises:
         InvalidSettings: The folder holds something else, another process works in it, or it can't be written.
+        DiskFull: Its disk is full. What was finished before is kept.
     """
+    with _clear_errors(output):
+        yield from _opened(output, job)
+
+
+def _opened(output: Path, job: dict[str, Any]) -> Iterator[ResumableOutput | None]:
+    """`resumable_output` with errors of the system as they are."""
     work = output / WORK_FOLDER
     lock = _lock(output)
     try:
@@ -119,6 +127,27 @@ def resumable_output(output: Path, job: dict[str, Any]) -> Iterator[ResumableOut
     _remove(work)
 
 
+def is_finished(output: Path) -> bool:
+    """Whether a run wrote this folder to its end."""
+    return (output / MODEL_INDEX).is_file() and not (output / WORK_FOLDER).exists()
+
+
+@contextmanager
+def _clear_errors(output: Path) -> Iterator[None]:
+    """Say what to do when the system, or a library that writes a file, can't go on."""
+    try:
+        yield
+    except ErnieImageNF4Error:
+        raise
+    except Exception as error:
+        kept = ", finished components are kept" if (output / WORK_FOLDER).exists() else ""
+        if is_full(error):
+            raise DiskFull(f"The disk of {output} is full: free some space and repeat the command{kept}.") from error
+        if not isinstance(error, OSError):
+            raise
+        raise InvalidSettings(f"{error}: mend that and repeat the command{kept}.") from error
+
+
 def folder_records(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file in a component's folder, by name."""
     return {path.name: file_record(path) for path in sorted(folder.iterdir())}
@@ -139,6 +168,8 @@ def _lock(output: Path) -> FileLock:
     except Timeout:
         raise InvalidSettings(f"Another run is writing to {output}: wait for it, or name another folder.") from None
     except OSError as error:
+        if is_full(error):
+            raise
         raise InvalidSettings(f"{output} can't be written ({error.strerror}): name another folder.") from None
     return lock
 

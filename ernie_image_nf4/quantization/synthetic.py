@@ -21,9 +21,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from ..errors import InvalidSettings
-from ..repository.components import COMPONENTS
+from ..repository.components import COMPONENTS, MODEL_INDEX
 from ..repository.meta_model import meta_model, saved_names, tied_weights
 from ..repository.safetensors_io import DTYPE_NAMES, DTYPES, TensorSpec, TensorWriter
+from .resumable_output import resumable_output
 
 PRESETS = ("full", "tiny")
 DTYPE = torch.bfloat16
@@ -42,6 +43,7 @@ CHAT_TEMPLATE = """\
 {{- message["role"] + ": " + message["content"] + "\\n" }}
 {%- endfor %}
 {{- "Output:" }}"""
+CARD_FILE = "README.md"
 CARD = """\
 ---
 license: apache-2.0
@@ -70,7 +72,8 @@ def synthesize(
     there is one. The same seed gives the same weights on the same kind of device.
 
     Args:
-        output: Folder to write, new or empty.
+        output: Folder to write, new or empty, or one that a run left that was killed: that starts over. It is a
+            repository only when all is written.
         preset: ``"full"``, the published configs (31.6 GB), or ``"tiny"`` (3 MB).
         seed: Non-negative seed of the weights.
         shards: Whether to write the transformer in two shards with an index, as the release does.
@@ -82,26 +85,34 @@ def synthesize(
         The output folder.
 
     Raises:
-        InvalidSettings: There is no such preset, or the folder isn't empty.
+        InvalidSettings: There is no such preset, or the folder isn't empty, in use, or can't be written.
+        DiskFull: Its disk is full.
     """
     output = Path(output)
     if preset not in PRESETS:
         raise InvalidSettings(f"There is no preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InvalidSettings(f"{output} is not an empty folder: name a new one.")
-    with as_file(files(__package__) / "configs" / preset) as configs:
-        shutil.copytree(configs, output, dirs_exist_ok=True)
-    for component in COMPONENTS:
-        folder = output / component.name
-        if component.weights:
-            model = meta_model(component, {component.config: _read(folder / component.config)})
-            parts = _parts(tensor_specs(model, duplicate_lm_head), component.name == SHARDED and shards)
-            _write_weights(folder, component.weights, parts, tied_weights(model), seed, progress)
-        elif component.name in MODEL_MAX_LENGTH[preset]:
-            _tokenizer(MODEL_MAX_LENGTH[preset][component.name]).save_pretrained(folder)
-    card = CARD.format(name=output.resolve().name, preset=preset, seed=seed)
-    (output / "README.md").write_text(card, encoding="utf-8")
+    with resumable_output(output, {"random weights": [preset, seed, shards, duplicate_lm_head]}) as made:
+        if made:
+            _write(made.work, preset, seed, shards, duplicate_lm_head, progress)
+            card = CARD.format(name=output.resolve().name, preset=preset, seed=seed)
+            (made.work / CARD_FILE).write_text(card, encoding="utf-8")
+            for name in (*(component.name for component in COMPONENTS), CARD_FILE, MODEL_INDEX):  # the index last
+                made.place(name)
     return output
+
+
+def _write(folder: Path, preset: str, seed: int, shards: bool, duplicate_lm_head: bool, progress: bool) -> None:
+    """Write all components and the index to a folder, arguments as for `synthesize`."""
+    with as_file(files(__package__) / "configs" / preset) as configs:
+        shutil.copytree(configs, folder, dirs_exist_ok=True)
+    for component in COMPONENTS:
+        place = folder / component.name
+        if component.weights:
+            model = meta_model(component, {component.config: _read(place / component.config)})
+            parts = _parts(tensor_specs(model, duplicate_lm_head), component.name == SHARDED and shards)
+            _write_weights(place, component.weights, parts, tied_weights(model), seed, progress)
+        elif component.name in MODEL_MAX_LENGTH[preset]:
+            _tokenizer(MODEL_MAX_LENGTH[preset][component.name]).save_pretrained(place)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import InvalidRepository
 from .components import COMPONENT, METADATA, PIXELS_PER_PATCH
 from .security import DOWNLOAD_AGAIN, WEIGHTS, is_plain_name, read_json
@@ -27,6 +28,7 @@ FORMAT_VERSION = 1
 MAX_SIZE, MAX_STEPS = 8192, 1000
 # For pydantic: no unknown fields, no conversion of types.
 STRICT = {"extra": "forbid", "strict": True}
+PACKAGE = "ernie-image-nf4"
 VERSIONED_PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "safetensors")
 
 
@@ -126,7 +128,18 @@ class Recommended:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The whole of ``quantization_metadata.json``."""
+    """The whole of ``quantization_metadata.json``.
+
+    Attributes:
+        name: Of the repository.
+        source: Where the original weights came from.
+        quantization: How they were quantized.
+        components: What lies in each component's folder.
+        recommended: Call settings that suit the model.
+        versions: Package -> version that made the weights: this package's, ``"ernie-image-nf4"``, which files of 0.1.0
+            may lack, and those of the libraries.
+        format_version: Of this file.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -140,8 +153,9 @@ class Metadata:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the libraries that shape the weights, as installed here."""
-    return {package: importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
+    """Versions of this package and of the libraries that shape the weights, as they are here."""
+    libraries = {package: importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
+    return {PACKAGE: __version__, **libraries}  # the package need not be installed: a clone or a repository has it too
 
 
 def file_record(path: Path) -> FileRecord:

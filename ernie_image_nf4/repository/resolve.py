@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import InvalidSettings, RepositoryNotFound
+from ..errors import DiskFull, InvalidSettings, RepositoryNotFound
 from .components import COMPONENTS, METADATA, MODEL_INDEX
+from .disk import is_full
 from .security import first_line
 
 # Tokenizers come as tokenizer.json, or as a SentencePiece model or BPE merges beside it; chat templates as .jinja.
@@ -41,6 +42,7 @@ def find_repository(
 
     Raises:
         RepositoryNotFound: No such folder or Hub repository, or the Hub can't be reached.
+        DiskFull: The disk of the Hub cache has no room for it.
         InvalidSettings: A revision was asked of a local folder.
     """
     if model is None:
@@ -139,6 +141,12 @@ def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **o
             f"{repo_id} was asked for with a token, and none is stored: `hf auth login`."
         ) from error
     except (OSError, errors.HTTPError) as error:  # lost connections, errors of the server, a full disk
+        if is_full(error):
+            where = options.get("cache_dir") or constants.HF_HUB_CACHE
+            raise DiskFull(
+                f"The disk of {where} is full, {repo_id}{at_revision} has no room there: free some space, or name "
+                "another disk by HF_HOME (load's cache_dir), and try again; whole files are kept."
+            ) from error
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
             raise RepositoryNotFound(
                 f"The Hub doesn't accept your token for {repo_id}: log in again with `hf auth login`, "

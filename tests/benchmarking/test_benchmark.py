@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from dataclasses import replace
 from multiprocessing import get_all_start_methods
@@ -20,12 +19,11 @@ from ernie_image_nf4.benchmarking.arms import ARMS, Arm, Workload, choose_arms, 
 from ernie_image_nf4.benchmarking.growth import step_operations
 from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process, process_context
 from ernie_image_nf4.benchmarking.report import arms_table, bar_chart, markdown, write_benchmark
-from ernie_image_nf4.benchmarking.run import benchmark, make_synthetic
+from ernie_image_nf4.benchmarking.run import benchmark
 from ernie_image_nf4.benchmarking.summary import summary
 from ernie_image_nf4.benchmarking.worker import _fixed_length
 from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.quantization import synthetic
 
 TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
 # The names of real arms, with options that a CPU has.
@@ -238,15 +236,6 @@ def test_growth_is_a_table(result):
         }
     }
     assert "| 512x512, 2 | 1.0 | 3.0 | 1.50 |" in markdown(grown)
-
-
-def test_synthetic_repositories_that_are_there_are_used_again(tmp_path, monkeypatch):
-    tiny = functools.partial(synthetic.synthesize, preset="tiny", progress=False)
-    monkeypatch.setattr(run, "synthesize", tiny)
-    made = make_synthetic(tmp_path)
-    stamps = [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))]
-    assert make_synthetic(tmp_path) == made
-    assert [file.stat().st_mtime_ns for folder in made for file in sorted(folder.rglob("*"))] == stamps
 
 
 @pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")

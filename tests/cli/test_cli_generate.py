@@ -59,7 +59,8 @@ def test_draws_a_png_that_says_how_it_was_made(generate, tmp_path):
     assert pixels(tmp_path / "out.png").shape == (32, 48, 3)
     text = chunks(tmp_path / "out.png")
     # As pip names it: torch.__version__ also has the build ("+cu130"), which the metadata of some builds leave out
-    assert text.pop("versions").startswith(f"torch {importlib.metadata.version('torch')}, diffusers ")
+    versions = f"ernie-image-nf4 {ernie_image_nf4.__version__}, torch {importlib.metadata.version('torch')}, diffusers "
+    assert text.pop("versions").startswith(versions)
     assert text.pop("revised_prompt")
     assert text == {
         "prompt": "a cat",
@@ -212,13 +213,11 @@ def test_a_folder_that_another_run_draws_into_is_refused_before_anything_is_load
 def test_a_revision_of_the_hub_with_and_without_network(copy, tmp_path):
     """The model of revision v1 is another one than that of main."""
 
-    def generate(endpoint: str, **environment: str) -> str:
+    def generate(endpoint: str, *options: str) -> str:
         command = [sys.executable, "-m", "ernie_image_nf4", "generate", "a cat", "-o", tmp_path / "out.png", *SMALL]
-        command += ["-m", "user/model", "--revision", "v1", "--no-pe", "--seed", 7]
+        command += ["-m", "user/model", "--revision", "v1", "--no-pe", "--seed", 7, *options]
         settings = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-        result = subprocess.run(
-            list(map(str, command)), cwd=CHECKOUT, env=os.environ | settings | environment, capture_output=True
-        )
+        result = subprocess.run(list(map(str, command)), cwd=CHECKOUT, env=os.environ | settings, capture_output=True)
         assert result.returncode == 0, result.stderr
         return read_settings(tmp_path / "out.png")["revision"]
 
@@ -228,7 +227,7 @@ def test_a_revision_of_the_hub_with_and_without_network(copy, tmp_path):
         (copy / "scheduler" / "scheduler_config.json").write_text("{}")
         assert hub.add("user/model", copy) != commit
         assert generate(hub.endpoint) == commit
-    assert generate("http://127.0.0.1:9", HF_HUB_OFFLINE="1") == commit
+    assert generate("http://127.0.0.1:9", "--offline") == commit
 
 
 # Refusals

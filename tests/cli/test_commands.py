@@ -78,7 +78,7 @@ def test_info_says_what_a_repository_holds(command, repository):
     assert lines["vae"].startswith("AutoencoderKLFlux2, unquantized, ")
     assert lines["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert "guidance" in lines["recommended"]
-    assert lines["installed"].startswith("torch ")
+    assert lines["installed"].startswith(f"ernie-image-nf4 {ernie_image_nf4.__version__}, torch ")
 
 
 def test_info_without_weights_takes_sizes_from_the_metadata(command, copy):

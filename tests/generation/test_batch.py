@@ -25,7 +25,7 @@ from PIL import Image
 
 import ernie_image_nf4
 from ernie_image_nf4 import Row, generate_batch, load
-from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.errors import DiskFull, InvalidSettings
 from ernie_image_nf4.generation.batch import process_device
 from ernie_image_nf4.generation.contact_sheet import save_contact_sheet
 from ernie_image_nf4.generation.image_file import read_settings, save_picture
@@ -300,6 +300,7 @@ def test_a_name_that_the_file_system_refuses_is_refused_before_anything_is_drawn
 
 def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(pipe, tmp_path, caplog):
     rows = [Row("a", negative="b", guidance=1.0), Row("a", guidance=1.0), Row("a", negative="b"), Row("a")]
+    caplog.set_level(logging.WARNING, logger="ernie_image_nf4")
     options = {"steps": 1, "height": 32, "width": 32, "use_pe": False}
     list(generate_batch(pipe, rows, tmp_path, guidance=3.0, **options))
     (message,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
@@ -323,6 +324,25 @@ def test_a_picture_that_cannot_be_written_is_recorded_and_the_rest_goes_on(pipe,
     assert digests(tmp_path).items() < digests(whole).items()
     assert [record.file[:4] for record in run(pipe, tmp_path)] == ["0002"]
     assert digests(tmp_path) == digests(whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize("file", [".0002-two.png.{pid}.tmp", "manifest.0.jsonl"])
+def test_a_full_disk_stops_the_run_which_goes_on_later(pipe, tmp_path, file):
+    rows = [Row("one"), Row("two"), Row("three")]
+    pictures = generate_batch(pipe, rows, tmp_path, height=32, width=32, steps=1, guidance=1.0, use_pe=False)
+    first = next(pictures).file
+    path = tmp_path / file.format(pid=os.getpid())
+    if path.exists():
+        path.rename(tmp_path / "manifest.1.jsonl")
+    path.symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match="the disk is full"):
+        next(pictures)
+    path.unlink(missing_ok=True)
+    options = {"height": 32, "width": 32, "steps": 1, "guidance": 1.0, "use_pe": False}
+    assert first == "0001-one.png"
+    assert len(list(generate_batch(pipe, rows, tmp_path, **options))) == 2
+    assert len(read_manifest(tmp_path / MANIFEST)) == 3
 
 
 def test_a_picture_that_cannot_be_drawn_spoils_no_other_of_its_batch(pipe, tmp_path):

@@ -210,10 +210,10 @@ def test_upstreams_offloading_that_breaks_nf4_is_refused_before_anything_is_touc
     assert np.array_equal(draw(pipe), before)
 
 
-def test_an_original_may_be_offloaded_as_upstream_does(original, monkeypatch):
+def test_an_original_may_be_offloaded_as_upstream_does(original, monkeypatch, caplog):
     asked = []
     monkeypatch.setattr(ErnieImagePipeline, "enable_sequential_cpu_offload", lambda self: asked.append(self))
-    logging.getLogger("ernie_image_nf4").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, logger="ernie_image_nf4")
     pipe = loaded(original, device="cpu")
     pipe.enable_sequential_cpu_offload()
     assert asked == [pipe]

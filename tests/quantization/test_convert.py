@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -24,13 +25,15 @@ from conftest import diffusers_nf4_on_cpus, weight_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import ernie_image_nf4
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import (
     DeviceUnavailable,
+    DiskFull,
     ErnieImageNF4Error,
     InvalidRepository,
     InvalidSettings,
-    RepositoryNotFound,
+    UploadFailed,
 )
 from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT, _convert
 from ernie_image_nf4.quantization import weight_writer
@@ -463,8 +466,25 @@ def test_a_hub_that_can_not_be_reached_is_found_before_the_work(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with refused(RepositoryNotFound, "Publishing to user/it failed", tmp_path / "output"):
+    with refused(UploadFailed, r"Publishing to user/it failed .*: unset HF_HUB_OFFLINE, then", tmp_path / "output"):
         quantize(original, tmp_path / "output", push_to_hub="user/it", progress=False)
+
+
+def test_the_metadata_says_which_versions_made_the_weights(repository: Path) -> None:
+    versions = read_metadata(repository).versions
+    assert versions["ernie-image-nf4"] == ernie_image_nf4.__version__
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert f"Versions: ernie-image-nf4 {ernie_image_nf4.__version__}, torch " in (repository / "README.md").read_text()
+
+
+def test_metadata_without_the_packages_version_is_read_and_verified(repository: Path, tmp_path: Path) -> None:
+    """As 0.1.0 wrote it."""
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    metadata = json.loads((copy / METADATA).read_text())
+    del metadata["versions"]["ernie-image-nf4"]
+    (copy / METADATA).write_text(json.dumps(metadata))
+    assert "ernie-image-nf4" not in read_metadata(copy).versions
+    assert all(report.ok for report in verify(copy))
 
 
 # Sources that can't be quantized
@@ -613,36 +633,5 @@ def test_a_disk_without_room_is_found_before_the_work(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=900_000))
-    with refused(InvalidSettings, r"needs 0\.0 GB more, its disk has 0\.0 GB free", tmp_path / "out"):
+    with refused(DiskFull, r"needs 0\.0 GB more, its disk has 0\.0 GB free", tmp_path / "out"):
         quantize(original, tmp_path / "out", progress=False)
-
-
-def test_a_disk_that_fills_up(original: Path, tmp_path: Path) -> None:
-    """On a file system of 600 kB, in a mount namespace of its own, with the check of the free space deceived."""
-    code = f"""
-import os, shutil
-from ernie_image_nf4.errors import InvalidSettings
-from ernie_image_nf4.quantization.convert import quantize
-shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
-try:
-    quantize({str(original)!r}, "small/out", device="cpu", progress=False)
-except InvalidSettings as error:
-    print(error)
-    print(sorted(os.listdir("small/out")), sorted(os.listdir("small/out/.unfinished")))
-"""
-    (tmp_path / "small").mkdir()
-    mount = 'mount -t tmpfs -o size=600k tmpfs small && exec "$0" "$@"'
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-    )
-    if "unshare" in done.stderr or "mount:" in done.stderr:
-        pytest.skip("this machine lets nobody mount a file system")
-    message, left = done.stdout.splitlines()
-    assert message == (
-        "The disk of small/out is full: free some space and repeat the command, finished components are kept."
-    )
-    assert left == "['.unfinished', 'transformer'] ['lock', 'state.json']"

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 
+import ernie_image_nf4
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidRepository, InvalidSettings
 from ernie_image_nf4.quantization.convert import quantize
@@ -201,6 +202,19 @@ def test_an_interrupted_run_is_not_continued_with_another_source(
     (source / TRANSFORMER.name / "config.json").touch()
     with pytest.raises(InvalidSettings, match="unfinished run with different source files"):
         quantize(source, interrupted, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("package", ["ernie-image-nf4", "torch", "bitsandbytes"])
+def test_an_interrupted_run_is_not_continued_with_another_version(
+    original: Path, interrupted: Path, package: str
+) -> None:
+    path = interrupted / WORK_FOLDER / "state.json"
+    state = json.loads(path.read_text())
+    assert state["job"]["versions"]["ernie-image-nf4"] == ernie_image_nf4.__version__
+    state["job"]["versions"][package] = "0.0.1"
+    path.write_text(json.dumps(state))
+    with pytest.raises(InvalidSettings, match="unfinished run with different versions"):
+        quantize(original, interrupted, device="cpu", progress=False)
 
 
 def test_killed_while_clearing_up_it_only_clears_up(original: Path, copy: Path, repository: Path) -> None:

@@ -20,6 +20,7 @@ from conftest import CHECKOUT
 from hub_server import Hub, serve
 
 from ernie_image_nf4.repository.components import MODEL_INDEX
+from ernie_image_nf4.repository.integrity import verify
 
 ID = "user/ERNIE-Tiny-NF4"
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 2, "use_pe": False}
@@ -277,19 +278,78 @@ def test_a_killed_download_fetches_only_what_was_not_finished(hub, large, home, 
     assert not [path for path in again if path.endswith(MODEL_INDEX)]
 
 
-# Rights
+# Publishing that fails
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from ernie_image_nf4.errors import UploadFailed
+from ernie_image_nf4.repository.upload import create_repository, upload
+try:
+    if sys.argv[1] == "create":
+        create_repository(sys.argv[2])
+    else:
+        upload(Path(sys.argv[1]), sys.argv[2])
+except UploadFailed as error:
+    print(error)
+"""
+
+
+def publish(hub: Hub, home: Path, what: object, repo_id: str, **variables: str) -> str:
+    """The line that publishing ends in."""
+    command = [sys.executable, "-c", PUBLISH, str(what), repo_id]
+    result = subprocess.run(command, env=environment(hub, home, **variables), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to publish."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "README.md").write_text("# Nothing\n")
+    return folder
 
 
 @pytest.mark.parametrize(("token", "reason"), [("hf_wrong", "Invalid credentials"), ("hf_other", "rights")])
-def test_publishing_without_the_right_to(hub, repository, home, tmp_path, token, reason):
-    code = (
-        "import sys; from ernie_image_nf4.repository.upload import create_repository\n"
-        "from ernie_image_nf4.errors import RepositoryNotFound\n"
-        "try: create_repository('user/new', sys.argv[1])\n"
-        "except RepositoryNotFound as error: print(error)"
+def test_without_the_right_to(hub, page, home, token, reason):
+    said = publish(hub, home, "create", "user/new", HF_TOKEN=token)
+    assert re.fullmatch(
+        rf"Publishing to user/new failed \(.*{reason}.*\): log in with `hf auth login` .*, then .*", said
     )
-    command = [sys.executable, "-c", code, token]
-    said = subprocess.run(command, env=environment(hub, home), capture_output=True, text=True, check=True).stdout
-    assert said.startswith("Publishing to user/new failed: ")
-    assert reason in said
-    assert "hf auth login" in said
+    assert said.endswith("then repeat the command.")
+    hub.add("user/readable", page)
+    said = publish(hub, home, page, "user/readable", HF_TOKEN=token)
+    assert re.fullmatch(rf"Publishing to user/readable failed \(.*{reason}.*\): log in with `hf auth login` .*", said)
+    assert said.endswith(f"then publish the folder, which is complete, with `hf upload user/readable {page}`.")
+
+
+def test_by_a_server_that_fails(hub, page, home):
+    hub.add("user/broken", page, broken=True)
+    said = publish(hub, home, page, "user/broken", HF_TOKEN="hf_owner")
+    assert re.match(r"Publishing to user/broken failed \(.*501.*\): wait until the Hub is well again, then", said)
+
+
+def test_without_a_connection(hub, page, home):
+    said = publish(hub, home, page, "user/new", HF_TOKEN="hf_owner", HF_ENDPOINT="http://127.0.0.1:9")
+    assert re.match(r"Publishing to user/new failed \(.*\): see to the connection, then", said)
+
+
+def test_with_the_network_off(hub, page, home):
+    said = publish(hub, home, page, "user/new", HF_TOKEN="hf_owner", HF_HUB_OFFLINE="1")
+    assert re.match(r"Publishing to user/new failed \(.*\): unset HF_HUB_OFFLINE, then", said)
+
+
+def test_what_quantize_made_is_complete_though_it_can_not_be_published(hub, original, home, tmp_path, page):
+    hub.add("user/breaks", page, broken=True)
+    command = [sys.executable, "-m", "ernie_image_nf4", "quantize", original, tmp_path / "nf4", "--device", "cpu"]
+    result = subprocess.run(
+        [*command, "--quiet", "--push-to-hub", "user/breaks"],
+        env=environment(hub, home, HF_TOKEN="hf_owner"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].endswith(f"with `hf upload user/breaks {tmp_path / 'nf4'}`.")
+    assert all(report.ok for report in verify(tmp_path / "nf4"))

@@ -97,5 +97,5 @@ def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
-    with pytest.raises(InvalidSettings, match="is not an empty folder"):
+    with pytest.raises(InvalidSettings, match="exists already: name a new folder"):
         synthesize(tmp_path, preset="tiny")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT
 from hub_server import Hub, serve
+from small_disk import run_on_small_disk
 
 from ernie_image_nf4.errors import InvalidSettings, RepositoryNotFound
 from ernie_image_nf4.repository.components import COMPONENTS, METADATA, MODEL_INDEX, PROMPT_ENHANCER
@@ -207,8 +208,82 @@ def test_no_connection(tmp_path):
     assert "`hf download user/model --local-dir X`" in message
 
 
+DOWNLOAD = """
+from ernie_image_nf4.errors import DiskFull
+from ernie_image_nf4.repository.resolve import find_repository
+try:
+    find_repository("user/model", cache_dir="small/cache")
+except DiskFull as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_too_small(hub, tmp_path):
+    lines = run_on_small_disk(tmp_path, 200_000, DOWNLOAD, HF_ENDPOINT=hub.endpoint, HF_HUB_DISABLE_XET="1")
+    assert lines == [
+        "The disk of small/cache is full, user/model has no room there: free some space, or name another disk by "
+        "HF_HOME (load's cache_dir), and try again; whole files are kept."
+    ]
+
+
 def test_an_impossible_hub_id():
     assert find(model="us er/model").startswith("RepositoryNotFound: There is no folder 'us er/model'")
+
+
+# The commands that look at a repository
+
+
+def run_command(hub: Hub, home: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "ernie_image_nf4", *map(str, arguments)],
+        cwd=CHECKOUT,
+        env=os.environ | environment | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def changed(hub: Hub, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The first commit of ``user/changed``; in the second, on its main branch, a byte of the VAE is another one."""
+    copy = Path(shutil.copytree(repository, tmp_path_factory.mktemp("changed") / "copy"))
+    first = hub.add("user/changed", copy)
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    hub.add("user/changed", copy)
+    return first
+
+
+def test_verify_looks_at_the_revision_that_is_asked_for(hub, changed, tmp_path):
+    latest = run_command(hub, tmp_path, "verify", "user/changed")
+    assert latest.returncode == 1
+    assert "was changed: its SHA-256" in latest.stdout
+    assert run_command(hub, tmp_path, "verify", "user/changed", "--revision", changed).returncode == 0
+    before = len(hub.requests)
+    offline = run_command(hub, tmp_path, "verify", "user/changed", "--revision", changed, "--offline")
+    assert offline.returncode == 0
+    assert len(hub.requests) == before
+    elsewhere = run_command(hub, tmp_path / "other", "verify", "user/changed", "--offline")
+    assert elsewhere.returncode == 1
+    assert "the network is off" in elsewhere.stderr
+    assert len(hub.requests) == before
+
+
+def test_info_looks_at_the_revision_that_is_asked_for(hub, changed, tmp_path):
+    for options in ([], ["--offline"]):
+        said = run_command(hub, tmp_path, "info", "user/changed", "--revision", changed, *options)
+        assert said.returncode == 0
+        assert f"snapshots/{changed}" in said.stdout
+    missing = run_command(hub, tmp_path, "info", "user/changed", "--revision", "v9")
+    assert missing.stderr.splitlines()[-1].startswith("Error: user/changed has no revision 'v9'")
+
+
+@pytest.mark.parametrize("name", ["info", "verify"])
+def test_a_folder_has_one_revision(hub, repository, tmp_path, name):
+    said = run_command(hub, tmp_path, name, repository, "--revision", "v1")
+    assert said.returncode == 1
+    assert "is a local folder, which has just one" in said.stderr
 
 
 # The Hub's cache, in the layout that huggingface_hub documents
