@@ -25,8 +25,8 @@ TESTED = {
     "torch": ("2.11", "2.14"),
     "diffusers": ("0.38", "0.42"),
     "transformers": ("5.0", "5.24"),
-    "tokenizers": ("0.22", "0.23"),
-    "bitsandbytes": ("0.49", "0.50"),
+    "tokenizers": ("0.22.1", "0.23"),
+    "bitsandbytes": ("0.50", "0.50"),
 }
 OF_A_DEVICE = ("OutOfMemoryError", "AcceleratorError")  # of torch, by name: `--help` does without torch
 
