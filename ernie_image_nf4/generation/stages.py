@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 
 GROUP = 16  # pictures for which offloading moves a component once; as many are lost when the process is killed
+
+CPU_THREADS = threading.Lock()  # held while torch's number of threads is another one
 
 # By the pixels of a picture, the batch size that an out-of-memory error left.
 Limits = dict[int, int]
@@ -98,7 +101,7 @@ def draw_group(
     settings = [each for batch in batches for each in batch]
     with _group_calls(pipe) as calls:
         started = time.perf_counter()
-        with taking_turn(pipe):
+        with taking_turn(pipe), _computing_alone(pipe):
             revised = enhance_all(calls, settings)
             prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
             negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
@@ -114,7 +117,7 @@ def draw_group(
             started = time.perf_counter()
             try:
                 # Not while the caller has the drawing: it may go on in another thread.
-                with taking_turn(pipe):
+                with taking_turn(pipe), _computing_alone(pipe):
                     image = decode(calls, each, embeddings[prompt], result.latents)
             except NotFinite as error:
                 yield str(error)
@@ -244,19 +247,29 @@ def _group_class(pipeline_class: type) -> type:
 
 @contextmanager
 def _group_calls(pipe: ErnieImagePipeline) -> Iterator[ErnieImagePipeline]:
-    """The same pipeline for the calls of a group: an object of a class with `_GroupCalls` that shares all attributes.
-
-    On a CPU there is one thread meanwhile: the number of threads changes how sums are rounded, and accelerate chooses
-    it by the number of processes.
-    """
+    """The same pipeline for the calls of a group: of a class with `_GroupCalls`, and sharing all attributes."""
     pipeline_class: Any = type(pipe)
     calls: Any = object.__new__(_group_class(pipeline_class))
     calls.__dict__ = pipe.__dict__
-    threads = torch.get_num_threads()
-    if execution_device(pipe).type == "cpu":
-        torch.set_num_threads(1)
     try:
         yield calls
     finally:
-        torch.set_num_threads(threads)
         pipe.maybe_free_model_hooks()
+
+
+@contextmanager
+def _computing_alone(pipe: ErnieImagePipeline) -> Iterator[None]:
+    """On a CPU, compute in one thread: how many there are changes how sums are rounded.
+
+    accelerate chooses their number by that of processes. It is the process's, so groups of several threads take turns.
+    """
+    if execution_device(pipe).type != "cpu":
+        yield
+        return
+    with CPU_THREADS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

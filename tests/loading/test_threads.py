@@ -95,6 +95,19 @@ def test_a_group_may_go_on_in_another_thread(repository):
         assert pool.submit(picture, pipe, 0).result(timeout=60)
 
 
+def test_groups_in_threads_leave_torchs_number_of_threads_as_it_was(repository):
+    pipes = [quiet(load(repository, device="cpu", prompt_enhancer=False)) for _ in range(3)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            in_threads(lambda number: list(draw_group(pipes[number], [[settings(number)]], {})), 3)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("called", [lambda pipe: pipe("a dog", num_inference_steps=1), lambda pipe: picture(pipe, 0)])
 def test_a_callback_that_calls_the_pipeline_is_told_so(repository, called):
     pipe = quiet(load(repository, device="cpu", prompt_enhancer=False))
