@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from .cuda_graphs import CAPTURING
 
-# What transformers samples tokens with, and KID its subsets.
-RANDOM = {torch.multinomial, torch.randint, torch.randperm}
+# What transformers samples tokens with, schedulers their noise, and KID its subsets.
+RANDOM = {torch.multinomial, torch.rand, torch.randint, torch.randn, torch.randperm}
 MAX_SEED = 2**63 - 1
 
 # What stands for the global state in this thread: gives the generator of a device.
@@ -27,7 +27,7 @@ _LENT: dict[torch.device, threading.Lock] = {}  # held while a call goes on with
 
 
 class SeededDraws(TorchFunctionMode):
-    """While active, in this thread, what would draw from torch's global random state draws from that of a seed.
+    """While active, in this thread, the functions of `RANDOM` draw from a seed's state instead of torch's global one.
 
     The draws are those after ``torch.manual_seed(seed)``, on each device, but the global state stays as it is.
     """
@@ -64,29 +64,37 @@ class SeededDraws(TorchFunctionMode):
 def drawing_as_caller(generator: torch.Generator) -> Iterator[None]:
     """Let a generator draw what the caller's random state would: the global one of its device, or what stands for it.
 
-    Afterwards the caller's state is behind these draws. While another thread's call goes on with the same global state,
-    the generator is seeded by a draw from it instead: two calls must not draw the same numbers. Meanwhile the generator
-    stands for the global state in this thread, for those who ask here.
+    Afterwards the caller's state is behind these draws, unless others have drawn from it or seeded it meanwhile. While
+    another thread's call goes on with the same global state, the generator is seeded by a draw from it instead: two
+    calls must not draw the same numbers. Meanwhile the generator stands for its device's global state in this thread,
+    for those who ask here.
     """
-    caller, device = _CALLER.get(), generator.device
-    lender = _global_generator(device) if caller is None else caller(device)
-    lent = threading.Lock() if caller else _LENT.setdefault(device, threading.Lock())
-    alone = lent.acquire(blocking=False)
-    token = _CALLER.set(lambda device: generator)
+    outer, device = _CALLER.get(), generator.device
+    callers = _global_generator(device) if outer is None else outer(device)
+    lock = threading.Lock() if outer else _LENT.setdefault(device, threading.Lock())
+
+    def stand_in(asked: torch.device) -> torch.Generator:
+        if asked == device:
+            return generator
+        return _global_generator(asked) if outer is None else outer(asked)
+
+    alone = lock.acquire(blocking=False)
+    token = _CALLER.set(stand_in)
     try:
         with CAPTURING:  # not while the global state is another one
+            before = callers.get_state()
             if alone:
-                generator.set_state(lender.get_state())
+                generator.set_state(before)
             else:
-                generator.manual_seed(int(torch.randint(MAX_SEED, (), device=device, generator=lender)))
+                generator.manual_seed(int(torch.randint(MAX_SEED, (), device=device, generator=callers)))
         yield
-        if alone:
-            with CAPTURING:
-                lender.set_state(generator.get_state())
     finally:
         _CALLER.reset(token)
         if alone:
-            lent.release()
+            with CAPTURING, suppress(RuntimeError):  # a failed capture leaves a generator that tells no state
+                if torch.equal(callers.get_state(), before):
+                    callers.set_state(generator.get_state())
+            lock.release()
 
 
 def _global_generator(device: torch.device) -> torch.Generator:

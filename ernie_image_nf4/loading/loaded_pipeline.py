@@ -34,7 +34,7 @@ class PipelineTurn(Turn):
     """The turn of a pipeline.
 
     Attributes:
-        drawing: Whether the thread whose turn it is is in a call of the pipeline.
+        drawing: Whether the thread that holds the turn is in a call of the pipeline.
     """
 
     drawing = False
@@ -44,10 +44,16 @@ class PipelineTurn(Turn):
 class LoadedPipeline(ErnieImagePipeline):
     """An ``ErnieImagePipeline`` that several threads may call: one waits for the other.
 
-    Upstream keeps what belongs to a picture in the pipeline and its scheduler, so nothing else would be right.
+    Upstream keeps what belongs to a picture in the pipeline and its scheduler, so nothing else would be right. A
+    callback must not wait for another thread that calls the same pipeline.
     """
 
     turn: PipelineTurn
+
+    @functools.wraps(ErnieImagePipeline.__init__)  # diffusers reads the names of its arguments
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+        super().__init__(*args, **kwargs)  # of `from_pipe`, for example: `load` makes an upstream pipeline one of these
+        self.turn = PipelineTurn()
 
     @functools.wraps(ErnieImagePipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,13 +65,13 @@ class LoadedPipeline(ErnieImagePipeline):
                 )
             self.turn.drawing = True
             try:
-                with _default_device_is_cpu(), self._drawing_as_caller(call):
+                with _default_device_is_cpu(), self._own_generator(call):
                     return ErnieImagePipeline.__call__(*call.args, **call.kwargs)
             finally:
                 self.turn.drawing = False
 
     @contextmanager
-    def _drawing_as_caller(self, call: inspect.BoundArguments) -> Iterator[None]:
+    def _own_generator(self, call: inspect.BoundArguments) -> Iterator[None]:
         """Give a call on a CUDA GPU without a generator one of its own, see `random_state`.
 
         Not if the prompt enhancer is upstream's, which samples from the global state.
@@ -122,7 +128,7 @@ def _unless_nf4(name: str) -> Callable:
     return method
 
 
-for _name in IN_TURN:
+for _name in filter(lambda name: hasattr(ErnieImagePipeline, name), IN_TURN):
     setattr(LoadedPipeline, _name, _in_turn(_name))
-for _name in BREAK_NF4:
+for _name in filter(lambda name: hasattr(ErnieImagePipeline, name), BREAK_NF4):
     setattr(LoadedPipeline, _name, _unless_nf4(_name))

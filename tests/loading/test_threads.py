@@ -250,6 +250,32 @@ def test_a_text_is_sampled_from_the_callers_random_state(device):
         assert torch.equal(sample(own), expected[0])
 
 
+def test_what_others_make_of_the_callers_random_state_meanwhile_stays():
+    own = torch.Generator()
+    with drawing_as_caller(own):
+        torch.rand(4, generator=own)
+        torch.manual_seed(9)
+    assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(9)))
+
+
+def test_the_callers_random_state_goes_on_after_an_error():
+    def draw_and_fail() -> None:
+        with drawing_as_caller(own):
+            draws.append(torch.rand(4, generator=own))
+            raise KeyError
+
+    own, draws = torch.Generator(), []
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            draw_and_fail()
+    assert not torch.equal(*draws)
+
+
+def test_a_pipeline_made_of_anothers_parts_has_a_turn(repository):
+    pipe = quiet(load(repository, device="cpu", prompt_enhancer=False))
+    assert picture(quiet(type(pipe)(**pipe.components)), 1) == picture(pipe, 1)
+
+
 def test_texts_that_are_sampled_at_once_are_not_sampled_from_the_same_numbers():
     torch.manual_seed(3)
     all_draw = threading.Barrier(3)

@@ -152,4 +152,4 @@ def test_half_a_prompt_enhancer(copy):
 )
 def test_a_component_that_is_no_pair_of_library_and_class(copy, entry):
     edit_index(copy, lambda index: index.update(vae=entry))
-    assert "model_index.json names no 'vae': download" in problem(copy)
+    assert f"vae is {entry}, expected ['diffusers', 'AutoencoderKLFlux2']" in problem(copy)
