@@ -50,8 +50,9 @@ class LoadedPipeline(ErnieImagePipeline):
 
     turn: PipelineTurn
 
-    @functools.wraps(ErnieImagePipeline.__init__)  # diffusers reads the names of its arguments
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    # diffusers reads the names of its arguments.
+    @functools.wraps(ErnieImagePipeline.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # of `from_pipe`, for example: `load` makes an upstream pipeline one of these
         self.turn = PipelineTurn()
 
