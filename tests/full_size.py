@@ -26,9 +26,9 @@ def full_size_components(folder: Path) -> dict[str, StoredComponent]:
     for component in COMPONENTS:
         if component.weights:
             file = folder / component.name / component.weights
-            _hollow_file(file, tensor_specs(skeleton(component, folder / component.name), duplicate_lm_head=False))
+            hollow_file(file, tensor_specs(skeleton(component, folder / component.name), duplicate_lm_head=False))
             if component.quantized:
-                _hollow_file(file, plan_weights(stored(folder, component), DEFAULT_KEEP).specs())
+                hollow_file(file, plan_weights(stored(folder, component), DEFAULT_KEEP).specs())
             found[component.name] = stored(folder, component)
     return found
 
@@ -39,7 +39,7 @@ def full_size_weights(
     return {name: weight_bytes(part, fast=fast, dtype=dtype) for name, part in components.items()}
 
 
-def _hollow_file(file: Path, specs: dict[str, TensorSpec]) -> None:
+def hollow_file(file: Path, specs: dict[str, TensorSpec]) -> None:
     """A safetensors file of these tensors with a hole in place of the values: full size, but no bytes on the disk."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, spec in specs.items():

@@ -43,7 +43,7 @@ def load(
         device: Where to compute, e.g. ``"cuda:1"``. None takes CUDA, XPU, MPS or the CPU, the first that is there.
         dtype: Of activations and unquantized weights. None takes bfloat16; float16 or float32 on a CUDA GPU that only
             emulates it (compute capability below 8.0), float32 on a CPU without bfloat16 instructions. Should float16
-            overflow (black pictures), pass ``"float32"``.
+            overflow, of which the pipeline warns, pass ``"float32"``.
         memory: ``"resident"`` keeps all components on the device, ``"offload"`` one at a time, ``"stream"`` the
             transformer block by block as well (for 4 GB); ``"auto"`` chooses by the device's free memory and says so at
             INFO level.
@@ -67,6 +67,8 @@ def load(
         InvalidRepository: The repository is incomplete, damaged, of another pipeline, or asks for code to be run.
         DeviceUnavailable: The device isn't there, or has too little free memory.
         InvalidSettings: A device, dtype, memory mode or precision that can't work.
+        IncompatibleLibraries: A library can't use the files, in which no check finds a fault.
+        DiskFull: There is no room for the download.
 
     Example:
         >>> pipe = load("user/ERNIE-Image-NF4")

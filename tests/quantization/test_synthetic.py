@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -12,29 +11,18 @@ import pytest
 import torch
 from conftest import skeleton, stored, weight_files
 from diffusers import ErnieImagePipeline
+from full_size import hollow_file
 from safetensors.torch import load_file
 
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.quantization.layer_selection import plan_weights
 from ernie_image_nf4.quantization.synthetic import synthesize, tensor_specs
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED, Component
-from ernie_image_nf4.repository.safetensors_io import TensorSpec, file_bytes
+from ernie_image_nf4.repository.safetensors_io import file_bytes
 
 # Published byte counts of the weight files: baidu/ERNIE-Image in bfloat16, and its NF4 release.
 ORIGINAL_BYTES = {"transformer": 16067025160, "text_encoder": 7698241104, "pe": 7663346520}
 NF4_BYTES = {"transformer": 4146045428, "text_encoder": 2585177824, "pe": 2367115496}
-
-
-def hollow_file(file: Path, specs: dict[str, TensorSpec]) -> None:
-    """A safetensors file of these tensors with a hole in place of the values: full size, but no bytes on the disk."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, spec in specs.items():
-        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (end, end + spec.bytes)}
-        end += spec.bytes
-    text = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
 
 
 @pytest.mark.parametrize("component", QUANTIZED, ids=lambda component: component.name)
