@@ -7,10 +7,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate.hooks import ModelHook
 from transformers import PreTrainedModel
 
-from ..upstream.offloading import hook_of
+from ..upstream.offloading import hook_of, kept_on_device
 from .decode_request import DecodeRequest
 from .decoder import DecodeSlot, decode_n_tokens
 from .random_state import drawing_as_caller
@@ -92,8 +91,13 @@ class DecoderRuntime(Runtime):
     def _onloaded(self, model: PreTrainedModel) -> Iterator[torch.device]:
         """The device of the model, onloaded as a call of its ``forward`` would do it."""
         hook = hook_of(model)
-        # No inference mode: buffers outlive the call, and later calls may not be in it.
-        with self.turn.take(_device_of(model, hook)), torch.inference_mode(False), torch.no_grad():
+        with (
+            kept_on_device(model),
+            self.turn.take(model.get_input_embeddings().weight.device),
+            # No inference mode: buffers outlive the call, and later calls may not be in it.
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             tells = hasattr(hook, "on_offload")
             if hook is not None:
                 hook.pre_forward(model)
@@ -111,12 +115,6 @@ class DecoderRuntime(Runtime):
             finally:
                 if hook is not None and not tells:
                     self.release()
-
-
-def _device_of(model: PreTrainedModel, hook: ModelHook | None) -> torch.device:
-    """Where a model computes that may be offloaded now."""
-    device = getattr(hook, "execution_device", None)
-    return model.get_input_embeddings().weight.device if device is None else torch.device(device)
 
 
 def _run(text: Text) -> torch.Tensor:

@@ -31,6 +31,7 @@ from . import decoder
 from .decode_request import DecodeRequest, may_be_served, request_of
 from .decoder_runtime import DecoderRuntime
 from .ops import elementwise
+from .random_state import drawing_from_caller
 from .subclassing import become, named_as_upstream
 from .unpickled import restore_nf4_weights
 
@@ -200,7 +201,8 @@ class FastPromptEnhancer(Ministral3ForCausalLM):
         """As upstream's."""
         request = None if args else self.decode_request(**kwargs)
         if request is None or self.runtime is None:
-            return super().generate(*args, **kwargs)
+            with drawing_from_caller():
+                return super().generate(*args, **kwargs)
         return self.runtime.generate(self, request)
 
     def decode_request(self, **kwargs: Any) -> DecodeRequest | None:

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 PRIORITY = -1
+STREAMS_OF_A_PRIORITY = 32  # that torch has for a device
 
 
 class CaptureStreams:
@@ -37,11 +38,12 @@ class CaptureStreams:
         except Empty:
             pass
         with self._making:
-            stream = torch.cuda.Stream(device, priority=PRIORITY)
-            if stream in self._made:
-                raise RuntimeError(f"All streams of {device} are captured on by other models.")
-            self._made.add(stream)
-        return stream
+            for _ in range(STREAMS_OF_A_PRIORITY):  # torch may have handed some to others since
+                stream = torch.cuda.Stream(device, priority=PRIORITY)
+                if stream not in self._made:
+                    self._made.add(stream)
+                    return stream
+        raise RuntimeError(f"All streams of {device} are captured on by other models.")
 
     def give_back(self, stream: torch.cuda.Stream) -> None:
         """Let another owner have the stream. May be called in the middle of `take`, by a garbage collection."""

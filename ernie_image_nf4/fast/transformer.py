@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,6 +26,7 @@ from torch import nn
 
 from ..errors import InvalidSettings
 from ..upstream.models import attention_backend, attention_dispatch, is_compiled, version_of
+from ..upstream.offloading import kept_on_device
 from .cuda_graphs import CapturedStep
 from .linear import apply_layers, apply_to_gelu
 from .ops import elementwise
@@ -84,7 +86,7 @@ class TransformerRuntime(Runtime):
     Attributes:
         captured_step: The step of the picture that is being drawn, or None if none may be captured.
         fp8: Whether layers multiply in fp8; a setting, which copies keep.
-        pictures: Pictures that the rows of a call belong to (`several_pictures`).
+        pictures: Pictures that the rows of this thread's calls belong to (`several_pictures`).
         positions: Packing and rotary embedding of the picture that is being drawn, with what they were computed from.
         turn: Held during a step. Pipelines may share a transformer.
     """
@@ -92,12 +94,20 @@ class TransformerRuntime(Runtime):
     def __init__(self, capture_steps: bool = False, fp8: bool = False) -> None:
         self.captured_step = CapturedStep() if capture_steps else None
         self.fp8 = fp8
-        self.pictures = 1
+        self._local = threading.local()
         self.positions: tuple[torch.Tensor, tuple, tuple[Packing, Rotary]] | None = None
         self.turn = Turn()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.captured_step is not None, self.fp8)
+
+    @property
+    def pictures(self) -> int:
+        return getattr(self._local, "pictures", 1)
+
+    @pictures.setter
+    def pictures(self, count: int) -> None:
+        self._local.pictures = count
 
     def release_graph(self) -> None:
         """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
@@ -222,7 +232,7 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
             or attention_dispatch() is None  # of a pickle that another version of diffusers loads
         ):
             return super().forward(hidden_states, timestep, text_bth, text_lens, return_dict)
-        with runtime.turn.take(hidden_states.device):
+        with kept_on_device(self), runtime.turn.take(hidden_states.device):
             if runtime.captured_step is None:
                 sample = self.predict(hidden_states, timestep, text_bth, text_lens)
             else:

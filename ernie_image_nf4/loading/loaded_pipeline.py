@@ -35,9 +35,11 @@ class PipelineTurn(Turn):
 
     Attributes:
         drawing: Whether the thread that holds the turn is in a call of the pipeline.
+        noise_is_drawn: To be called when the picture's noise is drawn.
     """
 
     drawing = False
+    noise_is_drawn: Callable[[], None] | None = None
 
 
 @named_as_upstream
@@ -83,8 +85,19 @@ class LoadedPipeline(ErnieImagePipeline):
             return
         generator = torch.Generator(device)
         call.arguments["generator"] = generator
-        with drawing_as_caller(generator):
-            yield
+        with drawing_as_caller(generator) as hand_over:
+            self.turn.noise_is_drawn = hand_over
+            try:
+                yield
+            finally:
+                self.turn.noise_is_drawn = None
+
+    @functools.wraps(ErnieImagePipeline.progress_bar)
+    def progress_bar(self, *args: Any, **kwargs: Any) -> Any:
+        # Upstream asks for it between the noise and the first step, whose scheduler and callbacks may draw numbers.
+        if self.turn.drawing and self.turn.noise_is_drawn is not None:
+            self.turn.noise_is_drawn()
+        return super().progress_bar(*args, **kwargs)
 
 
 @contextmanager

@@ -85,4 +85,5 @@ def _place_weights(pipe: ErnieImagePipeline, placement: Placement) -> int | None
         return None
     unused = COMPONENT["text_encoder"].unused if placement.fast else ()
     excluded = unused_modules(pipe.text_encoder, unused)
-    return enable_offload(pipe, device, excluded=excluded, stream_blocks=memory == "stream")
+    turn = getattr(pipe, "turn", None)  # of a `LoadedPipeline`
+    return enable_offload(pipe, device, excluded=excluded, stream_blocks=memory == "stream", turn=turn)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from ..fast.module_tensors import tensors_of
 from ..fast.subclassing import Runtime, become, named_as_upstream
+from ..fast.turns import Turn
 from ..upstream.offloading import TorchModelHook, hook_of
 from .tensor_arena import HostArena, host_arenas
 
@@ -107,10 +109,13 @@ class OffloadScheduler:
     Attributes:
         stream: Copies run on it; None where there is no CUDA.
         limit: Bytes of weights that may be on the device at once.
+        turn: Held while components are exchanged, and while one must stay. The pipeline's, so that a component that is
+            called by itself waits for the picture that another thread draws.
     """
 
     stream: torch.cuda.Stream | None
     limit: int
+    turn: Turn = field(default_factory=Turn)
     _resident: weakref.ReferenceType[ComponentWeights] | None = None
     _prefetched: weakref.ReferenceType[ComponentWeights] | None = None
 
@@ -188,7 +193,7 @@ class OffloadHook(TorchModelHook):
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Make the module a plain one in host memory."""
-        self.scheduler.offload(self.weights)
+        self._offload()
         self._move_adapters(module, torch.device("cpu"))
         if self.weights.streamed is not None:
             blocks: Any = module.layers
@@ -198,11 +203,22 @@ class OffloadHook(TorchModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         """Put the component on the device. Called by torch before the forward pass, by diffusers before ``decode``."""
-        if self.scheduler.resident is not self.weights:
-            self.scheduler.onload(self.weights)
-            self._move_adapters(module, self.execution_device)
-            self.scheduler.prefetch_following(self.weights)
+        with self.scheduler.turn.take(self.execution_device):
+            if self.scheduler.resident is not self.weights:
+                self.scheduler.onload(self.weights)
+                self._move_adapters(module, self.execution_device)
+                self.scheduler.prefetch_following(self.weights)
         return args, kwargs
+
+    @contextmanager
+    def keeping(self, module: nn.Module) -> Iterator[None]:
+        with self.scheduler.turn.take(self.execution_device):
+            self.pre_forward(module)
+            yield
+
+    def _offload(self) -> None:
+        with self.scheduler.turn.take(self.execution_device):
+            self.scheduler.offload(self.weights)
 
     def _move_adapters(self, module: nn.Module, device: torch.device) -> None:
         """Move adapters to the device, where they stay: a LoRA is small."""
@@ -211,12 +227,17 @@ class OffloadHook(TorchModelHook):
 
     def __reduce__(self) -> tuple:
         # A module's hooks are copied before its children: offloaded now, those are copied from host memory.
-        self.scheduler.offload(self.weights)
+        self._offload()
         return super().__reduce__()
 
 
 def enable_offload(
-    pipe: ErnieImagePipeline, device: torch.device, *, excluded: Iterable[nn.Module] = (), stream_blocks: bool = False
+    pipe: ErnieImagePipeline,
+    device: torch.device,
+    *,
+    excluded: Iterable[nn.Module] = (),
+    stream_blocks: bool = False,
+    turn: Turn | None = None,
 ) -> int:
     """Keep all components of `pipe` in host memory, and put one at a time on `device`, when it is called.
 
@@ -226,6 +247,7 @@ def enable_offload(
         excluded: Modules whose weights stay where they are.
         stream_blocks: Whether the transformer is copied block by block, in every step anew: for devices that it doesn't
             fit into.
+        turn: Held by whoever uses the pipeline, if it has one.
 
     Returns:
         Bytes of the largest component, streamed blocks aside: what the device has room for.
@@ -243,7 +265,7 @@ def enable_offload(
         weights[modules.index(pipe.transformer)].streamed = StreamingRuntime(arenas[len(modules) :], stream)
     for each, following in itertools.pairwise(weights):
         each.following = weakref.ref(following)
-    scheduler = OffloadScheduler(stream, limit=max(each.arena.bytes for each in weights))
+    scheduler = OffloadScheduler(stream, limit=max(each.arena.bytes for each in weights), turn=turn or Turn())
     for module, each in zip(modules, weights, strict=True):
         OffloadHook(each, scheduler, excluded).attach(module)
     return scheduler.limit
@@ -252,7 +274,10 @@ def enable_offload(
 def offload_all(pipe: ErnieImagePipeline) -> None:
     """Free the device memory of all components of a pipeline with `OffloadHook`s; of another pipeline, nothing."""
     hooks = [hook for part in pipe.components.values() if isinstance(hook := hook_of(part), OffloadHook)]
-    for hook in hooks:
-        hook.scheduler.offload(hook.weights)
-    if hooks:
-        hooks[0].scheduler.offload_resident()
+    if not hooks:
+        return
+    scheduler = hooks[0].scheduler
+    with scheduler.turn.take(hooks[0].execution_device):
+        for hook in hooks:
+            hook.scheduler.offload(hook.weights)
+        scheduler.offload_resident()

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLFlux2
 
 from ..fast.subclassing import named_as_upstream
 from ..fast.turns import Turn
+from ..upstream.offloading import kept_on_device
 from .decode_check import CheckedVAE, DecodeCheck, make_vae_checked
 from .placement import free_memory
 from .requirements import DECODE_BYTES_PER_PIXEL, TILE
@@ -52,7 +53,7 @@ class TiledVAE(CheckedVAE):
     @functools.wraps(AutoencoderKLFlux2.decode)
     def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         pixels = z.shape[-2] * z.shape[-1] * upscaling(self) ** 2
-        with self.runtime.turn.take(z.device):
+        with kept_on_device(self), self.runtime.turn.take(z.device):
             slicing, tiling = self.use_slicing, self.use_tiling
             if self.runtime.before_decode is not None:
                 self.runtime.before_decode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +31,14 @@ def hooks_are_found() -> bool:
     False leads to diffusers' own ``enable_model_cpu_offload``.
     """
     return isinstance(getattr(add_hook_to_module(nn.Identity(), ModelHook()), HOOK, None), ModelHook)
+
+
+@contextmanager
+def kept_on_device(module: nn.Module) -> Iterator[None]:
+    """Put a module with a `TorchModelHook` on its device, and keep other threads from taking it off meanwhile."""
+    hook = hook_of(module)
+    with hook.keeping(module) if isinstance(hook, TorchModelHook) else nullcontext():
+        yield
 
 
 class TorchModelHook(ModelHook):
@@ -60,6 +70,11 @@ class TorchModelHook(ModelHook):
         if self._handle is not None:
             self._handle.remove()
         return module
+
+    @contextmanager
+    def keeping(self, module: nn.Module) -> Iterator[None]:
+        """See `kept_on_device`. Subclasses override it."""
+        yield
 
     @torch.compiler.disable  # traced, it would move weights while the graph is made, and never again
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy as copying
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +17,21 @@ from diffusers import ErnieImagePipeline
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
 from ernie_image_nf4.fast.random_state import SeededDraws, drawing_as_caller
 from ernie_image_nf4.fast.streams import CaptureStreams
+from ernie_image_nf4.fast.transformer import make_transformer_fast, several_pictures
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.generation.single import draw
 from ernie_image_nf4.generation.stages import draw_group
+from ernie_image_nf4.memory.offload import enable_offload
 
 CPU = torch.device("cpu")
 THREADS = 4
+SIZE = {
+    "prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 4, "use_pe": False,
+    "latents": torch.ones(1, 128, 2, 2),
+}  # fmt: skip
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -250,6 +258,35 @@ def test_a_text_is_sampled_from_the_callers_random_state(device):
         assert torch.equal(sample(own), expected[0])
 
 
+def test_who_draws_after_the_handing_over_goes_on_behind_the_draws():
+    own = torch.Generator()
+    torch.manual_seed(3)
+    expected = torch.rand(8)
+    torch.manual_seed(3)
+    with drawing_as_caller(own) as hand_over:
+        got = [torch.rand(4, generator=own)]
+        hand_over()
+        got.append(torch.rand(4))
+    assert torch.equal(torch.cat(got), expected)
+    assert torch.equal(torch.rand(4), torch.rand(12, generator=torch.Generator().manual_seed(3))[8:])
+
+
+def test_a_text_that_upstream_decodes_is_sampled_from_the_calls_generator(repository):
+    pe = load(repository, device="cpu").pe
+    make_prompt_enhancer_fast(pe)
+    ids = {"input_ids": torch.tensor([[1, 5, 6]]), "do_sample": True, "max_new_tokens": 4, "penalty_alpha": None}
+    options = {**ids, "output_scores": True, "return_dict_in_generate": True}
+    assert pe.decode_request(**options) is None
+    torch.manual_seed(5)
+    expected, state = pe.generate(**options).sequences, torch.get_rng_state()
+    torch.manual_seed(5)
+    own = torch.Generator()
+    with drawing_as_caller(own):
+        assert torch.equal(pe.generate(**options).sequences, expected)
+        assert not torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_others_make_of_the_callers_random_state_meanwhile_stays():
     own = torch.Generator()
     with drawing_as_caller(own):
@@ -311,12 +348,65 @@ def test_a_call_without_a_generator_draws_from_the_global_state(repository, fast
     results = []
     for each in (pipe, plain):
         torch.manual_seed(11)
-        results.append((each("a cat", use_pe=False, **size).images, torch.rand(3, device="cuda")))
+        drawn: list[torch.Tensor] = []
+        callback = lambda *_, drawn=drawn: drawn.append(torch.rand(3, device="cuda")) or {}  # noqa: E731
+        latents = each("a cat", use_pe=False, callback_on_step_end=callback, **size).images
+        results.append((latents, torch.stack([*drawn, torch.rand(3, device="cuda")])))
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0.1, atol=0.1)
 
 
+# Parts
+
+
+@pytest.mark.parametrize("stream_blocks", [False, True])
+@pytest.mark.parametrize(
+    "part",
+    [lambda pipe: pipe.pe.generate(torch.tensor([[1, 5]]), max_new_tokens=2), lambda pipe: copying.deepcopy(pipe.pe)],
+)
+def test_an_offloaded_part_that_is_used_by_itself_waits_for_the_picture(repository, part, stream_blocks):
+    pipe = quiet(load(repository, device="cpu"))
+    make_prompt_enhancer_fast(pipe.pe)
+    enable_offload(pipe, CPU, stream_blocks=stream_blocks, turn=pipe.turn)
+    expected = picture(pipe, 1)
+    steps = []
+
+    def use(*_: object) -> dict:
+        steps.append(len(done))
+        if len(steps) == 1:
+            pool.submit(part, pipe).add_done_callback(done.append)
+            time.sleep(0.3)
+        return {}
+
+    done: list[object] = []
+    with ThreadPoolExecutor(1) as pool:
+        got = pipe(**SIZE, callback_on_step_end=use)
+    assert steps == [0] * SIZE["num_inference_steps"]
+    done[0].result()
+    assert got.images[0].tobytes() == pipe(**SIZE).images[0].tobytes()
+    assert picture(pipe, 1) == expected
+
+
+def test_how_many_pictures_a_call_has_is_its_threads(repository):
+    """Pipelines may share a transformer, and one of them may draw groups."""
+    transformer = load(repository, device="cpu", prompt_enhancer=False).transformer
+    make_transformer_fast(transformer, capture_steps=False)
+    with several_pictures(transformer, 2), ThreadPoolExecutor(1) as pool:
+        assert transformer.runtime.pictures == 2
+        assert pool.submit(lambda: transformer.runtime.pictures).result() == 1
+    assert transformer.runtime.pictures == 1
+
+
 # Streams
+
+
+@pytest.mark.gpu
+def test_a_stream_is_found_among_those_that_others_have_taken():
+    streams, device = CaptureStreams(), torch.device("cuda", 0)
+    taken = [streams.take(device)]
+    for _ in range(31):  # torch hands out the same one again after these
+        torch.cuda.Stream(device, priority=-1)
+    assert streams.take(device) not in taken
 
 
 @pytest.mark.gpu
