@@ -117,7 +117,8 @@ class DeviceReader:
             return None
         data = self._memory[stored.file][place : place + stored.spec.bytes]
         # A storage of its own on the same memory: pickles of a tensor hold its whole storage.
-        return torch.from_dlpack(data).view(DTYPES[stored.spec.dtype]).view(stored.spec.shape)
+        with torch.cuda.device_of(data):  # DLPack exports from the current GPU only
+            return torch.from_dlpack(data).view(DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
     def wait(self) -> None:
         """Wait until all tensors are on the device.
