@@ -135,6 +135,20 @@ def test_a_default_device_changes_nothing(repository, expected, memory, fast):
     assert np.abs(got - expected).mean() < 2
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda pipe: ErnieImagePipeline(**pipe.components),
+        lambda pipe: ErnieImagePipeline.from_pipe(pipe, transformer=pipe.transformer, vae=pipe.vae),
+    ],
+)
+def test_a_pipeline_of_the_same_parts_draws_the_same(repository, made):
+    pipe = load(repository, device="cpu", prompt_enhancer=False)
+    other = made(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(other), draw(pipe))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_draws_on_the_second_gpu_while_the_first_one_is_current(repository, expected, memory):
