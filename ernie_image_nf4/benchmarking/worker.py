@@ -68,13 +68,13 @@ def measure_arm(
     tokens = workload.tokens if pipe.pe is not None else 0
     drawn = []
     for seed in range(min(arm.pictures or workload.pictures, workload.pictures)):
-        drawn.append(_draw(pipe, workload.size, workload.steps, workload.guidance, tokens, seed, device))
+        drawn.append(draw_timed(pipe, workload.size, workload.steps, workload.guidance, tokens, seed, device))
     figures |= {"pictures": drawn} | _medians(drawn, tokens) | peak_memory(device)
     save_predictions(pipe, workload.size, device, work, arm.name)
     if workload.large:
         reset_peak_memory(device)
         steps = max(2, workload.steps // 5)
-        large = [_draw(pipe, workload.large, steps, workload.guidance, 0, seed, device) for seed in range(2)]
+        large = [draw_timed(pipe, workload.large, steps, workload.guidance, 0, seed, device) for seed in range(2)]
         figures["large"] = {"size": workload.large, "step_ms": large[-1]["step_ms"]} | peak_memory(device)
     return figures
 
@@ -144,10 +144,19 @@ def _fill_page_cache(folder: Path) -> None:
         list(pool.map(read, folder.rglob("*.safetensors")))
 
 
-def _draw(
+def draw_timed(
     pipe: ErnieImagePipeline, size: int, steps: int, guidance: float, tokens: int, seed: int, device: str
 ) -> dict[str, float]:
     """Draw one picture.
+
+    Args:
+        pipe: The pipeline.
+        size: Height and width.
+        steps: Denoising steps; the first is left out of the median.
+        guidance: Guidance scale.
+        tokens: New tokens of the prompt enhancer; 0 leaves it out.
+        seed: Of the noise and of the enhancer.
+        device: The pipeline's.
 
     Returns:
         Seconds of the call; of these the prompt enhancer's; tokens of the prompt that is drawn; median milliseconds of

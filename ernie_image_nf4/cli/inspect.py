@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from .options import ModelArgument, OfflineOption, RevisionOption
@@ -21,12 +23,25 @@ def verify(model: ModelArgument = None, revision: RevisionOption = None, offline
         raise typer.Exit(1)
 
 
-def info(model: ModelArgument = None, revision: RevisionOption = None, offline: OfflineOption = False) -> None:
+def info(
+    model: ModelArgument = None,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    device: Annotated[
+        str | None, typer.Option(help="Say what load() would take on this device, and why: auto, cuda, cuda:1, cpu ...")
+    ] = None,
+) -> None:
     """Say what a repository holds, without loading it."""
     from ..repository.describe import describe
     from ..repository.record import open_repository
     from ..repository.resolve import find_repository
 
     folder = find_repository(model, weights=False, revision=revision, local_files_only=offline)
-    for line in describe(open_repository(folder, weights=False)):
+    repository = open_repository(folder, weights=False)
+    for line in describe(repository):
         typer.echo(line)
+    if device is not None:
+        from ..loading.cards import describe_device
+
+        for line in describe_device(repository, None if device == "auto" else device):
+            typer.echo(line)

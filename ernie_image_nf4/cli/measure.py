@@ -97,6 +97,9 @@ def benchmark(
     pictures: Annotated[int, typer.Option(help="Pictures in a row after one load.")] = 10,
     growth: Annotated[bool, typer.Option(help="Measure a step at four sizes and three batches.")] = True,
     device: Annotated[str, typer.Option(help="Device to measure.")] = "cuda",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only this package, in less than two minutes: one row, to send us.")
+    ] = False,
 ) -> None:
     """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""
     if model is None and synthetic is None:
@@ -114,12 +117,18 @@ def benchmark(
         arms = choose_arms(arm or (), baselines=baselines or peers)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error), param_hint="--arm") from error
-    make_output_folder(out_dir)
+    if not quick:
+        make_output_folder(out_dir)
     nf4: Path
     if synthetic:
         nf4, original = make_synthetic(synthetic)
     else:
         nf4 = find_repository(model)
+    if quick:
+        from ..benchmarking.quick import benchmark_quick, row
+
+        typer.echo(row(benchmark_quick(nf4, [size, large] if large else [size], device=device)))
+        return
     workload = Workload(size, steps, guidance, tokens, pictures, large or None)
     files: list[Path] = []
 
