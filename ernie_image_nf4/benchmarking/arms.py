@@ -43,7 +43,8 @@ ARMS = (
     Arm("resident", "ours", {"memory": "resident"}),
     Arm("offload", "ours", {"memory": "offload"}, pictures=4),
     Arm("stream", "ours", {"memory": "stream"}, pictures=4),
-    Arm("resident, fp8", "ours", {"memory": "resident", "fp8": True}, pictures=4),
+    Arm("resident, int8", "ours", {"memory": "resident", "products": "int8"}, pictures=4),
+    Arm("resident, fp8", "ours", {"memory": "resident", "products": "fp8"}, pictures=4),
     Arm("original, CPU offload", "original", pictures=2),
 )
 # NF4 as bitsandbytes makes it is what the demo loads.

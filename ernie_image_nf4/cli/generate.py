@@ -15,6 +15,8 @@ from .options import (
     MemoryOption,
     ModelOption,
     OfflineOption,
+    Products,
+    ProductsOption,
     RevisionOption,
     SizeOption,
     StepsOption,
@@ -53,9 +55,8 @@ def generate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     memory: MemoryOption = "auto",
-    fp8: Annotated[
-        bool, typer.Option("--fp8", help="Multiply in fp8 where the GPU can: faster, a little less precise.")
-    ] = False,
+    products: ProductsOption = "auto",
+    fp8: Annotated[bool, typer.Option("--fp8", hidden=True)] = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Pictures of --prompts-file to denoise together. Default: as the memory allows.")
     ] = None,
@@ -71,8 +72,8 @@ def generate(
         raise typer.BadParameter("--prompts-file and --out-dir go together.", param_hint="--out-dir")
     if format is not None and prompts_file is None:
         raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
-    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory, "fp8": fp8}
-    loading |= {"local_files_only": offline, "prompt_enhancer": not no_pe}
+    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory}
+    loading |= {"products": _with_alias(products, fp8), "local_files_only": offline, "prompt_enhancer": not no_pe}
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
     if prompt is not None:
@@ -80,6 +81,16 @@ def generate(
     elif prompts_file is not None and out_dir is not None:
         settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size, "format": format or "png"}
         _draw_file(prompts_file, out_dir, contact_sheet, loading, **settings)
+
+
+def _with_alias(products: Products, fp8: bool) -> Products:
+    """The products asked for, or what the former option ``--fp8`` stands for."""
+    if not fp8:
+        return products
+    if products not in ("auto", "fp8"):
+        raise typer.BadParameter(f"contradicts --products {products}.", param_hint="--fp8")
+    typer.echo("--fp8 is now --products fp8.", err=True)
+    return "fp8"
 
 
 def _draw_prompt(

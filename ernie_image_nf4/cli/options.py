@@ -10,6 +10,7 @@ import typer
 Memory = Literal["auto", "resident", "offload", "stream"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Format = Literal["png", "jpeg", "webp"]
+Products = Literal["auto", "bfloat16", "int8", "fp8"]
 
 SizeOption = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16. Default: as the model recommends.")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default: as the model recommends.")]
@@ -23,6 +24,10 @@ DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, xpu, mps o
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Of the computation. Default: what suits the device. float32 where pictures overflow."),
+]
+ProductsOption = Annotated[
+    Products,
+    typer.Option(help="int8 and fp8: faster where the GPU has them, a little less precise (int8) or more so (fp8)."),
 ]
 FormatOption = Annotated[
     Format | None, typer.Option(help="Of the pictures of --prompts-file. Default: png. One picture: see --output.")

@@ -1,6 +1,7 @@
-"""Products of the transformer's blocks in fp8, as an option: faster on GPUs that have fp8, for some precision.
+"""Products of the transformer's blocks in 8 bits, as an option: faster on GPUs that have them, for some precision.
 
-What fp8 does to values is in ``ops/fp8.py``.
+int8 runs on cards since RTX 20 and rounds to a third of the error of fp8, which runs since RTX 40 and is the faster one
+on an H100. What they do to values is in ``ops/eight_bit.py``.
 """
 
 from __future__ import annotations
@@ -9,110 +10,139 @@ import importlib.util
 from collections.abc import Sequence
 
 import torch
-from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from diffusers import ErnieImageTransformer2DModel
 from torch import nn
 
 from ..errors import InvalidSettings
-from .linear import Fp8Linear4bit
-from .ops.fp8 import FP8, MULTIPLE, scaled_product
+from .linear import LAYERS, EightBitLayer
+from .ops.eight_bit import FP8, INT8, MULTIPLE, fits, scaled_product
+from .ops.rotation import GROUP
 from .subclassing import become
 from .transformer import TransformerRuntime, runtime_of
 
-CAPABILITY = (8, 9)  # Ada; then Hopper and Blackwell
-INSTEAD = "leave fp8 (--fp8) out"
+AUTO, BFLOAT16 = "auto", "bfloat16"
+PRODUCTS = (AUTO, BFLOAT16, INT8.name, FP8.name)
+# The least compute capability, and the cards that have it.
+CAPABILITY = {INT8.name: ((7, 5), "RTX 20 or newer, T4"), FP8.name: ((8, 9), "RTX 40 or newer, H100")}
+FORMATS = {each.name: each for each in (INT8, FP8)}
+INSTEAD = "leave products out (--products)"
 
 
-def check_fp8(device: torch.device, dtype: torch.dtype, fast: bool) -> None:
-    """Refuse settings with which there are no products in fp8.
+def find_products(products: str, device: torch.device, dtype: torch.dtype, fast: bool) -> str | None:
+    """What the transformer's blocks multiply in: ``"int8"``, ``"fp8"``, or None for the dtype of the computation.
 
     Args:
+        products: As given to ``load``.
         device: Device of the computation.
         dtype: dtype of activations.
         fast: Whether the fast code paths are used.
 
     Raises:
-        InvalidSettings: The device isn't a GPU on which PyTorch multiplies fp8, there is no Triton, the dtype isn't
-            bfloat16, or upstream's code paths were asked for.
+        InvalidSettings: It is none of `PRODUCTS`, or there are no such products: the device isn't a GPU on which
+            PyTorch has them, the dtype isn't bfloat16, which fp8 needs and ``"bfloat16"`` means, fp8 lacks Triton, or
+            upstream's code paths were asked for.
     """
+    if products not in PRODUCTS:
+        raise InvalidSettings(f"Products {products!r} are none of {', '.join(PRODUCTS)}: {INSTEAD}.")
+    if products == AUTO:
+        return None
+    if products == BFLOAT16:
+        if dtype != torch.bfloat16:
+            raise InvalidSettings(f"Products in bfloat16 need that dtype, it is {dtype}: {INSTEAD}.")
+        return None
+    _check_eight_bits(products, device, dtype, fast)
+    return products
+
+
+def _check_eight_bits(products: str, device: torch.device, dtype: torch.dtype, fast: bool) -> None:
+    what = f"Products in {products}"
     if device.type != "cuda":
-        raise InvalidSettings(f"Products in fp8 need a CUDA GPU, the device is {device}: {INSTEAD}.")
-    if dtype != torch.bfloat16:
-        raise InvalidSettings(f"Products in fp8 give bfloat16, the dtype is {dtype}: leave dtype or {INSTEAD}.")
+        raise InvalidSettings(f"{what} need a CUDA GPU, the device is {device}: {INSTEAD}.")
     if not fast:
-        raise InvalidSettings(f"Products in fp8 are part of the fast code paths: leave fast=False or {INSTEAD}.")
-    if importlib.util.find_spec("triton") is None:
-        raise InvalidSettings(f"Products in fp8 need Triton, which isn't installed: {INSTEAD}.")
+        raise InvalidSettings(f"{what} are part of the fast code paths: leave fast=False or {INSTEAD}.")
+    if products == FP8.name:
+        _check_fp8(dtype, "dtype")
+        if importlib.util.find_spec("triton") is None:
+            raise InvalidSettings(f"{what} need Triton, which isn't installed: {INSTEAD}.")
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
+    least, cards = CAPABILITY[products]
+    if capability < least:
         raise InvalidSettings(
-            f"Products in fp8 need compute capability {_dotted(CAPABILITY)} (RTX 40 or newer, H100), "
-            f"{name} has {_dotted(capability)}: {INSTEAD}."
+            f"{what} need compute capability {_dotted(least)} ({cards}), {name} has {_dotted(capability)}: {INSTEAD}."
         )
     try:
-        _try_product(device)
+        _try_product(products, device, dtype)
     except RuntimeError as error:  # of builds for Windows and ROCm
         reason = next(iter(str(error).splitlines()), "")
         raise InvalidSettings(
-            f"PyTorch {torch.__version__} has no products in fp8 for {name} ({reason}): {INSTEAD}."
+            f"PyTorch {torch.__version__} has no products in {products} for {name} ({reason}): {INSTEAD}."
         ) from error
 
 
-def _try_product(device: torch.device) -> None:
-    values, scale = (torch.ones(MULTIPLE, width, device=device) for width in (MULTIPLE, 1))
-    scaled_product(values.to(FP8), scale, values.to(FP8), scale)
+def _check_fp8(dtype: torch.dtype, what: str) -> None:
+    if dtype != torch.bfloat16:
+        raise InvalidSettings(f"Products in fp8 give bfloat16, the {what} is {dtype}: leave dtype or {INSTEAD}.")
 
 
-def enable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
-    """Let the NF4 layers of a fast transformer's blocks multiply in fp8. Copies and pickles of it do so too.
+def _try_product(products: str, device: torch.device, dtype: torch.dtype) -> None:
+    values = torch.ones(GROUP, max(GROUP, MULTIPLE), device=device).to(FORMATS[products].dtype)
+    scale = torch.ones(GROUP, 1, device=device)
+    scaled_product(values, scale, values, scale, dtype)
+
+
+def set_products(transformer: ErnieImageTransformer2DModel, products: str | None) -> None:
+    """Let the NF4 layers of a fast transformer's blocks multiply in a format. Copies and pickles of it do so too.
+
+    Args:
+        transformer: The transformer.
+        products: ``"int8"``, ``"fp8"``, or None for the dtype of the computation.
 
     Raises:
-        InvalidSettings: The transformer isn't in bfloat16, isn't a fast one, or has no such layer.
+        InvalidSettings: The transformer isn't a fast one, has no layer that can, or isn't in bfloat16, which fp8 needs.
     """
-    if transformer.dtype != torch.bfloat16:
-        raise InvalidSettings(f"Products in fp8 give bfloat16, the transformer is in {transformer.dtype}: {INSTEAD}.")
     runtime = runtime_of(transformer)
+    if products is None:
+        _leave_eight_bits(transformer)
+        if runtime is not None:
+            _note_products(runtime, None)
+        return
+    if products == FP8.name:
+        _check_fp8(transformer.dtype, "transformer's dtype")
     if runtime is None:
-        raise InvalidSettings(f"Products in fp8 are part of the fast forward pass, which is not in use: {INSTEAD}.")
-    chosen = [layer for layer in _layers(transformer, Linear4bit) if _fits(layer.weight.quant_state)]
-    if not (chosen or runtime.fp8):
         raise InvalidSettings(
-            f"No layer of the transformer's blocks is in NF4 and of a size that fp8 takes: {INSTEAD}."
+            f"Products in {products} are part of the fast forward pass, which is not in use: {INSTEAD}."
         )
-    for layer in chosen:
-        become(layer, Fp8Linear4bit)
-    _set_fp8(runtime, True)
+    if not any(fits(layer.weight.quant_state) for layer in _layers(transformer, Linear4bit, *LAYERS.values())):
+        raise InvalidSettings(
+            f"No layer of the transformer's blocks is in NF4 and of a size that {products} takes: {INSTEAD}."
+        )
+    _leave_eight_bits(transformer)
+    for layer in _layers(transformer, Linear4bit):
+        if fits(layer.weight.quant_state):
+            become(layer, LAYERS[products])
+    _note_products(runtime, products)
 
 
-def disable_fp8(transformer: ErnieImageTransformer2DModel) -> None:
-    """Let all layers multiply in bfloat16 again."""
-    for layer in _layers(transformer, Fp8Linear4bit):
+def products_of(transformer: nn.Module) -> str | None:
+    """``"int8"`` or ``"fp8"`` if the transformer's blocks multiply in it, None for the dtype of the computation."""
+    runtime = runtime_of(transformer)
+    return None if runtime is None else runtime.products
+
+
+def _leave_eight_bits(transformer: ErnieImageTransformer2DModel) -> None:
+    for layer in _layers(transformer, *LAYERS.values()):
         layer.__class__ = Linear4bit
-    runtime = runtime_of(transformer)
-    if runtime is not None:
-        _set_fp8(runtime, False)
 
 
-def is_in_fp8(transformer: nn.Module) -> bool:
-    """Whether the transformer's blocks multiply in fp8."""
-    runtime = runtime_of(transformer)
-    return runtime is not None and runtime.fp8
-
-
-def _set_fp8(runtime: TransformerRuntime, fp8: bool) -> None:
-    runtime.fp8 = fp8
+def _note_products(runtime: TransformerRuntime, products: str | None) -> None:
+    runtime.products = products
     runtime.release_graph()  # captured with the other products
 
 
-def _layers(transformer: ErnieImageTransformer2DModel, kind: type[Linear4bit]) -> list[Linear4bit]:
-    """The blocks' layers of exactly this class. Through `modules`: iterating over streamed blocks would onload them."""
-    return [module for module in transformer.layers.modules() if type(module) is kind]
-
-
-def _fits(state: QuantState) -> bool:
-    rows, columns = state.shape
-    return rows % MULTIPLE == 0 and columns % MULTIPLE == 0 and columns % state.blocksize == 0
+def _layers(transformer: ErnieImageTransformer2DModel, *kinds: type[Linear4bit]) -> list[Linear4bit | EightBitLayer]:
+    """The blocks' layers of just these classes. Through `modules`: iterating over streamed blocks would onload them."""
+    return [module for module in transformer.layers.modules() if type(module) in kinds]
 
 
 def _dotted(capability: Sequence[int]) -> str:

@@ -60,7 +60,7 @@ def make_transformer_fast(transformer: ErnieImageTransformer2DModel, *, capture_
     for block in transformer.layers.children():
         if type(block) is ErnieImageSharedAdaLNBlock:
             become(block, FastErnieImageBlock)
-    transformer.runtime = TransformerRuntime(capture_steps, fp8=before is not None and before.fp8)
+    transformer.runtime = TransformerRuntime(capture_steps, None if before is None else before.products)
 
 
 def is_suitable(transformer: ErnieImageTransformer2DModel) -> bool:
@@ -85,21 +85,21 @@ class TransformerRuntime(Runtime):
 
     Attributes:
         captured_step: The step of the picture that is being drawn, or None if none may be captured.
-        fp8: Whether layers multiply in fp8; a setting, which copies keep.
+        products: ``"int8"`` or ``"fp8"`` if layers multiply in it; a setting, which copies keep.
         pictures: Pictures that the rows of this thread's calls belong to (`several_pictures`).
         positions: Packing and rotary embedding of the picture that is being drawn, with what they were computed from.
         turn: Held during a step. Pipelines may share a transformer.
     """
 
-    def __init__(self, capture_steps: bool = False, fp8: bool = False) -> None:
+    def __init__(self, capture_steps: bool = False, products: str | None = None) -> None:
         self.captured_step = CapturedStep() if capture_steps else None
-        self.fp8 = fp8
+        self.products = products
         self._local = threading.local()
         self.positions: tuple[torch.Tensor, tuple, tuple[Packing, Rotary]] | None = None
         self.turn = Turn()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.captured_step is not None, self.fp8)
+        return type(self), (self.captured_step is not None, self.products)
 
     @property
     def pictures(self) -> int:
@@ -254,7 +254,7 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
             if not any(map(is_compiled, self.layers.children())):
                 return False
             runtime.release_graph()
-        if runtime.fp8:
+        if runtime.products is not None:
             _warn_of_compiled_products()
         return True
 
@@ -320,8 +320,8 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         All steps of a picture get them from the same tensor of lengths: they are kept until another one comes.
         """
         runtime = cast(TransformerRuntime, self.runtime)
-        # Products in fp8 round differently from upstream's anyway: attention needn't round as upstream's does.
-        masked = not runtime.fp8
+        # Products in 8 bits round differently from upstream's anyway: attention needn't round as upstream's does.
+        masked = runtime.products is None
         key = (version_of(text_lens), text, rows, columns, dtype, runtime.pictures, masked)
         if runtime.positions is not None and runtime.positions[0] is text_lens and runtime.positions[1] == key:
             return runtime.positions[2]
@@ -335,7 +335,7 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
 @functools.cache
 def log_compiled_products() -> None:
     """Warn once a process."""
-    logger.warning("Compiled blocks multiply in the dtype of the weights, not in fp8.")
+    logger.warning("Compiled blocks multiply in the dtype of the weights, not in 8 bits.")
 
 
 @torch.compiler.assume_constant_result  # called while tracing: a logger in the traced code would break the graph

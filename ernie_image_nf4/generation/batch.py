@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import ErnieImageNF4Error, InvalidSettings, WriteFailed
-from ..fast.products import is_in_fp8
+from ..fast.products import products_of
 from ..memory.placement import find_device
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
@@ -114,7 +114,7 @@ def generate_batch(
     if pictures:
         check_name(folder / max((picture.file for picture in pictures), key=lambda file: len(file.encode())))
     about = Record(
-        "", name, defaults, fp8=is_in_fp8(pipe.transformer), revision=hub_revision(pipe), version=__version__
+        "", name, defaults, products=products_of(pipe.transformer), revision=hub_revision(pipe), version=__version__
     )
     return _generate(pipe, pictures, folder, about, batch_size, progress)
 
@@ -230,5 +230,5 @@ def _save(picture: Picture, result: Drawing | str, folder: Path, about: Record) 
         seconds=round(result.seconds, 3),
         batch_size=result.batch_size,
         sha256=file_record(folder / picture.file).sha256,
-        fp8=result.fp8,
+        products=result.products,
     )

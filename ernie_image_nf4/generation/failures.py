@@ -9,7 +9,7 @@ from diffusers import ErnieImagePipeline
 from PIL import Image
 
 from ..errors import DeviceUnavailable, ErnieImageNF4Error, NotFinite
-from ..fast.products import is_in_fp8
+from ..fast.products import products_of
 from ..memory.apply import memory_mode
 from ..memory.decode_check import cure, is_finite
 from ..upstream.pipelines import execution_device
@@ -69,6 +69,6 @@ def not_finite(pipe: ErnieImagePipeline, found: str) -> NotFinite:
     """The error for numbers that overflowed."""
     dtype = pipe.transformer.dtype
     way_out = cure(dtype)
-    if is_in_fp8(pipe.transformer):
-        way_out = f"leave out fp8 (--fp8), and if that isn't enough, {way_out}"
+    if products_of(pipe.transformer) is not None:
+        way_out = f"leave out products (--products), and if that isn't enough, {way_out}"
     return NotFinite(f"{found} ({str(dtype).removeprefix('torch.')}), so there is no picture: {way_out}.")

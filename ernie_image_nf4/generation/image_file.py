@@ -61,7 +61,7 @@ class Drawing:
         revised_prompt: The prompt as the prompt enhancer rewrote it, None without it.
         seconds: Wall time of drawing it.
         batch_size: Pictures that were denoised together.
-        fp8: Whether the transformer's blocks multiplied in fp8.
+        products: ``"int8"`` or ``"fp8"`` if the transformer's blocks multiplied in it.
     """
 
     image: Image.Image
@@ -69,7 +69,7 @@ class Drawing:
     revised_prompt: str | None
     seconds: float
     batch_size: int = 1
-    fp8: bool = False
+    products: str | None = None
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
@@ -149,7 +149,7 @@ def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | No
     """Write a picture with its settings, in the format of the file name's ending. Readers see the whole file or none.
 
     The settings are prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height,
-    model, revision (if any), versions, and fp8 (if it was). `read_settings` has them back.
+    model, revision (if any), versions, and products (if in 8 bits). `read_settings` has them back.
 
     Args:
         drawing: What to write.
@@ -209,8 +209,8 @@ def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, 
     }
     if revision is not None:
         described["revision"] = revision
-    if drawing.fp8:
-        described["fp8"] = True
+    if drawing.products is not None:
+        described["products"] = drawing.products
     if drawing.revised_prompt is not None:
         described["revised_prompt"] = drawing.revised_prompt
     return {key: str(value) for key, value in described.items()}

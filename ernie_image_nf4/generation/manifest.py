@@ -39,7 +39,8 @@ class Record:
         seconds: Its share of the wall time of its group.
         batch_size: Pictures that were denoised together.
         sha256: Digest of the file.
-        fp8: Whether the transformer's blocks multiplied in fp8.
+        products: ``"int8"`` or ``"fp8"`` if the transformer's blocks multiplied in it. Older manifests have ``fp8``
+            instead, true or false.
         revision: Commit of the Hub repository, None for a local folder.
         version: This package's. None in the manifests of its first one, which didn't note it.
         error: Why there is no picture, None if there is one.
@@ -52,7 +53,7 @@ class Record:
     seconds: float | None = None
     batch_size: int | None = None
     sha256: str | None = None
-    fp8: bool = False
+    products: str | None = None
     revision: str | None = None
     version: str | None = None
     error: str | None = None
@@ -60,7 +61,7 @@ class Record:
     @property
     def key(self) -> tuple:
         """All that decides the picture. A finished one isn't drawn again for an equal key."""
-        return self.file, self.settings, self.model, self.revision, self.fp8, self.version
+        return self.file, self.settings, self.model, self.revision, self.products, self.version
 
 
 def part_of(folder: Path, process: int) -> Path:
@@ -103,6 +104,8 @@ def read_manifest(path: Path, *, unfinished: bool = False) -> list[Record]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             values = json.loads(line)
+            if values.pop("fp8", False):
+                values["products"] = "fp8"
             records.append(Record(settings=Settings(**{name: values.pop(name) for name in names}), **values))
         except (ValueError, TypeError, KeyError, AttributeError):
             if not unfinished:

@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 from diffusers import ErnieImagePipeline
 
-from ..fast.products import is_in_fp8
+from ..fast.products import products_of
 from ..fast.random_state import SeededDraws
 from ..loading.loaded_pipeline import taking_turn
 from ..memory.decode_check import noted
@@ -114,7 +114,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     check_picture(pipe, result.images[0], notes)
     revised = result.revised_prompts[0] if result.revised_prompts else None
     seconds = time.perf_counter() - started
-    return Drawing(result.images[0], settings, revised, seconds, fp8=is_in_fp8(pipe.transformer))
+    return Drawing(result.images[0], settings, revised, seconds, products=products_of(pipe.transformer))
 
 
 def _free_device(pipe: ErnieImagePipeline) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import NotFinite
-from ..fast.products import is_in_fp8
+from ..fast.products import products_of
 from ..fast.transformer import several_pictures
 from ..loading.loaded_pipeline import taking_turn
 from ..memory.apply import memory_mode
@@ -123,7 +123,7 @@ def draw_group(
                 yield str(error)
                 continue
             seconds = shared + result.seconds + time.perf_counter() - started
-            yield Drawing(image, each, text, seconds, result.batch_size, is_in_fp8(pipe.transformer))
+            yield Drawing(image, each, text, seconds, result.batch_size, products_of(pipe.transformer))
 
 
 def encode(pipe: ErnieImagePipeline, texts: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 import diffusers
 import torch
 
-from ..fast.products import check_fp8, enable_fp8
+from ..errors import InvalidSettings
+from ..fast.products import AUTO, find_products, set_products
 from ..memory.apply import apply_placement
 from ..memory.placement import Placement, find_device, find_dtype, find_memory
 from ..memory.requirements import weight_bytes
@@ -28,13 +30,14 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     fast: bool = True,
-    fp8: bool = False,
+    products: str = AUTO,
     prompt_enhancer: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     verify: bool = False,
+    fp8: bool | None = None,
 ) -> diffusers.ErnieImagePipeline:
     """Load an ERNIE-Image NF4 repository as a `diffusers.ErnieImagePipeline` that is placed and ready to draw.
 
@@ -49,8 +52,8 @@ def load(
             INFO level.
         fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of
             the prompt enhancer, denoising, loading, offloading. False leaves them untouched.
-        fp8: Multiply in fp8 in the transformer's blocks, on GPUs that can (RTX 40, H100 and newer): faster, less
-            precise.
+        products: What the transformer's blocks multiply in: ``"int8"`` (RTX 20 and newer) or ``"fp8"`` (RTX 40, H100
+            and newer), faster and less precise, fp8 the less precise of the two; ``"bfloat16"``; ``"auto"`` is `dtype`.
         prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
         revision: Branch, tag or commit of a Hub repository.
         token: Hub token, or True for the stored one.
@@ -58,6 +61,7 @@ def load(
         local_files_only: Take what the Hub cache holds, without any network call.
         verify: Read every file first, and refuse the repository if one isn't as its metadata says or holds impossible
             values. Takes about as long as hashing them.
+        fp8: Deprecated: True is ``products="fp8"``.
 
     Returns:
         The pipeline. Call it as upstream's.
@@ -66,7 +70,7 @@ def load(
         RepositoryNotFound: No such folder or Hub repository, or it can't be reached.
         InvalidRepository: The repository is incomplete, damaged, of another pipeline, or asks for code to be run.
         DeviceUnavailable: The device isn't there, or has too little free memory.
-        InvalidSettings: A device, dtype, memory mode or precision that can't work.
+        InvalidSettings: A device, dtype, memory mode or products that can't work.
         IncompatibleLibraries: A library can't use the files, in which no check finds a fault.
         DiskFull: There is no room for the download.
 
@@ -76,8 +80,7 @@ def load(
     """
     chosen_device = find_device(device)  # before anything is downloaded for a device that isn't there
     chosen_dtype = find_dtype(dtype, chosen_device)
-    if fp8:
-        check_fp8(chosen_device, chosen_dtype, fast)
+    chosen_products = find_products(_with_alias(products, fp8), chosen_device, chosen_dtype, fast)
     folder = find_repository(
         model,
         prompt_enhancer=prompt_enhancer,
@@ -95,10 +98,22 @@ def load(
     warn_of_unquantized(repository, chosen_dtype)
     pipe = build_pipeline(repository, placement)
     apply_placement(pipe, placement)
-    if fp8:
-        enable_fp8(pipe.transformer)
+    if chosen_products is not None:
+        set_products(pipe.transformer, chosen_products)
     move_to_oldest_generation()
     return pipe
+
+
+def _with_alias(products: str, fp8: bool | None) -> str:
+    """`products`, or what `load`'s former argument `fp8` stands for."""
+    if fp8 is None:
+        return products
+    warnings.warn("fp8=True is now products='fp8'.", DeprecationWarning, stacklevel=3)
+    if not fp8 or products == "fp8":
+        return products
+    if products != AUTO:
+        raise InvalidSettings(f"fp8=True and products={products!r} contradict each other: leave fp8 out.")
+    return "fp8"
 
 
 def load_opened(

@@ -19,6 +19,7 @@ from .offloading import hook_of
 
 MINISTRAL = "transformers.models.ministral3.modeling_ministral3"
 ATTENTION_DISPATCH = "diffusers.models.attention_dispatch"
+INT8_ROWS = 32  # that CUDA's product of int8 takes; not fewer than 17
 
 
 # torch: modules and tensors
@@ -77,6 +78,26 @@ def version_of(tensor: torch.Tensor) -> object:
     except AttributeError:
         note_gone("torch.Tensor._version", "nothing is kept from one denoising step to the next")
         return object()
+
+
+# torch: products
+
+
+def int8_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight`` of int8 matrices, (N, in) and (in, out), with exact sums: int32 (N, out).
+
+    Reaches for ``torch._int_mm`` (torch 2.11 to 2.13), cuBLAS's product of int8, which no public function gives. On
+    CUDA it takes more than 16 rows, and sides that are multiples of 8. Gone: the same in float64, exact and slow.
+    """
+    try:
+        matmul = torch._int_mm
+    except AttributeError:
+        note_gone("torch._int_mm", "int8 is multiplied in float64 where there is no Triton")
+        return (x.double() @ weight.double()).int()
+    missing = INT8_ROWS - len(x)
+    if missing <= 0 or not x.is_cuda:
+        return matmul(x, weight)
+    return matmul(torch.nn.functional.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
 
 
 # diffusers: attention of the transformer

@@ -14,6 +14,7 @@ from conftest import CHECKOUT
 import ernie_image_nf4
 from ernie_image_nf4.cli import build, options
 from ernie_image_nf4.cli.app import COMMANDS
+from ernie_image_nf4.fast.products import PRODUCTS
 from ernie_image_nf4.generation.image_file import FORMATS
 from ernie_image_nf4.memory.placement import DTYPES, MEMORY_MODES
 from ernie_image_nf4.quantization.synthetic import PRESETS
@@ -34,6 +35,7 @@ def test_usage_errors_exit_with_two(command):
     [
         (["generate", "a cat", "--memory", "swap"], MEMORY_MODES),
         (["generate", "a cat", "--dtype", "float64"], DTYPES),
+        (["generate", "a cat", "--products", "int4"], PRODUCTS),
         (["generate", "--prompts-file", "-", "--out-dir", "out", "--format", "gif"], FORMATS),
         (["evaluate", "original", "nf4", "--memory", "swap"], MEMORY_MODES),
         (["synthesize", "folder", "--preset", "huge"], PRESETS),
@@ -48,6 +50,7 @@ def test_a_value_that_is_no_choice_names_the_choices(command, arguments, choices
 def test_choices_are_those_of_the_functions_behind():
     assert get_args(options.Memory) == MEMORY_MODES
     assert get_args(options.Dtype) == tuple(DTYPES)
+    assert get_args(options.Products) == PRODUCTS
     assert get_args(options.Format) == tuple(FORMATS)
     assert get_args(build.Preset) == PRESETS
 

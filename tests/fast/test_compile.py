@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-import test_fp8
+import test_products
 import test_prompt_enhancer
 import test_transformer
 import torch
@@ -13,7 +13,7 @@ from conftest import captured
 from diffusers import ErnieImageTransformer2DModel
 
 from ernie_image_nf4.fast import transformer as fast_transformer
-from ernie_image_nf4.fast.products import enable_fp8
+from ernie_image_nf4.fast.products import set_products
 from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
 from ernie_image_nf4.fast.transformer import make_transformer_fast, several_pictures
 
@@ -101,17 +101,17 @@ def test_a_compiled_batch_is_upstreams():
 
 @WAYS
 @torch.no_grad()
-def test_fp8_says_once_that_compiled_blocks_do_without_it(way, caplog):
+def test_eight_bits_say_once_that_compiled_blocks_do_without_them(way, caplog):
     fast_transformer.log_compiled_products.cache_clear()
-    transformer, call = test_fp8.build(num_layers=1), test_transformer.inputs("cpu", torch.bfloat16, (3, 7))
+    transformer, call = test_products.build(num_layers=1), test_transformer.inputs("cpu", torch.bfloat16, (3, 7))
     expected = transformer(**call).sample
-    enable_fp8(transformer)
+    set_products(transformer, "int8")
     compiled = way(transformer, fullgraph=True, backend="eager")
     with caplog.at_level(logging.WARNING, fast_transformer.__name__):
         found = [compiled(**each).sample for each in (call, call | {"text_lens": torch.tensor([2, 7])}, call)]
     warnings = [record.message for record in caplog.records if record.name == fast_transformer.__name__]
-    assert warnings == ["Compiled blocks multiply in the dtype of the weights, not in fp8."]
-    assert test_fp8.relative_error(found[0], expected) < 1e-2
+    assert warnings == ["Compiled blocks multiply in the dtype of the weights, not in 8 bits."]
+    assert test_products.relative_error(found[0], expected) < 1e-2
 
 
 @torch.no_grad()

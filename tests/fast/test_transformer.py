@@ -207,11 +207,11 @@ def test_a_transformer_of_other_classes_is_left_alone():
 def test_a_fast_transformer_gets_another_setting():
     transformer = build()
     make_transformer_fast(transformer, capture_steps=False)
-    transformer.runtime.fp8 = True
+    transformer.runtime.products = "int8"
     make_transformer_fast(transformer, capture_steps=True)
     assert type(transformer) is FastErnieImageTransformer
     assert transformer.runtime.captured_step is not None
-    assert transformer.runtime.fp8
+    assert transformer.runtime.products == "int8"
 
 
 @torch.no_grad()

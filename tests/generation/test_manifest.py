@@ -47,6 +47,14 @@ def test_a_manifest_of_the_first_version_can_be_read(tmp_path):
     assert read_manifest(tmp_path / MANIFEST) == [Record("0001.png", "mini", DEFAULTS)]
 
 
+@pytest.mark.parametrize(("fp8", "products"), [(True, "fp8"), (False, None)])
+def test_a_manifest_from_before_there_was_int8_can_be_read(tmp_path, fp8, products):
+    values = json.loads(to_line(Record("0001.png", "mini", DEFAULTS)))
+    del values["products"]
+    (tmp_path / MANIFEST).write_text(json.dumps(values | {"fp8": fp8}))
+    assert read_manifest(tmp_path / MANIFEST) == [Record("0001.png", "mini", DEFAULTS, products=products)]
+
+
 def test_lines_of_all_processes_are_counted_and_read_once(tmp_path):
     count = LineCount(tmp_path)
     assert count.update() == 0

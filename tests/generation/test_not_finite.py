@@ -14,7 +14,7 @@ from PIL import Image
 
 from ernie_image_nf4 import Row, generate_batch, load
 from ernie_image_nf4.errors import NotFinite
-from ernie_image_nf4.fast.products import enable_fp8
+from ernie_image_nf4.fast.products import set_products
 from ernie_image_nf4.fast.transformer import make_transformer_fast
 from ernie_image_nf4.generation.manifest import MANIFEST, read_manifest
 from ernie_image_nf4.generation.settings import Settings
@@ -110,11 +110,11 @@ def test_the_way_out_suits_the_dtype(repository, dtype, way_out):
     assert f"({dtype})" in str(caught.value)
 
 
-def test_without_fp8_there_is_more_range(repository):
+def test_without_products_in_eight_bits_there_is_less_to_go_wrong(repository):
     pipe = load(repository, device="cpu", dtype="bfloat16", prompt_enhancer=False)
     make_transformer_fast(pipe.transformer, capture_steps=False)
-    enable_fp8(pipe.transformer)
-    with changed(pipe.transformer, overflow), pytest.raises(NotFinite, match="leave out fp8"):
+    set_products(pipe.transformer, "int8")
+    with changed(pipe.transformer, overflow), pytest.raises(NotFinite, match="leave out products"):
         draw(pipe, SMALL)
 
 

@@ -1,0 +1,150 @@
+"""Rounding to int8 or fp8 (e4m3) with one scale a row, and the product of two such matrices.
+
+A row is divided by its scale so that its largest magnitude becomes the format's largest, 127 or 448; the product
+multiplies the scales back in. int8 has evenly spaced numbers and its sums are exact; before rounding, inputs and
+weights are rotated (``rotation``), which brings values near to a normal distribution. fp8 keeps four significant bits
+of large and small values alike. Weights stay NF4 in memory and are converted for each product.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import QuantState, dequantize_4bit
+
+from ...repository.nf4_format import block_scales
+from ...upstream.models import int8_matmul
+from .elementwise import triton_kernels
+from .rotation import GROUP, rotate_rows
+
+KERNELS, PRODUCT_KERNELS = "triton_eight_bit", "triton_int8"
+TENSOR_CORES = (8, 0)  # capability from which Triton multiplies with them; cuBLAS does on Turing (7.5) as well
+SMALLEST = 1e-30  # rows of smaller magnitudes are scaled as if they had this one: no division by zero
+MULTIPLE = 16  # both sides of a weight have to be multiples of it
+MAX_WIDTH = 16384  # of a row, which the kernels round in one piece
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of 8 bits.
+
+    Attributes:
+        name: As ``load`` takes it.
+        dtype: Of its values.
+        largest: Its largest number.
+        rotated: Whether inputs and weights are rotated before they are rounded.
+    """
+
+    name: str
+    dtype: torch.dtype
+    largest: float
+    rotated: bool
+
+
+INT8 = Format("int8", torch.int8, 127.0, rotated=True)
+FP8 = Format("fp8", torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max, rotated=False)
+
+Rounded = tuple[torch.Tensor, torch.Tensor]
+"""Values in 8 bits, (N, H), and the scales of their rows, (N, 1) float32."""
+
+
+def fits(state: QuantState) -> bool:
+    """Whether a weight of this NF4 state is of a shape that can be multiplied in 8 bits."""
+    rows, columns = state.shape
+    return (
+        rows % MULTIPLE == 0
+        and columns % max(MULTIPLE, GROUP) == 0
+        and columns <= MAX_WIDTH
+        and columns % state.blocksize == 0
+    )
+
+
+def quantize_rows(x: torch.Tensor, to: Format) -> Rounded:
+    """Rows of `x`, (N, H), of any dtype, in 8 bits."""
+    if kernels := triton_kernels(x, KERNELS):
+        return kernels.quantize_rows(x, to)
+    return round_rows(x.float(), to)
+
+
+def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor, to: Format) -> Rounded:
+    """`quantize_rows` of ``gelu(gate) * up``, (N, H) each, with the exact (erf) GELU."""
+    if kernels := triton_kernels(gate, KERNELS):
+        return kernels.gelu_times_rows(gate, up, to)
+    return round_rows(F.gelu(gate.float()) * up.float(), to)
+
+
+def quantize_weight(codes: torch.Tensor, state: QuantState, to: Format) -> Rounded:
+    """An NF4 weight in 8 bits, (out, in), and the scales of its rows, (out, 1) float32.
+
+    Args:
+        codes: The weight as bitsandbytes packs it, two codes a byte.
+        state: Its quantization state, one that `fits`.
+        to: The format.
+    """
+    rows, columns = state.shape
+    if kernels := triton_kernels(codes, KERNELS):
+        outer = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if state.nested else ()
+        return kernels.quantize_weight(codes, state.absmax, state.code, rows, columns, state.blocksize, to, *outer)
+    weight = dequantize_4bit(codes, with_dtype(state, torch.float32)).view(rows, columns)
+    return round_rows(weight, to, block_scales(state).view(rows, -1).abs().amax(1, keepdim=True))
+
+
+def with_dtype(state: QuantState, dtype: torch.dtype) -> QuantState:
+    """A quantization state that dequantizes to another dtype. Its tensors are shared."""
+    state = copy.copy(state)
+    state.dtype = dtype
+    return state
+
+
+def round_rows(x: torch.Tensor, to: Format, bound: torch.Tensor | None = None) -> Rounded:
+    """Rows in 8 bits, by PyTorch's own operations.
+
+    Args:
+        x: (N, H) float32.
+        to: The format.
+        bound: (N, 1) float32, of each row a number no smaller than its magnitudes; None for the largest of them.
+    """
+    unit: torch.Tensor | float = 1.0
+    if to.rotated:
+        x, unit = rotate_rows(x, x.abs().amax(1, keepdim=True) if bound is None else bound)
+    largest = x.abs().amax(1, keepdim=True).clamp(min=SMALLEST)
+    # A tensor, as the kernel divides: PyTorch divides by a Python number less exactly, which decides ties otherwise.
+    limit = torch.full_like(largest, to.largest)
+    scaled = x * (limit / largest)
+    return (scaled if to.dtype.is_floating_point else scaled.round()).to(to.dtype), largest / limit * unit
+
+
+def scaled_product(
+    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """``(x * scale) @ (weight * weight_scale).T``, (N, out) of a dtype, which for fp8 is bfloat16.
+
+    Args:
+        x: (N, in) int8 or fp8.
+        scale: (N, 1) float32.
+        weight: (out, in), dtype of `x`.
+        weight_scale: (out, 1) float32.
+        dtype: Of the result.
+    """
+    if x.dtype == INT8.dtype:
+        if (kernels := triton_kernels(x, PRODUCT_KERNELS)) and has_tensor_cores(x.device):
+            return kernels.scaled_product(x, scale, weight, weight_scale, dtype)
+        return (int8_matmul(x, weight.t()).float() * scale * weight_scale.t()).to(dtype)
+    return F.scaled_mm(
+        x,
+        weight.t(),
+        scale,
+        F.ScalingType.RowWise,
+        weight_scale.t(),
+        F.ScalingType.RowWise,
+        output_dtype=dtype,
+        use_fast_accum=True,  # Hopper sums with fewer bits, which costs little beside the rounding to fp8
+    )
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton knows the tensor cores of a CUDA device."""
+    return torch.cuda.get_device_capability(device) >= TENSOR_CORES

@@ -1,0 +1,191 @@
+"""Triton kernels of ``eight_bit``: activations and NF4 weights in 8 bits with one scale a row. One program a row.
+
+A row is held as groups of values, (COUNT, GROUP), whose rotation is a product with a small matrix. Tensor cores make it
+cheaper than additions would be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .eight_bit import SMALLEST, Format, Rounded, has_tensor_cores
+from .rotation import GROUP, hadamard
+from .triton_launch import NO_FMA, on_its_device
+
+VALUES_A_WARP = 1024  # of an activation's row
+WEIGHTS_A_WARP = 1024  # of a weight's row
+
+
+@triton.jit
+def _largest_bits(x):
+    """The largest magnitude as the bits of a float32. Those of NaN are larger than any number's."""
+    return tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+
+
+@triton.jit
+def _unit(bits):
+    """As ``rotation.rotate_rows``: the power of two at or below a float32, given its bits, and the inverse."""
+    exponent = tl.minimum(tl.maximum(bits >> 23, 1), 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_rounded(
+    x, unit, out_pointer, scale_pointer, row, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    COUNT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Store a row in 8 bits and its scale."""
+    largest = _largest_bits(x).to(tl.float32, bitcast=True)
+    largest = tl.where(largest < SMALLEST, SMALLEST, largest)  # which leaves NaN as it is
+    tl.store(scale_pointer + row, tl.math.div_rn(largest, LARGEST) * unit)
+    x *= tl.math.div_rn(LARGEST, largest)
+    column = tl.arange(0, COUNT)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if out_pointer.dtype.element_ty == tl.int8:
+        # 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to the nearest, its low bits are the whole number.
+        x = (x + 12582912.0).to(tl.int32, bitcast=True)
+    tl.store(out_pointer + row * width + column, x.to(out_pointer.dtype.element_ty), column < width)
+
+
+@triton.jit
+def _rotated(x, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """(COUNT, GROUP) times the matrix of ``rotation`` by additions: of four neighbours, then of those four apart ..."""
+    STAGES: tl.constexpr = 3 if GROUP == 64 else (4 if GROUP == 256 else 2)
+    for _ in tl.static_range(STAGES):
+        even, odd = tl.split(tl.reshape(x, (COUNT, GROUP // 4, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        half = (first + second + third + fourth) * 0.5
+        x = tl.join(tl.join(half - fourth, half - second), tl.join(half - third, half - first))
+        x = tl.reshape(tl.permute(tl.reshape(x, (COUNT, GROUP // 4, 4)), (0, 2, 1)), (COUNT, GROUP))
+    return x
+
+
+@triton.jit
+def _matrix(pointer, FIRST: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
+    """Every STEP-th row of the (GROUP, GROUP) matrix of a rotation."""
+    row = FIRST + STEP * tl.arange(0, GROUP // STEP)
+    return tl.load(pointer + row[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+
+
+@triton.jit
+def _quantize_rows(
+    x_pointer, up_pointer, matrix_pointer, out_pointer, scale_pointer, width, IS_GELU: tl.constexpr,
+    ROTATED: tl.constexpr, TENSOR_CORES: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    COUNT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COUNT)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside, place = column < width, row * width + column
+    x = tl.load(x_pointer + place, inside, 0.0).to(tl.float32)
+    if IS_GELU:
+        up = tl.load(up_pointer + place, inside, 0.0).to(tl.float32)
+        x = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476)) * up
+    unit = 1.0
+    if ROTATED:
+        unit, inverse = _unit(_largest_bits(x))
+        x = (x * inverse).to(tl.float16)
+        if TENSOR_CORES:
+            x = tl.dot(x, _matrix(matrix_pointer, 0, 1, GROUP))
+        else:
+            x = _rotated(x.to(tl.float32), COUNT, GROUP)
+    _store_rounded(x, unit, out_pointer, scale_pointer, row, width, LARGEST, SMALLEST, COUNT, GROUP)
+
+
+@on_its_device
+def quantize_rows(x: torch.Tensor, to: Format) -> Rounded:
+    """As ``eight_bit.quantize_rows``."""
+    return _launch_rows(x, x, to, is_gelu=False)
+
+
+@on_its_device
+def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor, to: Format) -> Rounded:
+    """As ``eight_bit.gelu_times_rows``."""
+    return _launch_rows(gate, up, to, is_gelu=True)
+
+
+def _launch_rows(x: torch.Tensor, up: torch.Tensor, to: Format, is_gelu: bool) -> Rounded:
+    x, up = x.contiguous(), up.contiguous()
+    rows, width = x.shape
+    out, scale = _empty_rows(x, rows, width, to)
+    count = max(16, triton.next_power_of_2(triton.cdiv(width, GROUP)))
+    _quantize_rows[(rows,)](
+        x, up, hadamard(GROUP, x.device), out, scale, width, is_gelu, to.rotated, has_tensor_cores(x.device),
+        to.largest, SMALLEST, count, GROUP, num_warps=_warps(count * GROUP, VALUES_A_WARP), **NO_FMA,
+    )  # fmt: skip
+    return out, scale
+
+
+@triton.jit
+def _block_scales(
+    absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, place, inside, NESTED: tl.constexpr,
+    OUTER_SIZE: tl.constexpr,
+):  # fmt: skip
+    absmax = tl.load(absmax_pointer + place, inside, 0)
+    if NESTED:
+        outer = tl.load(outer_absmax_pointer + place // OUTER_SIZE, inside, 0.0)
+        absmax = tl.load(outer_table_pointer + absmax.to(tl.int32)) * outer + tl.load(offset_pointer)
+    return tl.where(inside, absmax, 0.0)
+
+
+@triton.jit
+def _quantize_weight(
+    codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer,
+    matrix_pointer, out_pointer, scale_pointer, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr, PADDED: tl.constexpr, ROTATED: tl.constexpr, TENSOR_CORES: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A row is BLOCKS blocks of BYTES bytes, two codes a byte, the first in the upper half."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, PADDED)[:, None]
+    inside, place = block < BLOCKS, row * BLOCKS + block
+    scale = _block_scales(
+        absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, place, inside, NESTED, OUTER_SIZE
+    )
+    codes = tl.load(codes_pointer + place * BYTES + tl.arange(0, BYTES)[None, :], inside, 0).to(tl.int32)
+    COUNT: tl.constexpr = PADDED * BYTES * 2 // GROUP
+    unit = 1.0
+    if ROTATED:
+        unit, inverse = _unit(_largest_bits(scale))  # no value is larger than its block's scale
+        scale *= inverse
+    first, second = tl.load(table_pointer + (codes >> 4)) * scale, tl.load(table_pointer + (codes & 15)) * scale
+    if ROTATED:
+        first, second = first.to(tl.float16), second.to(tl.float16)
+    if ROTATED and TENSOR_CORES:  # first and second values of the pairs apart, which spares bringing them in order
+        x = tl.dot(tl.reshape(first, (COUNT, GROUP // 2)), _matrix(matrix_pointer, 0, 2, GROUP))
+        x = tl.dot(tl.reshape(second, (COUNT, GROUP // 2)), _matrix(matrix_pointer, 1, 2, GROUP), x)
+    else:
+        x = tl.reshape(tl.join(first, second), (COUNT, GROUP)).to(tl.float32)
+        if ROTATED:
+            x = _rotated(x, COUNT, GROUP)
+    _store_rounded(
+        x, unit, out_pointer, scale_pointer, row, BLOCKS * BYTES * 2, LARGEST, SMALLEST, COUNT, GROUP
+    )  # fmt: skip
+
+
+@on_its_device
+def quantize_weight(
+    codes, absmax, table, rows, columns, block_size, to, outer_absmax=None, outer_table=None, offset=None, outer_size=1
+) -> Rounded:
+    """As ``eight_bit.quantize_weight``; the parts of a quantization state one by one."""
+    out, scale = _empty_rows(codes, rows, columns, to)
+    blocks = columns // block_size
+    nested = outer_absmax is not None
+    outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
+    padded = triton.next_power_of_2(max(blocks, triton.cdiv(16 * GROUP, block_size)))
+    _quantize_weight[(rows,)](
+        codes, absmax, table, *outer, hadamard(GROUP, codes.device), out, scale, nested, outer_size, block_size // 2,
+        blocks, padded, to.rotated, has_tensor_cores(codes.device), to.largest, SMALLEST, GROUP,
+        num_warps=_warps(padded * block_size, WEIGHTS_A_WARP), **NO_FMA,
+    )  # fmt: skip
+    return out, scale
+
+
+def _warps(values: int, values_a_warp: int) -> int:
+    return min(16, max(1, values // values_a_warp))
+
+
+def _empty_rows(like: torch.Tensor, rows: int, width: int, to: Format) -> Rounded:
+    """(rows, width) of a format and (rows, 1) float32 scales, on the device of `like`."""
+    return like.new_empty(rows, width, dtype=to.dtype), like.new_empty(rows, 1, dtype=torch.float32)

@@ -1,0 +1,92 @@
+"""Triton kernel of ``eight_bit``: the product of two int8 matrices with a scale a row each, in one pass.
+
+Tensor cores add in int32, which is exact, and the scales come in before a sum is first stored. cuBLAS gives int32
+sums, 4 bytes a value that have to be read again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_launch import NO_FMA, on_its_device
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes, and how.
+
+    Attributes:
+        rows: Of the result.
+        columns: Of the result.
+        depth: Columns of the inputs that are multiplied at a time. Rows of an input are its multiples.
+        warps: That share the work.
+        stages: Parts of the inputs that are in shared memory at a time.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By compute capability, from which one on; so large that registers and shared memory hold them.
+TILES = {
+    (8, 0): Tile(128, 128, 128, 8, 3),  # 164 KiB of shared memory
+    (8, 6): Tile(128, 128, 128, 8, 3),  # 100 KiB
+    (9, 0): Tile(128, 256, 128, 8, 4),  # 228 KiB; sums of 4 warps together
+    (12, 0): Tile(128, 128, 128, 8, 3),  # 100 KiB
+}
+TILES_ABREAST = 8  # rows of tiles that are computed side by side, so that the columns' weights are in the cache
+
+
+@triton.jit(do_not_specialize=["rows"])  # they change with the prompt's length
+def _scaled_product(
+    x_pointer, scale_pointer, weight_pointer, weight_scale_pointer, out_pointer, rows, columns, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    first = program // (ABREAST * across) * ABREAST
+    abreast = min(down - first, ABREAST)
+    place = program % (ABREAST * across)
+    row = (first + place % abreast) * ROWS + tl.arange(0, ROWS)
+    column = place // abreast * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    # Beyond the last row or column others are computed again, and not stored: no masks in the loop.
+    x_pointers = x_pointer + (row % rows)[:, None].to(tl.int64) * WIDTH + depth[None, :]
+    weight_pointers = weight_pointer + (column % columns)[None, :].to(tl.int64) * WIDTH + depth[:, None]
+    total = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for _ in tl.range(0, WIDTH, DEPTH):
+        total = tl.dot(tl.load(x_pointers), tl.load(weight_pointers), total, out_dtype=tl.int32)
+        x_pointers += DEPTH
+        weight_pointers += DEPTH
+    scale = tl.load(scale_pointer + row, row < rows, 0.0)
+    weight_scale = tl.load(weight_scale_pointer + column, column < columns, 0.0)
+    out = total.to(tl.float32) * scale[:, None] * weight_scale[None, :]
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(out_pointer + at, out.to(out_pointer.dtype.element_ty), inside)
+
+
+@on_its_device
+def scaled_product(x, scale, weight, weight_scale, dtype) -> torch.Tensor:
+    """As ``eight_bit.scaled_product``."""
+    (rows, width), columns = x.shape, len(weight)
+    tile = tile_of(torch.cuda.get_device_capability(x.device), width)
+    out = torch.empty(rows, columns, dtype=dtype, device=x.device)
+    _scaled_product[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        x, scale, weight, weight_scale, out, rows, columns, width, tile.rows, tile.columns, tile.depth, TILES_ABREAST,
+        num_warps=tile.warps, num_stages=tile.stages, **NO_FMA,
+    )  # fmt: skip
+    return out
+
+
+def tile_of(capability: tuple[int, int], width: int) -> Tile:
+    """The tile for a GPU of this compute capability and inputs with so many columns, a multiple of 64."""
+    tile = TILES[max(known for known in TILES if known <= capability)]
+    return tile if width % tile.depth == 0 else replace(tile, depth=64)

@@ -1,0 +1,83 @@
+"""Compares the Triton kernels of 8-bit products with plain torch on a CPU: a script for Triton's interpreter.
+
+To be run with TRITON_INTERPRET=1, which Triton reads when it is imported: in a process of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+
+from ernie_image_nf4.fast.ops import eight_bit, triton_eight_bit, triton_int8
+from ernie_image_nf4.fast.ops.eight_bit import FP8, INT8, Format
+
+CAPABILITIES = ((7, 5), (9, 0))  # without tensor cores, as far as Triton knows, and with them
+# Columns, dtype of activations, block size of weights.
+CASES = ((64, torch.bfloat16, 64), (384, torch.float32, 32), (1536, torch.float16, 128))
+
+
+def main() -> None:
+    for capability, (width, dtype, block_size) in itertools.product(CAPABILITIES, CASES):
+        torch.cuda.get_device_capability = lambda device=None, capability=capability: capability
+        compare_rows(width, dtype)
+        for nested in (True, False):
+            compare_weight(width, nested, block_size)
+    compare_product()
+    compare_numbers_that_are_none()
+
+
+def compare_rows(width: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(5, width) * torch.logspace(-3, 3, 5)[:, None]).to(dtype)
+    x[2] = 0
+    up = torch.randn(width, 5).to(dtype).t()  # not contiguous
+    product = torch.nn.functional.gelu(x.float()) * up.float()
+    for to in (INT8, FP8):
+        compare(triton_eight_bit.quantize_rows(x, to), eight_bit.round_rows(x.float(), to), to)
+        compare(triton_eight_bit.gelu_times_rows(x, up, to), eight_bit.round_rows(product, to), to)
+
+
+def compare_weight(width: int, nested: bool, block_size: int) -> None:
+    weight = (torch.randn(4, width) * torch.logspace(-2, 2, 4)[:, None]).bfloat16()
+    weight[1] = 0
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested, blocksize=block_size)
+    outer = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if nested else ()
+    for to in (INT8, FP8):
+        found = triton_eight_bit.quantize_weight(codes, state.absmax, state.code, 4, width, block_size, to, *outer)
+        compare(found, eight_bit.quantize_weight(codes, state, to), to)
+
+
+def compare(found: eight_bit.Rounded, expected: eight_bit.Rounded, to: Format) -> None:
+    """Scales to the last bits of float32, values to the next number: sums and erf may end in another bit."""
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=0)
+    mine, theirs = found[0].float(), expected[0].float()
+    if to is INT8:
+        assert (mine - theirs).abs().max() <= 1
+        assert (mine != theirs).float().mean() < 1e-3
+    else:  # the interpreter's own conversion to fp8 drops the carry of numbers that are rounded up to a power of two
+        assert (mine == theirs).float().mean() > 0.7
+
+
+def compare_product() -> None:
+    for rows, columns, width in ((37, 48, 192), (300, 16, 384)):
+        x, weight = (torch.randint(-127, 128, (count, width), dtype=torch.int8) for count in (rows, columns))
+        scale, weight_scale = torch.rand(rows, 1), torch.rand(columns, 1)
+        for dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off
+            found = triton_int8.scaled_product(x, scale, weight, weight_scale, dtype)
+            assert torch.equal(found, eight_bit.scaled_product(x, scale, weight, weight_scale, dtype))
+
+
+def compare_numbers_that_are_none() -> None:
+    x = torch.ones(3, 128)
+    x[1, 5], x[2, 5] = torch.nan, torch.inf
+    for to in (INT8, FP8):
+        rounded, scale = triton_eight_bit.quantize_rows(x, to)
+        finite = (rounded.float() * scale).isfinite().all(1)
+        assert finite.tolist() == [True, False, False]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    main()

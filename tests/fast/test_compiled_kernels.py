@@ -1,0 +1,178 @@
+"""Every Triton kernel, compiled for cards that aren't there: it fits them, and int8 is multiplied by tensor cores.
+
+The functions that launch kernels are called with tensors of full size on the CPU. Triton is told that another GPU is
+there, compiles what is launched, and launches nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from ernie_image_nf4.fast.ops import eight_bit
+from ernie_image_nf4.fast.ops.eight_bit import FP8, INT8
+from ernie_image_nf4.fast.products import CAPABILITY
+
+triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from ernie_image_nf4.fast.ops import triton_eight_bit, triton_elementwise, triton_int8  # noqa: E402
+
+KERNELS = (triton_elementwise, triton_eight_bit, triton_int8)
+MOST_SPILLED = 0  # bytes of a thread's values for which there are no registers
+KIB = 1024
+# By compute capability: the cards, and the shared memory that a program can have (CUDA programming guide, table
+# "Technical Specifications per Compute Capability").
+CARDS = {
+    (7, 5): ("T4, RTX 20", 64 * KIB),
+    (8, 0): ("A100", 163 * KIB),
+    (8, 6): ("RTX 30", 99 * KIB),
+    (8, 9): ("RTX 40", 99 * KIB),
+    (9, 0): ("H100", 227 * KIB),
+    (10, 0): ("B200", 227 * KIB),
+    (12, 0): ("RTX 50", 99 * KIB),
+}
+TENSOR_CORES = r"mma\.sync\S*\.s8\.s8|wgmma\.mma_async\S*\.s8\.s8|tcgen05\.mma\S*kind::i8"
+HIDDEN, INNER, HEADS = 4096, 12288, 32  # of the full-size transformer
+on_each_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card[0]}{card[1]}")
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel: its name, bytes of shared memory and of spilled registers a thread, and its PTX."""
+
+    name: str
+    shared: int
+    spilled: int
+    ptx: str
+
+
+class Card:
+    """What Triton asks a GPU's driver for when it compiles."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.number = 10 * capability[0] + capability[1]
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.number, 32)
+
+    def get_current_device(self) -> int:
+        return self.number  # which Triton keeps compiled kernels by
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def give_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[Compiled]]]:
+    """``give_card(capability) -> kernels``: to that list comes what is launched from then on."""
+
+    def give(capability: tuple[int, int]) -> list[Compiled]:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # empty: nothing that was compiled before
+        monkeypatch.setattr(triton.runtime.driver, "_active", Card(capability))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        kernels: list[Compiled] = []
+
+        def compile_only(kernel: Any, *arguments: Any, **options: Any) -> None:
+            compiled = run(kernel, *arguments, **options | {"warmup": True})
+            kernels.append(
+                Compiled(kernel.__name__, compiled.metadata.shared, spilled(compiled, tmp_path), compiled.asm["ptx"])
+            )
+
+        monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+        return kernels
+
+    run = triton.runtime.jit.JITFunction.run
+    return give
+
+
+def spilled(compiled: Any, folder: Path) -> int:
+    """Bytes a thread that a compiled kernel keeps on its stack instead of in registers."""
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", folder / "kernel.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(found) for found in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+
+def launch_all(capability: tuple[int, int]) -> None:
+    """Call what launches kernels, for tensors of a step at full size."""
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+    x, modulation = torch.empty(1, 3, HIDDEN, dtype=dtype), torch.empty(1, HIDDEN, dtype=dtype)
+    weight, rows = modulation[0], torch.zeros(3, dtype=torch.int64)
+    triton_elementwise.gated_add_norm(x, x, modulation, weight, modulation, modulation, 1e-6, rows)
+    head = torch.empty(1, 3, HIDDEN // HEADS, dtype=dtype)
+    triton_elementwise.norm_rotary(x.unflatten(2, (HEADS, -1)), head[0, 0], head, head, 1e-6)
+    triton_elementwise.gelu_times(x, x)
+    for to in (INT8, FP8):
+        if capability >= CAPABILITY[to.name][0]:
+            launch_eight_bits(to, dtype)
+    if capability >= eight_bit.TENSOR_CORES:
+        multiply(dtype)
+
+
+def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
+    x, inner = torch.empty(3, HIDDEN, dtype=dtype), torch.empty(3, INNER, dtype=dtype)
+    triton_eight_bit.quantize_rows(x, to)
+    triton_eight_bit.gelu_times_rows(inner, inner, to)
+    codes, absmax = (torch.empty(16 * INNER // size, dtype=torch.uint8) for size in (2, 64))
+    outer, table = torch.empty(16 * INNER // 64 // 256), torch.empty(256)
+    triton_eight_bit.quantize_weight(
+        codes, absmax, table[:16], 16, INNER, 64, to, outer, table, torch.zeros(()), 256
+    )  # fmt: skip
+
+
+def multiply(dtype: torch.dtype) -> None:
+    x, weight = (torch.empty(rows, HIDDEN, dtype=torch.int8) for rows in (300, INNER))
+    triton_int8.scaled_product(x, torch.empty(300, 1), weight, torch.empty(INNER, 1), dtype)
+
+
+@triton.jit
+def _nothing(pointer):
+    pass
+
+
+@on_each_card
+def test_every_kernel_fits_the_card(give_card, card):
+    kernels = give_card(card)
+    try:
+        _nothing[(1,)](torch.empty(1))
+    except Exception as error:
+        pytest.skip(f"Triton {triton.__version__} no longer knows compute capability {card}: {error}")
+    kernels.clear()
+    launch_all(card)
+    name, shared = CARDS[card]
+    too_large = [kernel[:3] for kernel in kernels if kernel.shared > shared or kernel.spilled > MOST_SPILLED]
+    assert too_large == [], name
+    products = [kernel for kernel in kernels if kernel.name == "_scaled_product"]
+    assert all(re.search(TENSOR_CORES, kernel.ptx) for kernel in products)
+    # Triton left Turing's tensor cores in its version 3.3: there cuBLAS multiplies.
+    assert bool(products) == (card >= eight_bit.TENSOR_CORES)
+    launched = {name for module in KERNELS for name in re.findall(r"(_\w+)\[\(", Path(module.__file__).read_text())}
+    assert {kernel.name for kernel in kernels} == launched - (set() if products else {"_scaled_product"})
+
+
+def test_a_tile_that_is_too_large_is_found(give_card, monkeypatch):
+    kernels = give_card((8, 6))
+    monkeypatch.setattr(triton_int8, "TILES", {(8, 0): triton_int8.Tile(256, 256, 128, 8, 3)})
+    multiply(torch.bfloat16)
+    assert kernels[0].shared > CARDS[8, 6][1]
+    assert kernels[0].spilled > MOST_SPILLED
+
+
+def test_interpreted_kernels_compute_what_plain_torch_does():
+    script = Path(__file__).with_name("interpreted_kernels.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
