@@ -15,6 +15,7 @@ from typing import Any
 from ernie_image_nf4.benchmarking import report as benchmark_report
 from ernie_image_nf4.benchmarking import summary as benchmark
 from ernie_image_nf4.evaluation.report import markdown_table
+from ernie_image_nf4.loading.cards import GENERATIONS
 
 FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parent
@@ -22,6 +23,7 @@ CHART = FOLDER / "benchmark_h100.png"
 # Table -> the page it stands on.
 PAGES = {
     "cards": "README.md",
+    "generations": "README.md",
     "headline": "README.md",
     "summary": "docs/figures.md",
     "mini-figures": "docs/mini.md",
@@ -203,7 +205,7 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
 
 def tables() -> dict[str, str]:
     """The tables by name, those of runs that are there."""
-    made = {"summary": summary_table(figures_of_runs())}
+    made = {"summary": summary_table(figures_of_runs()), "generations": generations_table()}
     if run := read("../training/report.json"):
         made["mini-figures"] = mini_table(run["figures"])
     if run := read("cards.json"):
@@ -263,6 +265,23 @@ def cards_table(run: dict[str, Any]) -> str:
         if row["enhancer"] and "error" not in row
     ]
     return markdown_table(["a card of", *columns], rows)
+
+
+def generations_table() -> str:
+    """What `load` takes on each generation of cards."""
+    columns = ["", "compute capability", "dtype", "attention", "products it can be asked for", "tried"]
+    rows = [
+        [
+            f"{each.name}: {each.cards}",
+            ".".join(map(str, each.capability)),
+            str(each.dtype).removeprefix("torch."),
+            each.attention,
+            ", ".join(each.products),
+            each.evidence,
+        ]
+        for each in GENERATIONS
+    ]
+    return markdown_table(columns, rows).replace("---:", "---")
 
 
 def large_table(run: dict[str, Any]) -> str:

@@ -108,10 +108,9 @@ def benchmark(
         )
     from ..benchmarking.arms import Workload, choose_arms
     from ..benchmarking.report import write_benchmark
-    from ..benchmarking.run import benchmark, make_synthetic
+    from ..benchmarking.run import benchmark
     from ..errors import InvalidSettings
     from ..generation.image_file import make_output_folder
-    from ..repository.resolve import find_repository
 
     try:
         arms = choose_arms(arm or (), baselines=baselines or peers)
@@ -119,11 +118,7 @@ def benchmark(
         raise typer.BadParameter(str(error), param_hint="--arm") from error
     if not quick:
         make_output_folder(out_dir)
-    nf4: Path
-    if synthetic:
-        nf4, original = make_synthetic(synthetic)
-    else:
-        nf4 = find_repository(model)
+    nf4, original = _repositories(model, original, synthetic)
     if quick:
         from ..benchmarking.quick import benchmark_quick, row
 
@@ -139,3 +134,13 @@ def benchmark(
         nf4, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth, on_progress=keep
     )
     typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
+
+
+def _repositories(model: str | None, original: Path | None, synthetic: Path | None) -> tuple[Path, Path | None]:
+    """Folders of the NF4 repository and of the original."""
+    from ..benchmarking.run import make_synthetic
+    from ..repository.resolve import find_repository
+
+    if synthetic:
+        return make_synthetic(synthetic)
+    return find_repository(model), original
