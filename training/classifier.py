@@ -1,6 +1,6 @@
 """Stage 3: the judge. A small convolutional network that names background and objects of a rendered scene.
 
-    python -m training.classifier training/work --steps 5000
+    python -m training.classifier training/work --steps 4000
 
 It sees pictures at 128x128 and answers the background and, for left, center and right, the object or nothing. It is
 trained on training scenes only and must be right on 97% of new ones before it may judge what the mini draws.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .models import learning_rate_factor
+from .models import Budget, learning_rate_factor, set_learning_rate
 from .scenes import BACKGROUNDS, OBJECTS, PLACES, Scene, load_sprites, render, sample_scene
 
 SIZE, BATCH = 128, 256
@@ -96,29 +96,47 @@ def degrade(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures * gain + noise).clamp(-1, 1)
 
 
-def train(classifier: SceneClassifier, sprites: torch.Tensor, steps: int) -> None:
-    rng, generator = random.Random(11), torch.Generator(sprites.device).manual_seed(11)
+def scene_pool(sprites: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`count` training scenes at 128x128, rendered once: rendering each anew takes most of a step.
+
+    Returns:
+        Pictures (count, 3, 128, 128) uint8, backgrounds (count,) and objects (count, 3) with ``NOTHING`` for none, all
+        on the device of `sprites`.
+    """
+    rng, generator = random.Random(seed), torch.Generator(sprites.device).manual_seed(seed)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    pictures = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8, device=sprites.device)
+    for start in range(0, count, BATCH):
+        part = render(scenes[start : start + BATCH], sprites, SIZE, generator)
+        pictures[start : start + len(part)] = part.add(1).mul(127.5).round()
+    backgrounds = torch.tensor([scene.background for scene in scenes], device=sprites.device)
+    objects = torch.tensor([scene.objects for scene in scenes], device=sprites.device)
+    return pictures, backgrounds, torch.where(objects < 0, NOTHING, objects)
+
+
+def train(classifier: SceneClassifier, sprites: torch.Tensor, budget: Budget, scenes: int) -> None:
+    """Train in place on `scenes` rendered scenes, degraded anew at each step."""
+    pictures, backgrounds, objects = scene_pool(sprites, scenes, seed=11)
+    print(f"classifier: scenes ready in {budget.elapsed():.0f} s", flush=True)
     optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=0.02, fused=sprites.is_cuda)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, 100))
-    started = time.time()
     classifier.train()
-    for step in range(steps):
-        scenes = [sample_scene(rng) for _ in range(BATCH)]
-        pictures = degrade(render(scenes, sprites, SIZE, generator))
-        backgrounds = torch.tensor([scene.background for scene in scenes], device=sprites.device)
-        objects = torch.tensor([scene.objects for scene in scenes], device=sprites.device)
-        objects = torch.where(objects < 0, NOTHING, objects)
+    step = 0
+    while (progress := budget.progress(step)) < 1:
+        set_learning_rate(optimizer, 2e-3 * learning_rate_factor(step, progress, 100))
+        rows = torch.randint(scenes, (BATCH,), device=sprites.device)
+        batch = degrade(pictures[rows].float().div(127.5).sub(1))
         with torch.autocast(sprites.device.type, torch.bfloat16):
-            background, slots = classifier(pictures.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(background.float(), backgrounds) + F.cross_entropy(
-            slots.float().flatten(0, 1), objects.flatten(), label_smoothing=0.02
+            background, slots = classifier(batch.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(background.float(), backgrounds[rows]) + F.cross_entropy(
+            slots.float().flatten(0, 1), objects[rows].flatten(), label_smoothing=0.02
         )
         loss.backward()
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 500 == 0:
-            print(f"classifier step {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            print(f"classifier step {step} loss {loss.item():.4f} {budget.elapsed():.0f} s", flush=True)
+        step += 1
+    print(f"classifier: {step} steps in {budget.elapsed():.0f} s", flush=True)
     classifier.eval()
 
 
@@ -134,14 +152,18 @@ def evaluate(classifier: SceneClassifier, sprites: torch.Tensor, size: int, coun
 
 
 def main() -> None:
+    started = time.time()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seconds", type=float, help="train until this long after the start, instead of --steps")
+    parser.add_argument("--scenes", type=int, default=200_000)
+    parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    sprites = load_sprites(arguments.work / "sprites.npz", "cuda")
-    classifier = SceneClassifier().cuda().to(memory_format=torch.channels_last)
-    train(classifier, sprites, arguments.steps)
+    sprites = load_sprites(arguments.work / "sprites.npz", arguments.device)
+    classifier = SceneClassifier().to(arguments.device, memory_format=torch.channels_last)
+    train(classifier, sprites, Budget(arguments.steps, arguments.seconds, started=started), arguments.scenes)
     from safetensors.torch import save_file
 
     save_file(

@@ -1,9 +1,11 @@
 """Stage 5: train transformer and text encoder together, by flow matching on latents of rendered scenes.
 
-    python -m training.dit training/work --steps 12000
+    python -m training.dit training/work --steps 10000
 
 The target is noise minus latent at sigma drawn from a shifted logit-normal; matrices are updated by Muon, everything
 else by AdamW; the averaged weights are kept. Every sixth step is at 512x512, the others at the native 256x256.
+
+With ``--stop-after`` a run leaves its state in the work folder, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -22,13 +24,22 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .classifier import SceneClassifier, accuracies, classify, load_classifier
-from .models import Ema, build_scheduler, build_text_encoder, build_transformer, learning_rate_factor
+from .models import (
+    Budget,
+    Ema,
+    build_scheduler,
+    build_text_encoder,
+    build_transformer,
+    learning_rate_factor,
+    set_learning_rate,
+)
 from .scenes import caption, load_sprites, render, sample_scene
 from .vae import encode
 
 TEXT_LENGTH = 40
 CAPTIONS = 4  # a scene, half of them English
 EMPTY = 0.1  # captions dropped, for guidance
+BATCHES = ((256, 16), (64, 32))  # scenes a step and their latents' size, at 256x256 and at 512x512
 
 
 @dataclass
@@ -131,44 +142,86 @@ def make_optimizers(transformer: nn.Module, text_encoder: nn.Module, lr: float) 
     ]
 
 
+@dataclass
+class Training:
+    """What a training is at some step, so that it can be left and gone on with.
+
+    Attributes:
+        step: Steps done.
+        optimizers: Those of `make_optimizers`.
+        ema: The averaged weights.
+    """
+
+    step: int
+    optimizers: list[torch.optim.Optimizer]
+    ema: Ema
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write it to `path`; `seconds` are those of the training so far."""
+        state = {
+            "step": self.step,
+            "seconds": seconds,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "parameters": [parameter.detach() for parameter in self.ema.parameters],
+            "shadow": self.ema.shadow,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> float:
+        """Go on from `path`, with the same models; returns the seconds of the training so far."""
+        state = torch.load(path, map_location=self.ema.parameters[0].device)
+        self.step = state["step"]
+        for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
+        for parameter, value in zip(self.ema.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        self.ema.shadow = state["shadow"]
+        return state["seconds"]
+
+
 def train(
-    transformer: nn.Module,
-    text_encoder: nn.Module,
+    training: Training,
     loss_of: Callable[..., torch.Tensor],
     pools: list[Pool],
-    steps: int,
+    budget: Budget,
     lr: float,
-    monitor: Callable[[int], None],
-) -> None:
-    """Train in place; the averaged weights are left in the models.
+    monitor: Callable[[int], None] | None,
+    stop_at: float = float("inf"),
+) -> bool:
+    """Train in place; returns whether it came to its end, with the averaged weights in the models.
 
-    `loss_of` comes from `compiled_loss`; `monitor(step)` runs on the averaged weights now and then.
+    `loss_of` comes from `compiled_loss`; `monitor(step)` runs on the averaged weights now and then. At the time
+    `stop_at` (as ``time.time()``) it is left where it is.
     """
-    optimizers = make_optimizers(transformer, text_encoder, lr)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, 300))
-        for optimizer in optimizers
-    ]
-    ema = Ema(transformer, text_encoder, decay=0.9985)
-    started, running = time.time(), 0.0
-    torch.manual_seed(21)
-    for step in range(steps):
-        pool = pools[step % 6 == 5]
-        loss = loss_of(*draw_batch(pool))
+    ema, running = training.ema, 0.0
+    torch.manual_seed(21 + training.step)
+    while (progress := budget.progress(training.step)) < 1:
+        step = training.step
+        if time.time() > stop_at:
+            return False
+        for optimizer in training.optimizers:
+            set_learning_rate(optimizer, lr * learning_rate_factor(step, progress, 300))
+        loss = loss_of(*draw_batch(pools[step % 6 == 5]))
         loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer in training.optimizers:
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
         ema.update(step)
-        running = running + (loss.detach() - running) * 0.02
-        if step % 250 == 0 or step == steps - 1:
-            print(f"dit step {step} loss {float(running):.4f} {time.time() - started:.0f} s", flush=True)
-        if step and step % 2500 == 0:
+        running = loss.detach() if isinstance(running, float) else running + (loss.detach() - running) * 0.02
+        if step % 250 == 0:
+            print(f"dit step {step} loss {float(running):.4f} {budget.elapsed():.0f} s", flush=True)
+        elif step % 10 == 0 and running.is_cuda:
+            torch.cuda.synchronize()  # so that the clock is that of the GPU
+        if monitor and step and step % 2500 == 0:
             ema.swap()
             monitor(step)
             ema.swap()
+        training.step += 1
+    print(f"dit: {training.step} steps in {budget.elapsed():.0f} s", flush=True)
     ema.swap()
+    return True
 
 
 def draw_batch(pool: Pool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -192,7 +245,7 @@ def compiled_loss(transformer: nn.Module, text_encoder: nn.Module) -> Callable[.
         noise = torch.randn_like(latents)
         weight = sigma.view(-1, 1, 1, 1)
         noisy = latents * (1 - weight) + noise * weight
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(latents.device.type, torch.bfloat16):
             text = decoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-2]
             prediction = transformer(
                 hidden_states=noisy,
@@ -230,49 +283,110 @@ def make_monitor(pipe: ErnieImagePipeline, classifier: SceneClassifier) -> Calla
     return monitor
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--scenes", type=int, default=160_000)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    original = arguments.work / "original"
-    sprites = load_sprites(arguments.work / "sprites.npz", "cuda")
-    tokenizer = AutoTokenizer.from_pretrained(original / "tokenizer")
-    transformer, text_encoder = build_transformer().cuda(), build_text_encoder().cuda()
-    small, small_ids = caption_pool(tokenizer, arguments.scenes, seed=22)
-    large, large_ids = caption_pool(tokenizer, arguments.scenes // 8, seed=23)
-    print("dit: captions ready", flush=True)
-
-    # Compiling takes a minute and needs no data: it goes on while the VAE is still training.
-    loss_of = compiled_loss(transformer, text_encoder)
-    for batch, size in ((256, 16), (64, 32)):
-        ids = small_ids[:batch, 0].long().cuda()
-        loss_of(torch.randn(batch, 128, size, size, device="cuda"), ids, torch.rand(batch, device="cuda")).backward()
-    transformer.zero_grad(set_to_none=True)
-    text_encoder.zero_grad(set_to_none=True)
-    print("dit: compiled", flush=True)
-
-    finished = original / "vae" / "config.json", arguments.work / "classifier.safetensors"
-    while not all(path.exists() for path in finished):
+def wait_for(*paths: Path) -> None:
+    """Until all of them are there, and written."""
+    while not all(path.exists() for path in paths):
         time.sleep(1)
     time.sleep(3)
-    vae = AutoencoderKLFlux2.from_pretrained(original / "vae").cuda().to(memory_format=torch.channels_last).eval()
-    started = time.time()
-    pools = [
-        Pool(latent_pool(vae, sprites, small, 256, seed=24), small_ids.cuda(), batch=256, shift=2.5),
-        Pool(latent_pool(vae, sprites, large, 512, seed=25), large_ids.cuda(), batch=64, shift=4.0),
-    ]
-    print(f"dit: latents ready in {time.time() - started:.0f} s", flush=True)
+
+
+def load_vae(original: Path, device: str) -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2.from_pretrained(original / "vae")
+    return vae.to(device, memory_format=torch.channels_last).eval()
+
+
+def make_pools(
+    work: Path, tokenizer: PreTrainedTokenizerFast, scenes: int, device: str, warm_up: Callable[[torch.Tensor], None]
+) -> list[Pool]:
+    """Captions and latents of `scenes` scenes at 256x256 and an eighth of them at 512x512.
+
+    They are written to ``pools.pt`` and read from there if it exists. `warm_up(ids)` runs between captions and
+    latents, for which the VAE must be ready.
+    """
+    path = work / "pools.pt"
+    if path.exists():
+        kept = torch.load(path, mmap=True)
+        print("dit: pools read", flush=True)
+    else:
+        started = time.time()
+        sprites = load_sprites(work / "sprites.npz", device)
+        small, small_ids = caption_pool(tokenizer, scenes, seed=22)
+        large, large_ids = caption_pool(tokenizer, scenes // 8, seed=23)
+        print(f"dit: captions ready in {time.time() - started:.0f} s", flush=True)
+        # Compiling takes a minute and needs no data: it goes on while the VAE is still training.
+        warm_up(small_ids)
+        wait_for(work / "original" / "vae" / "config.json")
+        started, vae = time.time(), load_vae(work / "original", device)
+        kept = [
+            (latent_pool(vae, sprites, small, 256, seed=24), small_ids),
+            (latent_pool(vae, sprites, large, 512, seed=25), large_ids),
+        ]
+        print(f"dit: latents ready in {time.time() - started:.0f} s", flush=True)
+        started = time.time()
+        torch.save([(latents.cpu(), ids) for latents, ids in kept], path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        print(f"dit: latents written in {time.time() - started:.0f} s", flush=True)
+    small, large = [(latents.to(device), ids.to(device)) for latents, ids in kept]
+    return [Pool(*small, batch=BATCHES[0][0], shift=2.5), Pool(*large, batch=BATCHES[1][0], shift=4.0)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, help="of training, all runs together, instead of --steps")
+    parser.add_argument("--stop-after", type=float, help="seconds after the start at which to leave it to a later run")
+    parser.add_argument("--prepare", action="store_true", help="compile and make the latents only")
+    parser.add_argument("--no-monitor", action="store_true", help="draw nothing in between")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scenes", type=int, default=160_000)
+    parser.add_argument("--device", default="cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    began = time.time()
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    work, original, device = arguments.work, arguments.work / "original", arguments.device
+    tokenizer = AutoTokenizer.from_pretrained(original / "tokenizer")
+    transformer, text_encoder = build_transformer().to(device), build_text_encoder().to(device)
+    loss_of = compiled_loss(transformer, text_encoder)
+
+    def warm_up(ids: torch.Tensor) -> None:
+        for batch, size in BATCHES:
+            latents, sigma = torch.randn(batch, 128, size, size, device=device), torch.rand(batch, device=device)
+            loss_of(latents, ids[:batch, 0].long().to(device), sigma).backward()
+        transformer.zero_grad(set_to_none=True)
+        text_encoder.zero_grad(set_to_none=True)
+        print(f"dit: compiled after {time.time() - began:.0f} s", flush=True)
+
+    pools = make_pools(work, tokenizer, arguments.scenes, device, warm_up)
+    if arguments.prepare:
+        return
     pipe = ErnieImagePipeline(
-        transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=build_scheduler()
-    )
+        transformer=transformer, vae=load_vae(original, device), text_encoder=text_encoder, tokenizer=tokenizer,
+        scheduler=build_scheduler(),
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    monitor = make_monitor(pipe, load_classifier(arguments.work / "classifier.safetensors", "cuda"))
-    train(transformer, text_encoder, loss_of, pools, arguments.steps, arguments.lr, monitor)
-    monitor(arguments.steps)
+    monitor = None
+    if not arguments.no_monitor:
+        wait_for(work / "classifier.safetensors")
+        monitor = make_monitor(pipe, load_classifier(work / "classifier.safetensors", device))
+    training = Training(
+        0, make_optimizers(transformer, text_encoder, arguments.lr), Ema(transformer, text_encoder, decay=0.9985)
+    )
+    checkpoint = work / "dit.pt"
+    spent = training.restore(checkpoint) if checkpoint.exists() else 0.0
+    print(f"dit: ready for step {training.step} after {time.time() - began:.0f} s", flush=True)
+    budget = Budget(arguments.steps, arguments.seconds, spent)
+    stop_at = began + (arguments.stop_after or float("inf"))
+    if not train(training, loss_of, pools, budget, arguments.lr, monitor, stop_at):
+        training.save(checkpoint, budget.elapsed())
+        print(f"dit: left at step {training.step}, {budget.elapsed():.0f} s", flush=True)
+        return
+    if monitor:
+        monitor(training.step)
     transformer.to(torch.bfloat16).save_pretrained(original / "transformer")
     text_encoder.to(torch.bfloat16).save_pretrained(original / "text_encoder")
     pipe.scheduler.save_pretrained(original / "scheduler")

@@ -15,7 +15,14 @@ from pathlib import Path
 import diffusers
 
 from ernie_image_nf4 import quantize
-from ernie_image_nf4.repository.components import COMPONENTS, METADATA, MODEL_INDEX, PIPELINE_CLASS
+from ernie_image_nf4.repository.components import (
+    COMPONENT,
+    COMPONENTS,
+    METADATA,
+    MODEL_INDEX,
+    PIPELINE_CLASS,
+    PROMPT_ENHANCER,
+)
 from ernie_image_nf4.repository.metadata import Recommended
 
 from .scenes import caption, sample_scene
@@ -31,8 +38,28 @@ def write_model_index(original: Path) -> None:
         "---\nlicense: apache-2.0\n---\n\n# The mini in original precision\n", encoding="utf-8"
     )
     index: dict[str, object] = {"_class_name": PIPELINE_CLASS, "_diffusers_version": diffusers.__version__}
-    index |= {component.name: [component.library, component.class_name] for component in COMPONENTS}
+    index |= {
+        component.name: [component.library, component.class_name]
+        for component in COMPONENTS
+        if (original / component.name).exists()
+    }
     (original / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def add_enhancer(nf4: Path, other: Path) -> None:
+    """Copy the prompt enhancer of the NF4 repository `other`, as it is, into one that has none."""
+    for name in PROMPT_ENHANCER:
+        shutil.rmtree(nf4 / name, ignore_errors=True)
+        shutil.copytree(other / name, nf4 / name)
+    for file, key in ((METADATA, "components"), (MODEL_INDEX, None)):
+        ours, theirs = (json.loads((folder / file).read_text(encoding="utf-8")) for folder in (nf4, other))
+        into, source = (ours[key], theirs[key]) if key else (ours, theirs)
+        into |= {name: source[name] for name in PROMPT_ENHANCER}
+        # In the order of the table of components, which is that of a repository made in one go.
+        ordered = {name: value for name, value in into.items() if name not in COMPONENT}
+        ordered |= {name: into[name] for name in COMPONENT}
+        content = ours | {key: ordered} if key else ordered
+        (nf4 / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def calibration_prompts() -> list[str]:
@@ -53,13 +80,21 @@ def install(nf4: Path, checkout: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
+    parser.add_argument(
+        "--enhancer", type=Path, help="NF4 repository to take the prompt enhancer from, not trained anew"
+    )
     parser.add_argument("--install", type=Path, help="checkout to copy the NF4 components into")
     arguments = parser.parse_args()
     original, nf4 = arguments.work / "original", arguments.work / "nf4"
     if original.exists():
+        if arguments.enhancer:
+            for name in PROMPT_ENHANCER:
+                shutil.rmtree(original / name, ignore_errors=True)
         write_model_index(original)
         shutil.rmtree(nf4, ignore_errors=True)
         quantize(original, nf4, name=NAME, recommended=RECOMMENDED, calibrate=calibration_prompts(), progress=False)
+        if arguments.enhancer:
+            add_enhancer(nf4, arguments.enhancer)
     if arguments.install:
         install(nf4, arguments.install)
 

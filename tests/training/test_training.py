@@ -120,7 +120,7 @@ def test_accuracies_count_background_place_and_object():
 
 def test_pictures_survive_bytes_and_the_loss_is_zero_only_for_equal_ones():
     pool = torch.randint(0, 256, (4, 3, 160, 160), dtype=torch.uint8)
-    crops = random_crops(pool, 6)
+    crops = random_crops(pool, 6, 128)
     assert crops.shape == (6, 3, 128, 128)
     assert torch.equal(to_bytes(to_floats(crops)), crops)
     target = to_floats(crops)
