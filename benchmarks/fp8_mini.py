@@ -26,7 +26,7 @@ from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.evaluation.metrics import psnr
 from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
-from ernie_image_nf4.fast.products import enable_fp8
+from ernie_image_nf4.fast.products import set_products
 from ernie_image_nf4.fast.transformer import make_transformer_fast
 from ernie_image_nf4.repository.metadata import installed_versions
 from ernie_image_nf4.upstream.pipelines import execution_device
@@ -77,7 +77,7 @@ def draw(dtype: str, fp8: bool, arguments: argparse.Namespace) -> tuple[torch.Te
     if execution_device(pipe).type == "cpu":
         make_transformer_fast(pipe.transformer, capture_steps=False)
     if fp8:
-        enable_fp8(pipe.transformer)
+        set_products(pipe.transformer, "fp8")
     _, rows = held_out(arguments.captions)
     settings = replace(SETTINGS, height=arguments.size, width=arguments.size, num_inference_steps=arguments.steps)
     latents = draw_latents(pipe, [row.seed for row in rows], settings)

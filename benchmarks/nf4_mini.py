@@ -133,15 +133,20 @@ def judge(
     evaluation: Evaluation, scenes: list[Scene], classifier: Path, device: str | None
 ) -> dict[str, dict[str, float]]:
     """Accuracies that the classifier of training/ finds in each result's pictures."""
+    model = load_judge(classifier, device)
+    return {name: judged(model, pictures, scenes, device) for name, pictures in evaluation.pictures.items()}
+
+
+def load_judge(classifier: Path, device: str | None) -> SceneClassifier:
     model = SceneClassifier()
     model.load_state_dict({name: value.float() for name, value in load_file(classifier).items()})
-    target = find_device(device)
-    model.eval().to(target)
-    found = {}
-    for name, pictures in evaluation.pictures.items():
-        seen = classify(model, pictures.to(target, torch.float32) / 127.5 - 1)
-        found[name] = {f"{what}_accuracy": round(value, 4) for what, value in accuracies(seen, scenes).items()}
-    return found
+    return model.eval().to(find_device(device))
+
+
+def judged(model: SceneClassifier, pictures: torch.Tensor, scenes: list[Scene], device: str | None) -> dict[str, float]:
+    """Accuracies that the classifier finds in pictures, uint8."""
+    seen = classify(model, pictures.to(find_device(device), torch.float32) / 127.5 - 1)
+    return {f"{what}_accuracy": round(value, 4) for what, value in accuracies(seen, scenes).items()}
 
 
 def figures(result: Result) -> dict[str, object]:

@@ -37,7 +37,8 @@ HEADLINES = {
     "original, CPU offload": "original in bfloat16, with diffusers' CPU offload",
     "demo": "NF4 by plain diffusers calls",
     "resident": "`resident`",
-    "resident, fp8": "`resident`, `fp8=True`",
+    "resident, int8": '`resident`, `products="int8"`',
+    "resident, fp8": '`resident`, `products="fp8"`',
     "offload": "`offload`",
     "stream": "`stream`",
 }
@@ -75,13 +76,23 @@ TEXTS = {
     "h100.time_vs_resident.stream": "... `stream`",
     "h100.load_time_vs_demo": "loading, `resident`: time over that of the plain calls",
     "h100.prediction_error.resident": "largest relative difference of a prediction to that of the plain calls",
-    "h100.time_vs_demo.resident_fp8": "with `fp8=True`: time of a picture over that of the plain calls",
+    "h100.step_ms.eager_1024": "denoising step with guidance at 1024x1024, ms",
+    "h100.step_ms.int8_512": 'with `products="int8"`: denoising step at 512x512, ms',
+    "h100.step_ms.int8_1024": "... at 1024x1024",
+    "h100.prediction_error.resident_int8": "... largest relative difference of a prediction to that of the plain calls",
+    "h100.time_vs_demo.resident_fp8": 'with `products="fp8"`: time of a picture over that of the plain calls',
     "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",
     "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
     "h100.prediction_error.resident_fp8": "... largest relative difference of a prediction to that of the plain calls",
-    "fp8.psnr_db.fp8": "the mini's pictures with `fp8=True` against the same weights in float32, PSNR in dB",
+    "products.psnr_db.int8": 'the mini\'s pictures with `products="int8"` against those in float32, PSNR in dB',
+    "products.psnr_db.fp8": '... with `products="fp8"`',
+    "products.psnr_db.bfloat16": "... in bfloat16, as by default",
+    "products.prediction_error.int8": '... largest relative difference of a prediction with `products="int8"`',
+    "products.prediction_error.fp8": '... with `products="fp8"`',
+    "products.prediction_error.bfloat16": "... in bfloat16",
+    "fp8.psnr_db.fp8": 'the mini\'s pictures with `products="fp8"` against the same weights in float32, PSNR in dB',
     "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
-    "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",
+    "fp8.prediction_error.fp8": '... largest relative difference of a prediction with `products="fp8"`',
     "fp8.prediction_error.bfloat16": "... in bfloat16",
     "cards.seconds_1024.free_11_0": "`generate` as a whole at 1024x1024, 50 steps, with the enhancer, s: where 11.0 "
     "GiB are free",
@@ -167,12 +178,14 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
                 f"batch.h100_s.{memory}": run[memory]["batch"]["seconds_a_picture"],
                 f"batch.h100_s.{memory}_single": run[memory]["single"]["seconds_a_picture"],
             }
-    if run := read("fp8_mini.json"):
-        found["fp8_mini.json"] = {
-            f"fp8.{key}.{name}": result[figure]
-            for name, result in run["results"].items()
-            for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
-        }
+    for prefix in ("products", "fp8"):
+        if run := read(file := f"{prefix}_mini.json"):
+            found[file] = {
+                f"{prefix}.{key}.{name}": result[figure]
+                for name, result in run["results"].items()
+                for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
+                if figure in result
+            }
     if run := read("threads_and_reloads_h100.json"):
         cases = [case for memory in run["threads"].values() for case in memory.values()]
         found["threads_and_reloads_h100.json"] = {

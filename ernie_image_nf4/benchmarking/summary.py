@@ -11,11 +11,13 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     """Headline figures by their keys in ``benchmarks/summary.json``; those of arms that failed are left out."""
     arms = {arm["name"]: arm for arm in result["arms"] if "error" not in arm}
     demo, resident = arms.get(REFERENCE, {}), arms.get("resident", {})
-    offload, stream, fp8 = (arms.get(name, {}) for name in ("offload", "stream", "resident, fp8"))
+    offload, stream = arms.get("offload", {}), arms.get("stream", {})
+    int8, fp8 = (arms.get(f"resident, {products}", {}) for products in ("int8", "fp8"))
     figures = {
         "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
         "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
         "step_ms.eager_512": resident.get("step_ms"),
+        "step_ms.eager_1024": resident.get("large", {}).get("step_ms"),
         "peak_gib.resident_512": _peak(resident),
         "peak_gib.offload_512": _peak(offload),
         "peak_gib.stream_512": _peak(stream),
@@ -24,6 +26,9 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "time_vs_resident.offload": _ratio(offload, resident, "seconds"),
         "time_vs_resident.stream": _ratio(stream, resident, "seconds"),
         "load_time_vs_demo": _ratio(resident, demo, "load_s"),
+        "step_ms.int8_512": int8.get("step_ms"),
+        "step_ms.int8_1024": int8.get("large", {}).get("step_ms"),
+        "prediction_error.resident_int8": int8.get("prediction_error"),
         "time_vs_demo.resident_fp8": _ratio(fp8, demo, "seconds"),
         "step_ms.fp8_512": fp8.get("step_ms"),
         "step_vs_demo.fp8_1024": _ratio(fp8.get("large", {}), demo.get("large", {}), "step_ms"),

@@ -128,10 +128,15 @@ def test_the_summary_takes_its_ratios_from_one_run():
     figures = {"seconds": 4.0, "step_ms": 50.0, "load_s": 2.0, "peak_reserved_gib": 8.0, "large": large}
     demo = {"name": "demo", "seconds": 10.0, "load_s": 5.0, "large": {"step_ms": 400, "peak_reserved_gib": 14}}
     fp8 = {"name": "resident, fp8", "seconds": 3.0, "prediction_error": 0.00123456, "large": large}
-    headline = summary({"arms": [demo, {"name": "resident"} | figures, fp8, {"name": "stream", "error": "no"}]})
+    int8 = {"name": "resident, int8", "step_ms": 45.0, "prediction_error": 0.01, "large": {"step_ms": 90}}
+    failed = {"name": "stream", "error": "no"}
+    headline = summary({"arms": [demo, {"name": "resident"} | figures, int8, fp8, failed]})
     assert headline["h100.time_vs_demo.resident"] == 0.4
     assert headline["h100.time_vs_demo.resident_fp8"] == 0.3
     assert headline["h100.step_vs_demo.fp8_1024"] == 0.25
+    assert (headline["h100.step_ms.int8_512"], headline["h100.step_ms.int8_1024"]) == (45.0, 90.0)
+    assert headline["h100.prediction_error.resident_int8"] == 0.01
+    assert headline["h100.step_ms.eager_1024"] == 100.0
     assert headline["h100.load_time_vs_demo"] == 0.4
     assert headline["h100.prediction_error.resident_fp8"] == 0.001235
     assert not any("stream" in key or "offload" in key for key in headline)

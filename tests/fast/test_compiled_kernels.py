@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from ernie_image_nf4.fast.ops import triton_eight_bit, triton_elementwise, triton_int8  # noqa: E402
 
 KERNELS = (triton_elementwise, triton_eight_bit, triton_int8)
-MOST_SPILLED = 0  # bytes of a thread's values for which there are no registers
+MOST_SPILLED = 16  # bytes of a thread's values for which there are no registers: four values
 KIB = 1024
 # By compute capability: the cards, and the shared memory that a program can have (CUDA programming guide, table
 # "Technical Specifications per Compute Capability").
@@ -42,6 +42,8 @@ CARDS = {
     (12, 0): ("RTX 50", 99 * KIB),
 }
 TENSOR_CORES = r"mma\.sync\S*\.s8\.s8|wgmma\.mma_async\S*\.s8\.s8|tcgen05\.mma\S*kind::i8"
+# Triton left Turing's tensor cores in its version 3.3: cuBLAS multiplies there, instead of this kernel.
+PRODUCT = "_scaled_product"
 HIDDEN, INNER, HEADS = 4096, 12288, 32  # of the full-size transformer
 on_each_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: f"sm_{card[0]}{card[1]}")
 
@@ -75,26 +77,33 @@ class Card:
 
 
 @pytest.fixture
-def give_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[Compiled]]]:
-    """``give_card(capability) -> kernels``: to that list comes what is launched from then on."""
+def compile_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Compiled]]:
+    """``compile_for(capability, launch) -> kernels``: all that the function ``launch`` launches."""
 
-    def give(capability: tuple[int, int]) -> list[Compiled]:
+    def compile_launched(capability: tuple[int, int], launch: Callable[[], object]) -> list[Compiled]:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # empty: nothing that was compiled before
         monkeypatch.setattr(triton.runtime.driver, "_active", Card(capability))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        kernels: list[Compiled] = []
+        started: list[tuple[str, Any]] = []
 
         def compile_only(kernel: Any, *arguments: Any, **options: Any) -> None:
-            compiled = run(kernel, *arguments, **options | {"warmup": True})
-            kernels.append(
-                Compiled(kernel.__name__, compiled.metadata.shared, spilled(compiled, tmp_path), compiled.asm["ptx"])
-            )
+            started.append((kernel.__name__, run(kernel, *arguments, **options | {"warmup": True})))
 
-        monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
-        return kernels
+        run = triton.runtime.jit.JITFunction.run
+        with (
+            monkeypatch.context() as patch,
+            ThreadPoolExecutor(os.cpu_count()) as threads,
+            triton.AsyncCompileMode(threads),
+        ):
+            patch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+            launch()
+            compiled = [(name, future.result()) for name, future in started]
+        return [
+            Compiled(name, kernel.metadata.shared, spilled(kernel, tmp_path), kernel.asm["ptx"])
+            for name, kernel in compiled
+        ]
 
-    run = triton.runtime.jit.JITFunction.run
-    return give
+    return compile_launched
 
 
 def spilled(compiled: Any, folder: Path) -> int:
@@ -124,7 +133,8 @@ def launch_all(capability: tuple[int, int]) -> None:
 
 def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
     x, inner = torch.empty(3, HIDDEN, dtype=dtype), torch.empty(3, INNER, dtype=dtype)
-    triton_eight_bit.quantize_rows(x, to)
+    if to is INT8:  # in fp8 it is the next one without the GELU
+        triton_eight_bit.quantize_rows(x, to)
     triton_eight_bit.gelu_times_rows(inner, inner, to)
     codes, absmax = (torch.empty(16 * INNER // size, dtype=torch.uint8) for size in (2, 64))
     outer, table = torch.empty(16 * INNER // 64 // 256), torch.empty(256)
@@ -144,35 +154,23 @@ def _nothing(pointer):
 
 
 @on_each_card
-def test_every_kernel_fits_the_card(give_card, card):
-    kernels = give_card(card)
-    try:
-        _nothing[(1,)](torch.empty(1))
-    except Exception as error:
-        pytest.skip(f"Triton {triton.__version__} no longer knows compute capability {card}: {error}")
-    kernels.clear()
-    launch_all(card)
+def test_every_kernel_fits_the_card(compile_for, card):
     name, shared = CARDS[card]
-    too_large = [kernel[:3] for kernel in kernels if kernel.shared > shared or kernel.spilled > MOST_SPILLED]
-    assert too_large == [], name
-    products = [kernel for kernel in kernels if kernel.name == "_scaled_product"]
+    try:
+        compile_for(card, lambda: _nothing[(1,)](torch.empty(1)))
+    except Exception as error:
+        pytest.skip(f"Triton {triton.__version__} no longer knows {name}: {error}")
+    kernels = compile_for(card, lambda: launch_all(card))
+    assert [kernel[:3] for kernel in kernels if kernel.shared > shared or kernel.spilled > MOST_SPILLED] == [], name
+    products = [kernel for kernel in kernels if kernel.name == PRODUCT]
     assert all(re.search(TENSOR_CORES, kernel.ptx) for kernel in products)
-    # Triton left Turing's tensor cores in its version 3.3: there cuBLAS multiplies.
     assert bool(products) == (card >= eight_bit.TENSOR_CORES)
     launched = {name for module in KERNELS for name in re.findall(r"(_\w+)\[\(", Path(module.__file__).read_text())}
-    assert {kernel.name for kernel in kernels} == launched - (set() if products else {"_scaled_product"})
+    assert {kernel.name for kernel in kernels} == launched - (set() if products else {PRODUCT})
 
 
-def test_a_tile_that_is_too_large_is_found(give_card, monkeypatch):
-    kernels = give_card((8, 6))
-    monkeypatch.setattr(triton_int8, "TILES", {(8, 0): triton_int8.Tile(256, 256, 128, 8, 3)})
-    multiply(torch.bfloat16)
-    assert kernels[0].shared > CARDS[8, 6][1]
-    assert kernels[0].spilled > MOST_SPILLED
-
-
-def test_interpreted_kernels_compute_what_plain_torch_does():
-    script = Path(__file__).with_name("interpreted_kernels.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+def test_a_tile_that_is_too_large_is_found(compile_for, monkeypatch):
+    monkeypatch.setattr(triton_int8, "TILES", {(8, 0): triton_int8.Tile(64, 128, 64, 1, 12)})
+    (kernel,) = compile_for((8, 6), lambda: multiply(torch.bfloat16))
+    assert kernel.shared > CARDS[8, 6][1]
+    assert kernel.spilled > MOST_SPILLED

@@ -179,6 +179,7 @@ def test_the_rotation_is_orthogonal_and_its_own_inverse(size):
     assert torch.equal(matrix.sum(1), torch.ones(size))  # a mean stays what it is, and goes to no single value
 
 
+@multiplies
 @pytest.mark.parametrize("factor", [1.0, 100.0])
 def test_outliers_cost_little_of_the_others_precision(factor):
     generator = torch.Generator().manual_seed(0)
@@ -187,11 +188,13 @@ def test_outliers_cost_little_of_the_others_precision(factor):
     exact = x @ weight.t()
 
     def error(to: Format) -> float:
-        rounded = [value for each in (x, weight) for value in quantize_rows(each, to)]
-        return relative_error(eight_bit.scaled_product(*rounded, torch.float32), exact)
+        (x_values, x_scale), (values, scale) = (quantize_rows(each, to) for each in (x, weight))
+        dtype = torch.bfloat16 if to is FP8 else torch.float32
+        return relative_error(eight_bit.scaled_product(x_values, x_scale, values, scale, dtype), exact)
 
     plain = Format("plain int8", torch.int8, 127.0, rotated=False)
     assert error(INT8) < 0.025
+    assert error(INT8) < error(FP8) / (2.5 if factor == 1 else 1.5)
     assert error(plain) < 0.025 if factor == 1 else error(plain) > 3 * error(INT8)
 
 

@@ -26,7 +26,8 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, four)
-    return (matrix / size**0.5).to(device, torch.float16)
+    # Made on the CPU, from where it is copied before this returns: threads with streams of their own may take it.
+    return (matrix / size**0.5).half().to(device)
 
 
 def rotate_rows(x: torch.Tensor, bound: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

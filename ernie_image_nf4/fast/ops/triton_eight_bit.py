@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .eight_bit import SMALLEST, Format, Rounded, has_tensor_cores
+from .eight_bit import SMALLEST, Format, Rounded
 from .rotation import GROUP, hadamard
 from .triton_launch import NO_FMA, on_its_device
 
@@ -111,7 +111,7 @@ def _launch_rows(x: torch.Tensor, up: torch.Tensor, to: Format, is_gelu: bool) -
     out, scale = _empty_rows(x, rows, width, to)
     count = max(16, triton.next_power_of_2(triton.cdiv(width, GROUP)))
     _quantize_rows[(rows,)](
-        x, up, hadamard(GROUP, x.device), out, scale, width, is_gelu, to.rotated, has_tensor_cores(x.device),
+        x, up, hadamard(GROUP, x.device), out, scale, width, is_gelu, to.rotated, rotates_by_tensor_cores(x.device),
         to.largest, SMALLEST, count, GROUP, num_warps=_warps(count * GROUP, VALUES_A_WARP), **NO_FMA,
     )  # fmt: skip
     return out, scale
@@ -176,10 +176,19 @@ def quantize_weight(
     padded = triton.next_power_of_2(max(blocks, triton.cdiv(16 * GROUP, block_size)))
     _quantize_weight[(rows,)](
         codes, absmax, table, *outer, hadamard(GROUP, codes.device), out, scale, nested, outer_size, block_size // 2,
-        blocks, padded, to.rotated, has_tensor_cores(codes.device), to.largest, SMALLEST, GROUP,
+        blocks, padded, to.rotated, rotates_by_tensor_cores(codes.device), to.largest, SMALLEST, GROUP,
         num_warps=_warps(padded * block_size, WEIGHTS_A_WARP), **NO_FMA,
     )  # fmt: skip
     return out, scale
+
+
+def rotates_by_tensor_cores(device: torch.device) -> bool:
+    """Whether groups are rotated by tensor cores, which Triton knows from Ampere on.
+
+    Those of compute capability 10 keep results in a memory of their own, where Triton 3.6 finds no row's largest value.
+    """
+    major, _ = torch.cuda.get_device_capability(device)
+    return major in (8, 9, 12)
 
 
 def _warps(values: int, values_a_warp: int) -> int:
