@@ -41,6 +41,7 @@ ARMS = (
     Arm("demo", "demo", pictures=4),
     Arm("resident, first start", "ours", {"memory": "resident"}, pictures=2, cold=True),
     Arm("resident", "ours", {"memory": "resident"}),
+    Arm("resident, exact", "ours", {"memory": "resident", "fast": "exact"}, pictures=4),
     Arm("offload", "ours", {"memory": "offload"}, pictures=4),
     Arm("stream", "ours", {"memory": "stream"}, pictures=4),
     Arm("resident, fp8", "ours", {"memory": "resident", "fp8": True}, pictures=4),

@@ -16,6 +16,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
         "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
         "step_ms.eager_512": resident.get("step_ms"),
+        "step_ms.eager_1024": resident.get("large", {}).get("step_ms"),
         "peak_gib.resident_512": _peak(resident),
         "peak_gib.offload_512": _peak(offload),
         "peak_gib.stream_512": _peak(stream),

@@ -10,6 +10,7 @@ import typer
 from .options import (
     DeviceOption,
     DtypeOption,
+    ExactOption,
     FormatOption,
     GuidanceOption,
     MemoryOption,
@@ -56,6 +57,7 @@ def generate(
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Multiply in fp8 where the GPU can: faster, a little less precise.")
     ] = False,
+    exact: ExactOption = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Pictures of --prompts-file to denoise together. Default: as the memory allows.")
     ] = None,
@@ -72,7 +74,7 @@ def generate(
     if format is not None and prompts_file is None:
         raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
     loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory, "fp8": fp8}
-    loading |= {"local_files_only": offline, "prompt_enhancer": not no_pe}
+    loading |= {"local_files_only": offline, "prompt_enhancer": not no_pe, "fast": "exact" if exact else True}
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
     if prompt is not None:

@@ -24,6 +24,9 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(help="Of the computation. Default: what suits the device. float32 where pictures overflow."),
 ]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="On CUDA, upstream's predictions to the bit; a step takes longer.")
+]
 FormatOption = Annotated[
     Format | None, typer.Option(help="Of the pictures of --prompts-file. Default: png. One picture: see --output.")
 ]

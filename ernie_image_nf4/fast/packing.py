@@ -19,9 +19,8 @@ class Packing(NamedTuple):
         lengths: Tokens of each row, image and text.
         texts: For each picture, the tokens that its texts are padded to when it is drawn alone.
         rows: (N,) int64, batch row of each packed token, counted within its picture.
-        masks: For each row (1, 1, 1, length) zeros, or None. They mask nothing. Without a mask, scaled dot-product
-            attention takes other kernels, which are faster, but round differently from those that upstream's masks lead
-            to.
+        masks: For each row None, or (1, 1, 1, length) zeros. They mask nothing, but make scaled dot-product attention
+            take the kernels that upstream's masks lead to, and round as these do. Without, it takes faster ones.
     """
 
     lengths: tuple[int, ...]

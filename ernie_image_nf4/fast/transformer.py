@@ -2,9 +2,11 @@
 
 What changes against ``ErnieImageTransformer2DModel.forward``: rows of different lengths are packed without their
 padding, the modulation is broadcast instead of copied to every token, cosine and sine of the rotary embedding are
-computed once instead of in every layer, and element-wise work is fused (``ops/elementwise.py``). On CUDA all of it is
-made to give upstream's bits. Results differ by rounding where other libraries choose their kernels by the number of
-tokens.
+computed once instead of in every layer, element-wise work is fused (``ops/elementwise.py``), and attention, which has
+no padding to mask, gets no mask.
+
+Exact runtimes give attention the mask of zeros that upstream's kernels round by. On CUDA all of it then gives
+upstream's bits, but where other libraries choose their kernels by the number of tokens.
 """
 
 from __future__ import annotations
@@ -40,13 +42,16 @@ MINIMUM_HEAD_SIZE = 8  # `norm_rotary` sums four neighbours in each half of a he
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
-def make_transformer_fast(transformer: ErnieImageTransformer2DModel, *, capture_steps: bool) -> None:
+def make_transformer_fast(
+    transformer: ErnieImageTransformer2DModel, *, capture_steps: bool, exact: bool = False
+) -> None:
     """Make an upstream transformer a `FastErnieImageTransformer`. One that `is_suitable` isn't for stays as it is.
 
     Args:
         transformer: The transformer. One that is fast already gets a runtime of this setting.
         capture_steps: Whether the steps of a picture may be captured as a CUDA graph. Whoever moves weights has to call
             ``transformer.runtime.release_graph()`` before.
+        exact: Whether results are to be upstream's bits.
     """
     if not is_suitable(transformer):
         return
@@ -58,7 +63,7 @@ def make_transformer_fast(transformer: ErnieImageTransformer2DModel, *, capture_
     for block in transformer.layers.children():
         if type(block) is ErnieImageSharedAdaLNBlock:
             become(block, FastErnieImageBlock)
-    transformer.runtime = TransformerRuntime(capture_steps, fp8=before is not None and before.fp8)
+    transformer.runtime = TransformerRuntime(capture_steps, fp8=before is not None and before.fp8, exact=exact)
 
 
 def is_suitable(transformer: ErnieImageTransformer2DModel) -> bool:
@@ -84,20 +89,22 @@ class TransformerRuntime(Runtime):
     Attributes:
         captured_step: The step of the picture that is being drawn, or None if none may be captured.
         fp8: Whether layers multiply in fp8; a setting, which copies keep.
+        exact: Whether attention rounds as upstream's; a setting as well.
         pictures: Pictures that the rows of a call belong to (`several_pictures`).
         positions: Packing and rotary embedding of the picture that is being drawn, with what they were computed from.
         turn: Held during a step. Pipelines may share a transformer.
     """
 
-    def __init__(self, capture_steps: bool = False, fp8: bool = False) -> None:
+    def __init__(self, capture_steps: bool = False, fp8: bool = False, exact: bool = False) -> None:
         self.captured_step = CapturedStep() if capture_steps else None
         self.fp8 = fp8
+        self.exact = exact
         self.pictures = 1
         self.positions: tuple[torch.Tensor, tuple, tuple[Packing, Rotary]] | None = None
         self.turn = Turn()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.captured_step is not None, self.fp8)
+        return type(self), (self.captured_step is not None, self.fp8, self.exact)
 
     def release_graph(self) -> None:
         """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
@@ -310,8 +317,8 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         All steps of a picture get them from the same tensor of lengths: they are kept until another one comes.
         """
         runtime = cast(TransformerRuntime, self.runtime)
-        # Products in fp8 round differently from upstream's anyway: attention needn't round as upstream's does.
-        masked = not runtime.fp8
+        # Products in fp8 round differently from upstream's anyway, whatever attention does.
+        masked = runtime.exact and not runtime.fp8
         key = (version_of(text_lens), text, rows, columns, dtype, runtime.pictures, masked)
         if runtime.positions is not None and runtime.positions[0] is text_lens and runtime.positions[1] == key:
             return runtime.positions[2]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Literal
 
 import diffusers
 import torch
 
+from ..errors import InvalidSettings
 from ..fast.products import check_fp8, enable_fp8
 from ..memory.apply import apply_placement
 from ..memory.placement import Placement, find_device, find_dtype, find_memory
@@ -20,6 +22,8 @@ from .garbage_collection import move_to_oldest_generation
 
 logger = logging.getLogger(__name__)
 
+Fast = bool | Literal["exact"]
+
 
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -27,7 +31,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
-    fast: bool = True,
+    fast: Fast = True,
     fp8: bool = False,
     prompt_enhancer: bool = True,
     revision: str | None = None,
@@ -48,7 +52,8 @@ def load(
             transformer block by block as well (for 4 GB); ``"auto"`` chooses by the device's free memory and says so at
             INFO level.
         fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of
-            the prompt enhancer, denoising, loading, offloading. False leaves them untouched.
+            the prompt enhancer, denoising, loading, offloading. ``"exact"`` replaces them by those whose predictions
+            are upstream's to the bit, with attention that takes longer. False leaves them untouched.
         fp8: Multiply in fp8 in the transformer's blocks, on GPUs that can (RTX 40, H100 and newer): faster, less
             precise.
         prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
@@ -74,10 +79,11 @@ def load(
         >>> pipe = load("user/ERNIE-Image-NF4")
         >>> pipe("an orange cat on a wooden desk", height=512, width=512).images[0].save("cat.png")
     """
+    check_fast(fast)
     chosen_device = find_device(device)  # before anything is downloaded for a device that isn't there
     chosen_dtype = find_dtype(dtype, chosen_device)
     if fp8:
-        check_fp8(chosen_device, chosen_dtype, fast)
+        check_fp8(chosen_device, chosen_dtype, bool(fast))
     folder = find_repository(
         model,
         prompt_enhancer=prompt_enhancer,
@@ -123,10 +129,11 @@ def load_opened(
 
 
 def decide_placement(
-    repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: bool
+    repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: Fast
 ) -> tuple[Placement, str]:
     """Where and how a pipeline of this repository runs, by the device's free memory, and the reason in words."""
-    fast = fast and device.type == "cuda"
+    exact = fast == "exact"
+    fast = bool(fast) and device.type == "cuda"
     recommended = repository.recommended
     mode, reason = find_memory(
         memory,
@@ -140,7 +147,17 @@ def decide_placement(
         dtype=dtype,
         tiled=fast,
     )
-    return Placement(device, dtype, mode, fast), reason
+    return Placement(device, dtype, mode, fast, exact and fast), reason
+
+
+def check_fast(fast: bool | str) -> None:
+    """Refuse a word that `load` doesn't know.
+
+    Raises:
+        InvalidSettings: It isn't ``"exact"``.
+    """
+    if isinstance(fast, str) and fast != "exact":
+        raise InvalidSettings(f"fast={fast!r} is none of True, 'exact' (--exact) and False.")
 
 
 def warn_of_unquantized(repository: Repository, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ def apply_placement(pipe: ErnieImagePipeline, placement: Placement) -> None:
             the device already.
         placement: The decision.
     """
-    release_graph = _make_models_fast(pipe, capture_steps=placement.memory != "stream") if placement.fast else None
+    release_graph = _make_models_fast(pipe, placement) if placement.fast else None
     decode_budget = _place_weights(pipe, placement)
     hook = hook_of(pipe.transformer)
     if isinstance(hook, OffloadHook):
@@ -48,18 +48,14 @@ def memory_mode(pipe: ErnieImagePipeline) -> str:
     return "offload" if any(getattr(hook, "execution_device", None) is not None for hook in hooks) else "resident"
 
 
-def _make_models_fast(pipe: ErnieImagePipeline, *, capture_steps: bool) -> Callable[[], None] | None:
+def _make_models_fast(pipe: ErnieImagePipeline, placement: Placement) -> Callable[[], None] | None:
     """Make transformer and prompt enhancer fast ones.
-
-    Args:
-        pipe: The pipeline.
-        capture_steps: Whether denoising steps may be captured as a CUDA graph. Not if blocks are streamed: their
-            addresses change in every step.
 
     Returns:
         Frees the transformer's captured step; None if the transformer can't become a fast one.
     """
-    make_transformer_fast(pipe.transformer, capture_steps=capture_steps)
+    # Streamed blocks are at other addresses in every step.
+    make_transformer_fast(pipe.transformer, capture_steps=placement.memory != "stream", exact=placement.exact)
     if pipe.pe is not None:
         make_prompt_enhancer_fast(pipe.pe)
     runtime = runtime_of(pipe.transformer)

@@ -35,12 +35,14 @@ class Placement:
         memory: ``"resident"``: all components are on the device. ``"offload"``: one at a time. ``"stream"``: as
             offload, and of the transformer two blocks at a time.
         fast: Whether models become the faster subclasses of upstream's.
+        exact: Whether these are to give upstream's bits.
     """
 
     device: torch.device
     dtype: torch.dtype
     memory: str
     fast: bool
+    exact: bool = False
 
     @property
     def moves(self) -> bool:

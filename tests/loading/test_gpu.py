@@ -189,17 +189,14 @@ def test_fast_pictures_are_those_of_the_demo_up_to_rounding(resident):
     assert min(ratios) >= 35, ratios
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"memory": "resident"}, {"memory": "offload"}, {"memory": "stream"}],
-    ids=str,
-)
-def test_fast_predictions_are_those_of_the_demo_up_to_rounding(resident, options):
+@pytest.mark.parametrize("fast", [True, "exact"])
+@pytest.mark.parametrize("memory", ["resident", "offload", "stream"])
+def test_fast_predictions_are_those_of_the_demo_up_to_rounding(resident, memory, fast):
     if resident.transformer.config.num_layers < 12:
         pytest.skip("random weights make noise of rounding")
     expected = predictions(resident, 256, "cuda")["prediction"]
-    fast = load(CHECKOUT, prompt_enhancer=False, **options)
-    assert largest_error(predictions(fast, 256, "cuda")["prediction"], expected) < 1e-2
+    pipe = load(CHECKOUT, prompt_enhancer=False, memory=memory, fast=fast)
+    assert largest_error(predictions(pipe, 256, "cuda")["prediction"], expected) < 1e-2
 
 
 def test_fast_modes_agree(model):

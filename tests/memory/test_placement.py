@@ -235,13 +235,14 @@ def test_a_refusal_without_the_prompt_enhancer_does_not_offer_to_leave_it_out(we
         (True, torch.bfloat16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
         (True, torch.float16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
         (True, torch.float32, "12.7 GiB for resident, 7.6 GiB for offload, 4.4 GiB for stream"),
+        ("exact", torch.bfloat16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
         (False, torch.bfloat16, "14.7 GiB for resident, 6.0 GiB for offload, 6.0 GiB for stream"),
     ],
 )
 def test_a_repository_is_placed_by_its_files_and_by_how_it_runs(full_size, monkeypatch, fast, dtype, takes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 80 * GIB))
     placement, reason = decide_placement(Repository(Path(), {}, full_size), CUDA, dtype, "auto", fast)
-    assert placement == Placement(CUDA, dtype, "stream", fast)
+    assert placement == Placement(CUDA, dtype, "stream", bool(fast), exact=fast == "exact")
     assert f"it takes {takes}" in reason
 
 
