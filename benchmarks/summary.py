@@ -78,6 +78,7 @@ TEXTS = {
     "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",
     "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
     "h100.prediction_error.resident_fp8": "... largest relative difference of a prediction to that of the plain calls",
+    "h100.step_vs_bfloat16.float16_512": "in float16: denoising step at 512x512, time over that in bfloat16",
     "fp8.psnr_db.fp8": "the mini's pictures with `fp8=True` against the same weights in float32, PSNR in dB",
     "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
     "fp8.prediction_error.fp8": "... largest relative difference of a prediction with `fp8=True`",

@@ -45,6 +45,7 @@ ARMS = (
     Arm("offload", "ours", {"memory": "offload"}, pictures=4),
     Arm("stream", "ours", {"memory": "stream"}, pictures=4),
     Arm("resident, fp8", "ours", {"memory": "resident", "fp8": True}, pictures=4),
+    Arm("resident, float16", "ours", {"memory": "resident", "dtype": "float16"}, pictures=4),
     Arm("original, CPU offload", "original", pictures=2),
 )
 # NF4 as bitsandbytes makes it is what the demo loads.

@@ -13,6 +13,7 @@ from ..errors import InvalidSettings
 from ..fast.products import check_fp8, enable_fp8
 from ..memory.apply import apply_placement
 from ..memory.placement import Placement, find_device, find_dtype, find_memory
+from ..memory.precision import Precision
 from ..memory.requirements import weight_bytes
 from ..repository.integrity import check_integrity
 from ..repository.record import Repository, open_repository
@@ -46,8 +47,10 @@ def load(
         model: A folder, a Hub id (``"user/name"``), or None for the repository in which this package stands.
         device: Where to compute, e.g. ``"cuda:1"``. None takes CUDA, XPU, MPS or the CPU, the first that is there.
         dtype: Of activations and unquantized weights. None takes bfloat16; float16 or float32 on a CUDA GPU that only
-            emulates it (compute capability below 8.0), float32 on a CPU without bfloat16 instructions. Should float16
-            overflow, of which the pipeline warns, pass ``"float32"``.
+            emulates it (compute capability below 8.0), float32 on a CPU without bfloat16 instructions. With
+            ``fast=True``, on any device, float16 is only in the transformer's products, which are scaled so that they
+            can't overflow, and all else is in float32. With the other values of `fast` it is upstream's, and overflows
+            with ERNIE-Image.
         memory: ``"resident"`` keeps all components on the device, ``"offload"`` one at a time, ``"stream"`` the
             transformer block by block as well (for 4 GB); ``"auto"`` chooses by the device's free memory and says so at
             INFO level.
@@ -132,22 +135,23 @@ def decide_placement(
     repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: Fast
 ) -> tuple[Placement, str]:
     """Where and how a pipeline of this repository runs, by the device's free memory, and the reason in words."""
-    exact = fast == "exact"
+    exact, mixed = fast == "exact", fast is True and dtype == torch.float16
     fast = bool(fast) and device.type == "cuda"
+    precision = Precision(dtype, mixed)
     recommended = repository.recommended
     mode, reason = find_memory(
         memory,
         device,
         weights={
-            name: weight_bytes(part, fast=fast, dtype=dtype)
+            name: weight_bytes(part, fast=fast, precision=precision)
             for name, part in repository.components.items()
             if part.component.weights
         },
         pixels=recommended.height * recommended.width,
-        dtype=dtype,
+        precision=precision,
         tiled=fast,
     )
-    return Placement(device, dtype, mode, fast, exact and fast), reason
+    return Placement(device, dtype, mode, fast, exact and fast, mixed), reason
 
 
 def check_fast(fast: bool | str) -> None:

@@ -13,6 +13,7 @@ from diffusers.hooks import apply_layerwise_casting
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
+from ernie_image_nf4.fast import attention
 from ernie_image_nf4.fast import transformer as fast_transformer
 from ernie_image_nf4.fast.cuda_graphs import is_undisturbed
 from ernie_image_nf4.fast.ops import elementwise
@@ -94,13 +95,13 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
 @torch.no_grad()
 def test_attention_gets_a_mask_only_where_it_is_to_round_as_upstreams(monkeypatch):
     given = []
-    dispatch = fast_transformer.attention_dispatch()
+    dispatch = attention.attention_dispatch()
 
     def noted(*args, attn_mask, **kwargs):
         given.append(attn_mask)
         return dispatch(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(fast_transformer, "attention_dispatch", lambda: noted)
+    monkeypatch.setattr(attention, "attention_dispatch", lambda: noted)
     transformer, call = build(), inputs("cpu", torch.float32, (4, 1, 7))
     for exact in (False, True):
         given.clear()
