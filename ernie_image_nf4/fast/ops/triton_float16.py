@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .float16 import LARGEST, NORM
-from .triton_launch import on_its_device
+from .triton_launch import NO_FMA, on_its_device
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _launch_norm(x, branch, branch_scale, gate, weight, scale, shift, eps, rows,
     _norm[(tokens,)](
         x, branch, branch_scale, gate, weight, scale, shift, total, values, scales, rows, width, width**0.5, eps,
         (scale if with_norm else gate).stride(0), with_branch, with_norm, NORM, block,
-        num_warps=_warps(block),
+        num_warps=_warps(block), **NO_FMA,
     )  # fmt: skip
     return total, values, scales
 
@@ -120,7 +120,7 @@ def norm_rotary(x, x_scale, weight, cos, sin, eps) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
     _norm_rotary[(batch * tokens,)](
         x, x_scale.contiguous(), weight, cos.contiguous(), sin.contiguous(), out, heads, eps, x.stride(1),
-        triton.next_power_of_2(heads), size // 2, num_warps=4,
+        triton.next_power_of_2(heads), size // 2, num_warps=4, **NO_FMA,
     )  # fmt: skip
     return out
 
@@ -148,7 +148,7 @@ def gelu_times(gate, up, scale) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
     values, scales, width, block = _empty_rows(gate)
     _gelu_times[(scales.numel(),)](
-        gate, up, scale.contiguous(), values, scales, width, LARGEST, block, num_warps=_warps(block)
+        gate, up, scale.contiguous(), values, scales, width, LARGEST, block, num_warps=_warps(block), **NO_FMA
     )
     return values, scales
 
@@ -176,7 +176,7 @@ def scaled(x, x_scale=None) -> tuple[torch.Tensor, torch.Tensor]:
     values, scales, width, block = _empty_rows(x)
     _scaled[(scales.numel(),)](
         x, x if x_scale is None else x_scale.contiguous(), values, scales, width, x_scale is not None, LARGEST, block,
-        num_warps=_warps(block),
+        num_warps=_warps(block), **NO_FMA,
     )  # fmt: skip
     return values, scales
 
