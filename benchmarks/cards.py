@@ -107,14 +107,13 @@ def drawing(size: int, steps: int) -> list[str]:
 
 def limits(model: Path, context_gib: float) -> list[tuple[str, bool, float]]:
     """Mode, whether with the prompt enhancer, and the GiB that `auto` wants for it, the context included."""
-    import torch
-
+    from ernie_image_nf4.memory.precision import BFLOAT16
     from ernie_image_nf4.memory.requirements import MODES, mode_needs, weight_bytes, without_optional
     from ernie_image_nf4.repository.record import open_repository
 
     repository = open_repository(model)
     weights = {
-        name: weight_bytes(part, fast=True, dtype=torch.bfloat16)
+        name: weight_bytes(part, fast=True, precision=BFLOAT16)
         for name, part in repository.components.items()
         if part.component.weights
     }

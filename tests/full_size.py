@@ -7,9 +7,9 @@ import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import torch
 from conftest import skeleton, stored
 
+from ernie_image_nf4.memory.precision import BFLOAT16, Precision
 from ernie_image_nf4.memory.requirements import WeightBytes, weight_bytes
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, plan_weights
 from ernie_image_nf4.quantization.synthetic import tensor_specs
@@ -34,9 +34,9 @@ def full_size_components(folder: Path) -> dict[str, StoredComponent]:
 
 
 def full_size_weights(
-    components: dict[str, StoredComponent], *, fast: bool = True, dtype: torch.dtype = torch.bfloat16
+    components: dict[str, StoredComponent], *, fast: bool = True, precision: Precision = BFLOAT16
 ) -> dict[str, WeightBytes]:
-    return {name: weight_bytes(part, fast=fast, dtype=dtype) for name, part in components.items()}
+    return {name: weight_bytes(part, fast=fast, precision=precision) for name, part in components.items()}
 
 
 def hollow_file(file: Path, specs: dict[str, TensorSpec]) -> None:

@@ -41,10 +41,12 @@ ARMS = (
     Arm("demo", "demo", pictures=4),
     Arm("resident, first start", "ours", {"memory": "resident"}, pictures=2, cold=True),
     Arm("resident", "ours", {"memory": "resident"}),
+    Arm("resident, exact", "ours", {"memory": "resident", "fast": "exact"}, pictures=4),
     Arm("offload", "ours", {"memory": "offload"}, pictures=4),
     Arm("stream", "ours", {"memory": "stream"}, pictures=4),
     Arm("resident, int8", "ours", {"memory": "resident", "products": "int8"}, pictures=4),
     Arm("resident, fp8", "ours", {"memory": "resident", "products": "fp8"}, pictures=4),
+    Arm("resident, float16", "ours", {"memory": "resident", "dtype": "float16"}, pictures=4),
     Arm("original, CPU offload", "original", pictures=2),
 )
 # NF4 as bitsandbytes makes it is what the demo loads.

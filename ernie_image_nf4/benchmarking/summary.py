@@ -13,6 +13,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     demo, resident = arms.get(REFERENCE, {}), arms.get("resident", {})
     offload, stream = arms.get("offload", {}), arms.get("stream", {})
     int8, fp8 = (arms.get(f"resident, {products}", {}) for products in ("int8", "fp8"))
+    float16 = arms.get("resident, float16", {})
     figures = {
         "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
         "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
@@ -32,6 +33,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "time_vs_demo.resident_fp8": _ratio(fp8, demo, "seconds"),
         "step_ms.fp8_512": fp8.get("step_ms"),
         "step_vs_demo.fp8_1024": _ratio(fp8.get("large", {}), demo.get("large", {}), "step_ms"),
+        "step_vs_bfloat16.float16_512": _ratio(float16, resident, "step_ms"),
         "prediction_error.resident_fp8": fp8.get("prediction_error"),
     }
     return {f"h100.{key}": float(f"{value:.4g}") for key, value in figures.items() if value is not None}

@@ -10,6 +10,7 @@ import typer
 from .options import (
     DeviceOption,
     DtypeOption,
+    ExactOption,
     FormatOption,
     GuidanceOption,
     MemoryOption,
@@ -57,6 +58,7 @@ def generate(
     memory: MemoryOption = "auto",
     products: ProductsOption = "auto",
     fp8: Annotated[bool, typer.Option("--fp8", hidden=True)] = False,
+    exact: ExactOption = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Pictures of --prompts-file to denoise together. Default: as the memory allows.")
     ] = None,
@@ -74,6 +76,7 @@ def generate(
         raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
     loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory}
     loading |= {"products": _with_alias(products, fp8), "local_files_only": offline, "prompt_enhancer": not no_pe}
+    loading["fast"] = "exact" if exact else True
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
     if prompt is not None:

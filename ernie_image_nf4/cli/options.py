@@ -23,7 +23,10 @@ MemoryOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, xpu, mps or cpu. Default: the best there is.")]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option(help="Of the computation. Default: what suits the device. float32 where pictures overflow."),
+    typer.Option(help="Of the computation. Default: what suits the device."),
+]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="On CUDA, upstream's predictions to the bit; a step takes longer.")
 ]
 ProductsOption = Annotated[
     Products,

@@ -156,12 +156,13 @@ def new_buffers(
     model: PreTrainedModel, request: DecodeRequest, capacity: int, generator: torch.Generator
 ) -> DecodeBuffers:
     """Empty buffers on the model's device."""
-    embeddings = model.get_input_embeddings().weight
-    batch, device = len(request.input_ids), embeddings.device
+    batch, device = len(request.input_ids), model.get_input_embeddings().weight.device
     end = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
     end[list(request.eos_token_ids)] = True
     cache = StaticCache(config=model.config, max_cache_len=capacity)
-    cache.early_initialization(batch, model.config.num_key_value_heads, model.config.head_dim, embeddings.dtype, device)
+    cache.early_initialization(
+        batch, model.config.num_key_value_heads, model.config.head_dim, activation_dtype(model), device
+    )
     return DecodeBuffers(
         cache=cache,
         capacity=capacity,
@@ -173,6 +174,11 @@ def new_buffers(
         end=end,
         generator=generator,
     )
+
+
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """dtype between the layers, in which the norms are. Tables of embeddings may keep 16 bits."""
+    return model.model.norm.weight.dtype
 
 
 def prefill(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, request: DecodeRequest) -> None:
@@ -207,7 +213,7 @@ def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, p
     # A mask in full: to make one itself, upstream would look from Python at how far the cache is filled.
     mask = torch.arange(buffers.capacity, device=ids.device) <= positions[..., None]
     if ids.is_cuda:  # what attention makes of a mask, once instead of in every layer
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, -torch.inf)
+        mask = torch.zeros_like(mask, dtype=activation_dtype(model)).masked_fill_(~mask, -torch.inf)
     with EfficientAttention() if ids.is_cuda else nullcontext():
         output = model.model(
             input_ids=ids,

@@ -19,18 +19,21 @@ class Packing(NamedTuple):
         lengths: Tokens of each row, image and text.
         texts: For each picture, the tokens that its texts are padded to when it is drawn alone.
         rows: (N,) int64, batch row of each packed token, counted within its picture.
-        masks: For each row (1, 1, 1, length) zeros, or None. They mask nothing. Without a mask, scaled dot-product
-            attention takes other kernels, which are faster, but round differently from those that upstream's masks lead
-            to.
+        masks: For each row None, or (1, 1, 1, length) zeros. They mask nothing, but make scaled dot-product attention
+            take the kernels that upstream's masks lead to, and round as these do. Without, it takes faster ones.
+        mixed: Whether blocks are to compute as in `float16.block_forward`.
     """
 
     lengths: tuple[int, ...]
     texts: tuple[int, ...]
     rows: torch.Tensor
     masks: tuple[torch.Tensor | None, ...]
+    mixed: bool
 
 
-def pack(text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pictures: int, masked: bool) -> Packing:
+def pack(
+    text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pictures: int, masked: bool, mixed: bool
+) -> Packing:
     """How to pack rows of an image and a text each.
 
     Waits for the GPU, which costs nothing: the pipeline has just waited itself, to read the timestep.
@@ -42,13 +45,14 @@ def pack(text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pi
         dtype: dtype of the masks.
         pictures: Pictures that the rows belong to, first one row of each, then the next row of each ...
         masked: Whether there are masks.
+        mixed: As of `Packing`.
     """
     counts, device = text_lens.tolist(), text_lens.device
     lengths = tuple(pixels + count for count in counts)
     texts = tuple(max(counts[n::pictures]) for n in range(pictures)) if pictures > 1 else (text,)
     rows = torch.arange(len(counts), device=device) // pictures
     masks = tuple(torch.zeros(1, 1, 1, length, dtype=dtype, device=device) if masked else None for length in lengths)
-    return Packing(lengths, texts, rows.repeat_interleave(torch.tensor(lengths, device=device)), masks)
+    return Packing(lengths, texts, rows.repeat_interleave(torch.tensor(lengths, device=device)), masks, mixed)
 
 
 def token_positions(rows: int, columns: int, text: int, text_lens: torch.Tensor) -> torch.Tensor:

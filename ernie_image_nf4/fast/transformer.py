@@ -2,9 +2,11 @@
 
 What changes against ``ErnieImageTransformer2DModel.forward``: rows of different lengths are packed without their
 padding, the modulation is broadcast instead of copied to every token, cosine and sine of the rotary embedding are
-computed once instead of in every layer, and element-wise work is fused (``ops/elementwise.py``). On CUDA all of it is
-made to give upstream's bits. Results differ by rounding where other libraries choose their kernels by the number of
-tokens.
+computed once instead of in every layer, element-wise work is fused (``ops/elementwise.py``), and attention, which has
+no padding to mask, gets no mask.
+
+Exact runtimes give attention the mask of zeros that upstream's kernels round by. On CUDA all of it then gives
+upstream's bits, but where other libraries choose their kernels by the number of tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,8 +27,10 @@ from diffusers.models.transformers.transformer_ernie_image import (
 from torch import nn
 
 from ..errors import InvalidSettings
-from ..upstream.models import attention_backend, attention_dispatch, is_compiled, version_of
+from ..upstream.models import attention_dispatch, is_compiled, version_of
 from ..upstream.offloading import kept_on_device
+from . import float16
+from .attention import attend_rows
 from .cuda_graphs import CapturedStep
 from .linear import apply_layers, apply_to_gelu
 from .ops import elementwise
@@ -42,13 +46,17 @@ MINIMUM_HEAD_SIZE = 8  # `norm_rotary` sums four neighbours in each half of a he
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
-def make_transformer_fast(transformer: ErnieImageTransformer2DModel, *, capture_steps: bool) -> None:
+def make_transformer_fast(
+    transformer: ErnieImageTransformer2DModel, *, capture_steps: bool, exact: bool = False, mixed: bool = False
+) -> None:
     """Make an upstream transformer a `FastErnieImageTransformer`. One that `is_suitable` isn't for stays as it is.
 
     Args:
         transformer: The transformer. One that is fast already gets a runtime of this setting.
         capture_steps: Whether the steps of a picture may be captured as a CUDA graph. Whoever moves weights has to call
             ``transformer.runtime.release_graph()`` before.
+        exact: Whether results are to be upstream's bits.
+        mixed: Whether its blocks are in float16, and all else in float32, as for `float16.block_forward`.
     """
     if not is_suitable(transformer):
         return
@@ -60,7 +68,8 @@ def make_transformer_fast(transformer: ErnieImageTransformer2DModel, *, capture_
     for block in transformer.layers.children():
         if type(block) is ErnieImageSharedAdaLNBlock:
             become(block, FastErnieImageBlock)
-    transformer.runtime = TransformerRuntime(capture_steps, None if before is None else before.products)
+    products = None if before is None else before.products
+    transformer.runtime = TransformerRuntime(capture_steps, products, exact=exact, mixed=mixed)
 
 
 def is_suitable(transformer: ErnieImageTransformer2DModel) -> bool:
@@ -86,20 +95,26 @@ class TransformerRuntime(Runtime):
     Attributes:
         captured_step: The step of the picture that is being drawn, or None if none may be captured.
         products: ``"int8"`` or ``"fp8"`` if layers multiply in it; a setting, which copies keep.
+        exact: Whether attention rounds as upstream's; a setting as well.
+        mixed: Whether blocks multiply in float16 and keep what may overflow in float32; a setting as well.
         pictures: Pictures that the rows of this thread's calls belong to (`several_pictures`).
         positions: Packing and rotary embedding of the picture that is being drawn, with what they were computed from.
         turn: Held during a step. Pipelines may share a transformer.
     """
 
-    def __init__(self, capture_steps: bool = False, products: str | None = None) -> None:
+    def __init__(
+        self, capture_steps: bool = False, products: str | None = None, exact: bool = False, mixed: bool = False
+    ) -> None:
         self.captured_step = CapturedStep() if capture_steps else None
         self.products = products
+        self.exact = exact
+        self.mixed = mixed
         self._local = threading.local()
         self.positions: tuple[torch.Tensor, tuple, tuple[Packing, Rotary]] | None = None
         self.turn = Turn()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.captured_step is not None, self.products)
+        return type(self), (self.captured_step is not None, self.products, self.exact, self.mixed)
 
     @property
     def pictures(self) -> int:
@@ -122,6 +137,12 @@ def runtime_of(transformer: nn.Module) -> TransformerRuntime | None:
     """The runtime of a fast transformer, also of a compiled one; None for upstream's."""
     runtime = getattr(transformer, "runtime", None)
     return runtime if isinstance(runtime, TransformerRuntime) else None
+
+
+def computation_dtype(transformer: nn.Module) -> torch.dtype:
+    """The dtype that a pipeline was loaded for; of a mixed transformer float16, though it takes and gives float32."""
+    runtime = runtime_of(transformer)
+    return torch.float16 if runtime is not None and runtime.mixed else cast(torch.dtype, transformer.dtype)
 
 
 @contextmanager
@@ -164,6 +185,8 @@ class FastErnieImageBlock(ErnieImageSharedAdaLNBlock):
         if not isinstance(attention_mask, Packing):
             return super().forward(x, rotary_pos_emb, temb, attention_mask)
         packing = attention_mask
+        if packing.mixed:
+            return float16.block_forward(self, x, cast(Rotary, rotary_pos_emb), temb, packing)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb
         norm, mlp_norm, mlp, rows = self.adaLN_sa_ln, self.adaLN_mlp_ln, self.mlp, packing.rows
         hidden = elementwise.modulated_norm(x, norm.weight, scale_msa, shift_msa, norm.eps, rows)
@@ -183,17 +206,7 @@ def attend(attention: Any, x: torch.Tensor, rotary: Rotary, packing: Packing) ->
     )
     query = elementwise.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = elementwise.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)
-    each = zip(*(part.split(packing.lengths, dim=1) for part in (query, key, value)), packing.masks, strict=True)
-    out = torch.cat([scaled_attention(attention, *row) for row in each], dim=1)
-    return apply_layers(out.flatten(2, 3), attention.to_out[0])[0]
-
-
-def scaled_attention(
-    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """(1, S, heads, D), by the attention backend set on the model. One of the user's choice may know no masks."""
-    options, dispatch = attention_backend(attention), cast(Callable, attention_dispatch())
-    return dispatch(query, key, value, attn_mask=mask if options["backend"] is None else None, **options)
+    return apply_layers(attend_rows(attention, query, key, value, packing), attention.to_out[0])[0]
 
 
 def refuse_for_nf4(model: object, name: str) -> None:
@@ -223,8 +236,13 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         text_lens: torch.Tensor,
         return_dict: bool = True,
     ) -> ErnieImageTransformer2DModelOutput | tuple[torch.Tensor]:
-        """As upstream's: latents (B, C, height, width), timestep (B,), text (B, T, width) and its lengths (B,)."""
+        """As upstream's: latents (B, C, height, width), timestep (B,), text (B, T, width) and its lengths (B,).
+
+        A mixed transformer gives float32, whatever it is given.
+        """
         runtime = self.runtime
+        if runtime is not None and runtime.mixed:
+            hidden_states, timestep, text_bth = (part.float() for part in (hidden_states, timestep, text_bth))
         if (
             runtime is None
             or torch.is_grad_enabled()
@@ -275,14 +293,14 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         x = torch.cat(
             [embedded[row % pictures][row // pictures, None, :length] for row, length in enumerate(packing.lengths)], 1
         )
+        shapes = [whole.shape for whole in embedded]
+        del embedded
         for block in self.layers:
             x = block(x, rotary, modulation, packing)
         parts = x.split(packing.lengths, 1)
         sample = latents.new_empty(len(latents), self.out_channels, *latents.shape[2:])
-        for n, whole in enumerate(embedded):
-            sample[n::pictures] = self._unembed(
-                parts[n::pictures], torch.zeros_like(whole), conditioning, rows, columns
-            )
+        for n, shape in enumerate(shapes):
+            sample[n::pictures] = self._unembed(parts[n::pictures], x.new_zeros(shape), conditioning, rows, columns)
         return sample
 
     def _embed(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -320,12 +338,12 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         All steps of a picture get them from the same tensor of lengths: they are kept until another one comes.
         """
         runtime = cast(TransformerRuntime, self.runtime)
-        # Products in 8 bits round differently from upstream's anyway: attention needn't round as upstream's does.
-        masked = runtime.products is None
+        # Products in 8 bits round differently from upstream's anyway, whatever attention does.
+        masked = runtime.exact and runtime.products is None and not runtime.mixed
         key = (version_of(text_lens), text, rows, columns, dtype, runtime.pictures, masked)
         if runtime.positions is not None and runtime.positions[0] is text_lens and runtime.positions[1] == key:
             return runtime.positions[2]
-        packing = pack(text_lens, text, rows * columns, dtype, runtime.pictures, masked)
+        packing = pack(text_lens, text, rows * columns, dtype, runtime.pictures, masked, runtime.mixed)
         angles = self.pos_embed(token_positions(rows, columns, text, text_lens)).squeeze(2)
         positions = packing, packed_rotary(angles, packing.lengths, dtype)
         runtime.positions = (text_lens, key, positions)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import DeviceUnavailable, ErnieImageNF4Error, NotFinite
 from ..fast.products import products_of
+from ..fast.transformer import computation_dtype
 from ..memory.apply import memory_mode
 from ..memory.decode_check import cure, is_finite
 from ..upstream.pipelines import execution_device
@@ -67,7 +68,7 @@ def check_picture(pipe: ErnieImagePipeline, image: Image.Image, notes: list[str]
 
 def not_finite(pipe: ErnieImagePipeline, found: str) -> NotFinite:
     """The error for numbers that overflowed."""
-    dtype = pipe.transformer.dtype
+    dtype = computation_dtype(pipe.transformer)
     way_out = cure(dtype)
     if products_of(pipe.transformer) is not None:
         way_out = f"leave out products (--products), and if that isn't enough, {way_out}"

@@ -17,6 +17,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from ..fast.module_tensors import tensors_of
+from ..memory.precision import Precision
 from ..repository import nf4_format as nf4
 from ..repository.libraries import library_reading
 from ..repository.meta_model import tied_weights
@@ -65,27 +66,28 @@ class TensorSource:
         return data.view(dtype).view(stored.spec.shape)
 
 
-def assemble(part: StoredComponent, source: TensorSource, dtype: torch.dtype) -> nn.Module:
+def assemble(part: StoredComponent, source: TensorSource, precision: Precision) -> nn.Module:
     """The model of a component with its weights, wherever `source` has them, as ``from_pretrained`` would make it.
 
     Args:
         part: The component.
         source: Where its tensors come from.
-        dtype: Of activations, and of floating point tensors that aren't NF4.
+        precision: Of activations, and of floating point tensors that aren't NF4.
 
     Raises:
         InvalidRepository: Files and configuration don't fit each other.
         IncompatibleLibraries: The library can't build the model all the same.
     """
     with torch.inference_mode(False):  # inference tensors can't be moved later
-        found = match_tensors(part, dtype)
+        found = match_tensors(part, precision.dtype)
         with library_reading(part):
-            _assign(found, source, dtype)
+            _assign(found, source, part.component.name, precision)
+            dtype = precision.of_activations()
             finish_loading(found.model, part.component.library, found.quantizer, part.folder, dtype)
     return found.model
 
 
-def _assign(found: StoredModel, source: TensorSource, dtype: torch.dtype) -> None:
+def _assign(found: StoredModel, source: TensorSource, component: str, precision: Precision) -> None:
     """Give the model its tensors."""
     modules = dict(found.model.named_modules(remove_duplicate=False))
     for key, weight in found.nf4.items():
@@ -93,14 +95,14 @@ def _assign(found: StoredModel, source: TensorSource, dtype: torch.dtype) -> Non
         layer.weight = _nf4_parameter(weight, source)
         if found.of_transformers:
             layer.quant_state = layer.weight.quant_state  # as its `from_pretrained` leaves it
-        layer.compute_dtype = dtype
+        set_products(layer, precision.of_products(component, key), precision)
     # transformers leaves unquantized tensors of a quantized model as they are stored.
-    as_stored = found.of_transformers and found.quantizer is not None and dtype == torch.bfloat16
+    as_stored = found.of_transformers and found.quantizer is not None and precision.dtype == torch.bfloat16
     for key, stored in (found.plain | found.tied).items():
         owner, _, name = key.rpartition(".")
         tensor, old = source.get(stored), getattr(modules[owner], name)
         if tensor.is_floating_point() and not as_stored:
-            tensor = tensor.to(dtype)
+            tensor = tensor.to(precision.of_weight(component, key, tensor.ndim))
         if isinstance(old, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
         setattr(modules[owner], name, tensor)
@@ -109,6 +111,17 @@ def _assign(found: StoredModel, source: TensorSource, dtype: torch.dtype) -> Non
             source.wait()  # transformers compares values
         # With `missing_keys`, transformers ties what no file has, and leaves apart what files have with other values.
         cast(Any, found.model).tie_weights(missing_keys=set(tied) - set(found.tied), recompute_mapping=False)
+
+
+def set_products(layer: Linear4bit, dtype: torch.dtype, precision: Precision) -> None:
+    """Let an NF4 layer, which has its weight, multiply in a dtype.
+
+    bitsandbytes makes the weight bfloat16, which the files ask for, and converts that in a pass over memory that takes
+    longer than dequantizing. The transformer's blocks do without it in mixed precision.
+    """
+    layer.compute_dtype = dtype
+    if precision.mixed and dtype == precision.dtype:
+        layer.weight.quant_state.dtype = dtype
 
 
 def _nf4_parameter(weight: StoredNF4, source: TensorSource) -> Params4bit:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
+import torch
 from torch import nn
 
 from ..errors import InvalidRepository
@@ -85,8 +86,12 @@ def _to_be_read(part: StoredComponent, placement: Placement) -> list[StoredTenso
     return [
         stored
         for name, stored in part.device_tensors(placement.fast).items()
-        if name in of_nf4 or DTYPES[stored.spec.dtype] == placement.dtype
+        if name in of_nf4 or DTYPES[stored.spec.dtype] == _weight_dtype(part, name, stored, placement)
     ]
+
+
+def _weight_dtype(part: StoredComponent, name: str, stored: StoredTensor, placement: Placement) -> torch.dtype:
+    return placement.precision.of_weight(part.component.name, name, len(stored.spec.shape))
 
 
 def _load_component(part: StoredComponent, placement: Placement, source: TensorSource) -> Any:
@@ -96,7 +101,7 @@ def _load_component(part: StoredComponent, placement: Placement, source: TensorS
         return load_tokenizer(part) if component.library == "transformers" else _load_scheduler(part)
     if component.quantized and placement.load_device.type != "cpu":
         return load_plain(part, placement)
-    model = assemble(part, source, placement.dtype)
+    model = assemble(part, source, placement.precision)
     if placement.device.type == "cpu":
         keep_as_stored(model)
     if placement.fast and component.quantized:
@@ -108,7 +113,7 @@ def _leave_unused_on_host(model: nn.Module, part: StoredComponent, placement: Pl
     """Move all of a model to the device that isn't there yet, but what text-to-image doesn't need there."""
     unused: list[nn.Module] = []
     if part.component.unused:
-        enable_host_embeddings(model, part.component.unused)
+        enable_host_embeddings(model, part.component.unused, wide=placement.mixed)
         unused = unused_modules(model, part.component.unused)
     if placement.moves:
         move_rest(model, placement.device, unused)

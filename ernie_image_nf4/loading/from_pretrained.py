@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from ..memory.placement import Placement
+from ..memory.precision import Precision
 from ..repository.libraries import library_reading
 from ..repository.record import StoredComponent
 from ..repository.validation import check_structure
 from ..upstream.models_in_memory import forget_nf4_loading
+from .assembly import set_products
 
 # diffusers renamed torch_dtype to dtype in 0.40, as transformers had, and warns about the old name since.
 DTYPE_ARGUMENT = {
@@ -45,18 +47,18 @@ def load_plain(part: StoredComponent, placement: Placement) -> nn.Module:
         torch.set_default_dtype(dtype)  # diffusers leaves its own behind if building a model fails
     forget_nf4_loading(model)
     if placement.dtype != torch.bfloat16:  # which the files are made for
-        _convert(model, placement.dtype)
+        _convert(model, component.name, placement.precision)
     return model
 
 
-def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+def _convert(model: nn.Module, component: str, precision: Precision) -> None:
     """Give the products of NF4 layers and the unquantized weights of a model another dtype.
 
     The configuration says bfloat16 for the products, and transformers leaves the other weights as they are in the file.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = dtype
-    for parameter in model.parameters():
+            set_products(module, precision.of_products(component, name), precision)
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(precision.of_weight(component, name, parameter.ndim))

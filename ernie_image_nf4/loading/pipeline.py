@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from typing import Literal
 
 import diffusers
 import torch
@@ -13,6 +14,7 @@ from ..errors import InvalidSettings
 from ..fast.products import AUTO, find_products, set_products
 from ..memory.apply import apply_placement
 from ..memory.placement import Placement, find_device, find_dtype, find_memory
+from ..memory.precision import Precision
 from ..memory.requirements import weight_bytes
 from ..repository.integrity import check_integrity
 from ..repository.record import Repository, open_repository
@@ -22,6 +24,8 @@ from .garbage_collection import move_to_oldest_generation
 
 logger = logging.getLogger(__name__)
 
+Fast = bool | Literal["exact"]
+
 
 def load(
     model: str | os.PathLike[str] | None = None,
@@ -29,7 +33,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
-    fast: bool = True,
+    fast: Fast = True,
     products: str = AUTO,
     prompt_enhancer: bool = True,
     revision: str | None = None,
@@ -45,13 +49,16 @@ def load(
         model: A folder, a Hub id (``"user/name"``), or None for the repository in which this package stands.
         device: Where to compute, e.g. ``"cuda:1"``. None takes CUDA, XPU, MPS or the CPU, the first that is there.
         dtype: Of activations and unquantized weights. None takes bfloat16; float16 or float32 on a CUDA GPU that only
-            emulates it (compute capability below 8.0), float32 on a CPU without bfloat16 instructions. Should float16
-            overflow, of which the pipeline warns, pass ``"float32"``.
+            emulates it (compute capability below 8.0), float32 on a CPU without bfloat16 instructions. With
+            ``fast=True``, on any device, float16 is only in the transformer's products, which are scaled so that they
+            can't overflow, and all else is in float32. With the other values of `fast` it is upstream's, and overflows
+            with ERNIE-Image.
         memory: ``"resident"`` keeps all components on the device, ``"offload"`` one at a time, ``"stream"`` the
             transformer block by block as well (for 4 GB); ``"auto"`` chooses by the device's free memory and says so at
             INFO level.
         fast: Whether on CUDA upstream's code paths may be replaced by faster ones that differ by rounding: decoding of
-            the prompt enhancer, denoising, loading, offloading. False leaves them untouched.
+            the prompt enhancer, denoising, loading, offloading. ``"exact"`` replaces them by those whose predictions
+            are upstream's to the bit, with attention that takes longer. False leaves them untouched.
         products: What the transformer's blocks multiply in: ``"int8"`` (RTX 20 and newer) or ``"fp8"`` (RTX 40, H100
             and newer), faster and less precise, fp8 the less precise of the two; ``"bfloat16"``; ``"auto"`` is `dtype`.
         prompt_enhancer: False leaves the prompt enhancer's files unread; the pipeline then draws prompts as they are.
@@ -78,9 +85,10 @@ def load(
         >>> pipe = load("user/ERNIE-Image-NF4")
         >>> pipe("an orange cat on a wooden desk", height=512, width=512).images[0].save("cat.png")
     """
+    check_fast(fast)
     chosen_device = find_device(device)  # before anything is downloaded for a device that isn't there
     chosen_dtype = find_dtype(dtype, chosen_device)
-    chosen_products = find_products(_with_alias(products, fp8), chosen_device, chosen_dtype, fast)
+    chosen_products = find_products(_with_alias(products, fp8), chosen_device, chosen_dtype, bool(fast))
     folder = find_repository(
         model,
         prompt_enhancer=prompt_enhancer,
@@ -138,24 +146,36 @@ def load_opened(
 
 
 def decide_placement(
-    repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: bool
+    repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: Fast
 ) -> tuple[Placement, str]:
     """Where and how a pipeline of this repository runs, by the device's free memory, and the reason in words."""
-    fast = fast and device.type == "cuda"
+    exact, mixed = fast == "exact", fast is True and dtype == torch.float16
+    fast = bool(fast) and device.type == "cuda"
+    precision = Precision(dtype, mixed)
     recommended = repository.recommended
     mode, reason = find_memory(
         memory,
         device,
         weights={
-            name: weight_bytes(part, fast=fast, dtype=dtype)
+            name: weight_bytes(part, fast=fast, precision=precision)
             for name, part in repository.components.items()
             if part.component.weights
         },
         pixels=recommended.height * recommended.width,
-        dtype=dtype,
+        precision=precision,
         tiled=fast,
     )
-    return Placement(device, dtype, mode, fast), reason
+    return Placement(device, dtype, mode, fast, exact and fast, mixed), reason
+
+
+def check_fast(fast: bool | str) -> None:
+    """Refuse a word that `load` doesn't know.
+
+    Raises:
+        InvalidSettings: It isn't ``"exact"``.
+    """
+    if isinstance(fast, str) and fast != "exact":
+        raise InvalidSettings(f"fast={fast!r} is none of True, 'exact' (--exact) and False.")
 
 
 def warn_of_unquantized(repository: Repository, dtype: torch.dtype) -> None:

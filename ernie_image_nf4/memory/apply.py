@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from diffusers import ErnieImagePipeline
 
+from ..fast.float16 import make_text_model_mixed
 from ..fast.prompt_enhancer import make_prompt_enhancer_fast
 from ..fast.transformer import make_transformer_fast, runtime_of
 from ..repository.components import COMPONENT
@@ -28,15 +29,18 @@ def apply_placement(pipe: ErnieImagePipeline, placement: Placement) -> None:
             the device already.
         placement: The decision.
     """
-    release_graph = _make_models_fast(pipe, capture_steps=placement.memory != "stream") if placement.fast else None
+    if placement.mixed:
+        for model in filter(None, (pipe.text_encoder, pipe.pe)):
+            make_text_model_mixed(model)
+    release_graph = _make_models_fast(pipe, placement)
     decode_budget = _place_weights(pipe, placement)
     hook = hook_of(pipe.transformer)
     if isinstance(hook, OffloadHook):
         hook.on_offload = release_graph  # The captured step reads the weights' addresses.
     if placement.fast:
-        make_vae_tiled(pipe.vae, budget=decode_budget, before_decode=release_graph)
+        make_vae_tiled(pipe.vae, budget=decode_budget, before_decode=release_graph, dtype=placement.dtype)
     else:
-        make_vae_checked(pipe.vae)
+        make_vae_checked(pipe.vae, placement.dtype)
 
 
 def memory_mode(pipe: ErnieImagePipeline) -> str:
@@ -48,19 +52,19 @@ def memory_mode(pipe: ErnieImagePipeline) -> str:
     return "offload" if any(getattr(hook, "execution_device", None) is not None for hook in hooks) else "resident"
 
 
-def _make_models_fast(pipe: ErnieImagePipeline, *, capture_steps: bool) -> Callable[[], None] | None:
-    """Make transformer and prompt enhancer fast ones.
-
-    Args:
-        pipe: The pipeline.
-        capture_steps: Whether denoising steps may be captured as a CUDA graph. Not if blocks are streamed: their
-            addresses change in every step.
+def _make_models_fast(pipe: ErnieImagePipeline, placement: Placement) -> Callable[[], None] | None:
+    """Make transformer and prompt enhancer fast ones. In mixed precision the transformer is one on every device.
 
     Returns:
-        Frees the transformer's captured step; None if the transformer can't become a fast one.
+        Frees the transformer's captured step; None if the transformer isn't a fast one.
     """
-    make_transformer_fast(pipe.transformer, capture_steps=capture_steps)
-    if pipe.pe is not None:
+    if placement.fast or placement.mixed:
+        # Streamed blocks are at other addresses in every step.
+        capture_steps = placement.fast and placement.memory != "stream"
+        make_transformer_fast(
+            pipe.transformer, capture_steps=capture_steps, exact=placement.exact, mixed=placement.mixed
+        )
+    if placement.fast and pipe.pe is not None:
         make_prompt_enhancer_fast(pipe.pe)
     runtime = runtime_of(pipe.transformer)
     return runtime.release_graph if runtime is not None else None

@@ -30,9 +30,11 @@ class DecodeCheck(Runtime):
 
     Attributes:
         warned: Whether it has warned.
+        dtype: That was asked for, to name another one; None for the latents'.
     """
 
     warned: bool = False
+    dtype: torch.dtype | None = None
 
     def look(self, latents: torch.Tensor, decoded: torch.Tensor) -> None:
         """Note or warn if numbers aren't finite. Waits for the device, which the caller is about to do anyway."""
@@ -49,8 +51,8 @@ class DecodeCheck(Runtime):
             notes.append(what)
         else:
             self.warned = True
-            dtype = str(latents.dtype).removeprefix("torch.")
-            logger.warning("NaN or infinity in the %s (%s): %s.", what, dtype, cure(latents.dtype))
+            dtype = self.dtype or latents.dtype
+            logger.warning("NaN or infinity in the %s (%s): %s.", what, str(dtype).removeprefix("torch."), cure(dtype))
 
 
 @named_as_upstream
@@ -66,11 +68,11 @@ class CheckedVAE(AutoencoderKLFlux2):
         return decoded
 
 
-def make_vae_checked(vae: AutoencoderKLFlux2) -> None:
-    """Turn a VAE into a `CheckedVAE`, unless it is one."""
+def make_vae_checked(vae: AutoencoderKLFlux2, dtype: torch.dtype | None = None) -> None:
+    """Turn a VAE into a `CheckedVAE`, unless it is one. `dtype`: as of `DecodeCheck`."""
     if not isinstance(vae, CheckedVAE):
         become(vae, CheckedVAE)
-        vae.runtime = DecodeCheck()
+        vae.runtime = DecodeCheck(dtype=dtype)
 
 
 @contextmanager

@@ -21,20 +21,33 @@ class HostEmbedding(nn.Embedding):
         return super().forward(input.to(self.weight.device)).to(input.device)
 
 
+@named_as_upstream
+class WideHostEmbedding(HostEmbedding):
+    """A `HostEmbedding` in 16 bits that gives rows in float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `HostEmbedding.forward`."""
+        return super().forward(input).float()
+
+
 def unused_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """The modules below `model` that have one of these names, at any depth."""
     return [child for parent in model.modules() for name, child in parent.named_children() if name in names]
 
 
-def enable_host_embeddings(text_encoder: Mistral3Model, unused: tuple[str, ...]) -> None:
+def enable_host_embeddings(text_encoder: Mistral3Model, unused: tuple[str, ...], *, wide: bool = False) -> None:
     """Let the text encoder run on one device while its embedding table lies in host memory.
 
     Args:
         text_encoder: The text encoder.
         unused: Names of the modules that stay in host memory, as for `unused_modules`; the embedding table's is one of
             them.
+        wide: Whether the rows are to be float32, whatever the table is.
     """
-    become(text_encoder.get_input_embeddings(), HostEmbedding)
+    embeddings = text_encoder.get_input_embeddings()
+    become(embeddings, HostEmbedding)
+    if wide:
+        become(embeddings, WideHostEmbedding)
     for parent in list(text_encoder.modules()):
         children = dict(parent.named_children())
         for name in unused:

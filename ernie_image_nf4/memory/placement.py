@@ -14,6 +14,7 @@ import torch
 
 from ..errors import DeviceUnavailable, InvalidSettings
 from ..upstream.devices import cpu_has_bfloat16
+from .precision import BFLOAT16, Precision
 from .requirements import GIB, MODES, WeightBytes, mode_needs, without_optional
 
 DEVICE_TYPES = ("cuda", "xpu", "mps", "cpu")  # in order of preference; bitsandbytes has NF4 for each of them
@@ -31,16 +32,25 @@ class Placement:
 
     Attributes:
         device: Device of the computation.
-        dtype: dtype of activations and of all weights that aren't quantized.
+        dtype: dtype of activations and of all weights that aren't quantized; see `precision`.
         memory: ``"resident"``: all components are on the device. ``"offload"``: one at a time. ``"stream"``: as
             offload, and of the transformer two blocks at a time.
         fast: Whether models become the faster subclasses of upstream's.
+        exact: Whether these are to give upstream's bits.
+        mixed: As of `Precision`.
     """
 
     device: torch.device
     dtype: torch.dtype
     memory: str
     fast: bool
+    exact: bool = False
+    mixed: bool = False
+
+    @property
+    def precision(self) -> Precision:
+        """dtypes of all parts."""
+        return Precision(self.dtype, self.mixed)
 
     @property
     def moves(self) -> bool:
@@ -139,7 +149,7 @@ def choose_memory(
     weights: dict[str, WeightBytes],
     free_bytes: int | None,
     pixels: int,
-    dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = BFLOAT16,
     tiled: bool = True,
 ) -> tuple[str, str]:
     """Choose the memory mode.
@@ -154,7 +164,7 @@ def choose_memory(
         weights: Of each component, on the device.
         free_bytes: As of `free_memory`.
         pixels: Of a picture of the recommended size.
-        dtype: Of the computation.
+        precision: Of the computation.
         tiled: Whether the VAE decodes in tiles where a whole picture doesn't fit.
 
     Returns:
@@ -174,16 +184,17 @@ def choose_memory(
             )
         return "resident", "it works in the machine's own memory"
     if requested == "auto":
-        needs = mode_needs(weights, pixels, dtype=dtype, tiled=tiled)
+        needs = mode_needs(weights, pixels, precision=precision, tiled=tiled)
         mode = next((mode for mode in MODES if needs[mode] <= free_bytes), MODES[-1])
         takes = ", ".join(f"{_at_least(need)} for {mode}" for mode, need in needs.items())
         smaller = "" if needs[mode] <= free_bytes else ", and less for a smaller picture or a short prompt"
         reason = f"{_at_most(free_bytes)} free; it takes {takes}{smaller}"
     else:
         mode, reason = requested, f"as asked, {_at_most(free_bytes)} free"
-    least = _least_needs(weights, dtype)
+    least = _least_needs(weights, precision)
     if free_bytes < least[mode]:
-        cures = [f"{cure}, which needs {_at_least(need)}" for cure, need in _cures(mode, weights, dtype, free_bytes)]
+        found = _cures(mode, weights, precision, free_bytes)
+        cures = [f"{cure}, which needs {_at_least(need)}" for cure, need in found]
         raise DeviceUnavailable(
             f"Memory mode {mode!r} needs {_at_least(least[mode])} on {device}, where {_at_most(free_bytes)} are free: "
             f"close what else uses the device, or use {', or '.join([*cures, CPU_CURE])}."
@@ -191,16 +202,16 @@ def choose_memory(
     return mode, reason
 
 
-def _least_needs(weights: dict[str, WeightBytes], dtype: torch.dtype) -> dict[str, int]:
+def _least_needs(weights: dict[str, WeightBytes], precision: Precision) -> dict[str, int]:
     """Memory mode -> bytes below which not even a small picture of a short prompt is drawn."""
-    return mode_needs(weights, 0, dtype=dtype, long_text=False)
+    return mode_needs(weights, 0, precision=precision, long_text=False)
 
 
 def _cures(
-    mode: str, weights: dict[str, WeightBytes], dtype: torch.dtype, free_bytes: int
+    mode: str, weights: dict[str, WeightBytes], precision: Precision, free_bytes: int
 ) -> Iterator[tuple[str, int]]:
     """What to use where a memory mode doesn't fit, and the bytes that it needs, of which there are enough."""
-    least, alone = _least_needs(weights, dtype), _least_needs(without_optional(weights), dtype)
+    least, alone = _least_needs(weights, precision), _least_needs(without_optional(weights), precision)
     smaller = next((other for other in MODES[MODES.index(mode) + 1 :] if least[other] <= free_bytes), None)
     if smaller is not None:
         yield f"memory={smaller!r} (--memory {smaller})", least[smaller]
@@ -227,7 +238,7 @@ def find_memory(
     *,
     weights: dict[str, WeightBytes],
     pixels: int,
-    dtype: torch.dtype,
+    precision: Precision,
     tiled: bool,
 ) -> tuple[str, str]:
     """`choose_memory` by the device's free memory now."""
@@ -237,7 +248,7 @@ def find_memory(
         weights=weights,
         free_bytes=free_memory(device),
         pixels=pixels,
-        dtype=dtype,
+        precision=precision,
         tiled=tiled,
     )
 

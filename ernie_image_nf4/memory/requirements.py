@@ -11,17 +11,15 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
 from ..repository import nf4_format as nf4
 from ..repository.components import COMPONENT
 from ..repository.record import StoredComponent
 from ..repository.safetensors_io import DTYPES, TensorSpec
+from .precision import BFLOAT16, BLOCKS, Precision
 
 GIB = 1024**3
 MEGAPIXEL = 1024**2
 MODES = ("resident", "offload", "stream")  # from the one that takes most
-BLOCKS = "layers"  # the list of blocks of a component that can be streamed
 # Side of a tile of the VAE's. Pictures up to this size are decoded as upstream decodes them, so most sizes don't
 # change by a bit.
 TILE = 512
@@ -89,18 +87,18 @@ class WeightBytes:
         return self.unstreamed(mode) + (min(self.blocks, 2 * self.largest_block) if mode == "stream" else 0)
 
 
-def weight_bytes(part: StoredComponent, *, fast: bool, dtype: torch.dtype) -> WeightBytes:
+def weight_bytes(part: StoredComponent, *, fast: bool, precision: Precision) -> WeightBytes:
     """Bytes of a component's weights on the device, by the headers of its files.
 
     Args:
         part: The component.
         fast: Whether weights that text-to-image doesn't need there stay on the host.
-        dtype: What unquantized weights are converted to.
+        precision: What unquantized weights are converted to.
     """
     blocks: Counter[str] = Counter()
     whole = 0
     for name, stored in part.device_tensors(fast).items():
-        size = _loaded_bytes(name, stored.spec, dtype)
+        size = _loaded_bytes(part.component.name, name, stored.spec, precision)
         whole += size
         first, _, rest = name.partition(".")
         if part.component.streamed and first == BLOCKS:
@@ -112,7 +110,7 @@ def mode_needs(
     weights: dict[str, WeightBytes],
     pixels: int,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = BFLOAT16,
     tiled: bool = True,
     long_text: bool = True,
 ) -> dict[str, int]:
@@ -121,20 +119,20 @@ def mode_needs(
     Args:
         weights: Of each component.
         pixels: Of the picture; 0 for the least that can be drawn.
-        dtype: Of the computation.
+        precision: Of the computation.
         tiled: Whether the VAE decodes in tiles where a whole picture doesn't fit.
         long_text: Whether prompts and what the prompt enhancer writes may be long: 1,024 tokens.
     """
     called = [(name, weights[name]) for name in WORK if name in weights]
-    factor = dtype.itemsize / torch.bfloat16.itemsize
+    factors = {name: precision.work_factor(name) for name in WORK}
     needs = {}
     for mode in MODES:
         # Bytes in which the VAE decodes, and beside each other two components may lie: see `offload.enable_offload`.
         limit = max((part.unstreamed(mode) for _, part in called), default=0)
-        budget = (0 if mode == "resident" else limit / factor) if tiled else None
-        work = [factor * _work_bytes(name, pixels, long_text, budget) for name, _ in called]
+        budget = (0 if mode == "resident" else limit / factors["vae"]) if tiled else None
+        work = [factors[name] * _work_bytes(name, pixels, long_text, budget) for name, _ in called]
         if mode == "resident":
-            kept = factor * GIB * sum(WORK[name].kept for name, _ in called)
+            kept = GIB * sum(factors[name] * WORK[name].kept for name, _ in called)
             need = sum(part.whole for _, part in called) + kept + max(work, default=0)
         else:
             held = [part.at_once(mode) for _, part in called]
@@ -166,9 +164,9 @@ def _work_bytes(name: str, pixels: int, long_text: bool, budget: float | None) -
     return GIB * (work.fixed + work.text * long_text + work.megapixel * pixels / MEGAPIXEL)
 
 
-def _loaded_bytes(name: str, spec: TensorSpec, dtype: torch.dtype) -> int:
+def _loaded_bytes(component: str, name: str, spec: TensorSpec, precision: Precision) -> int:
     """Bytes of a tensor once it is loaded: those of NF4 stay as they are, others are converted."""
     stored = DTYPES[spec.dtype]
     if not stored.is_floating_point or name.endswith(nf4.SUFFIXES[1:]):
         return spec.bytes
-    return spec.bytes // stored.itemsize * dtype.itemsize
+    return spec.bytes // stored.itemsize * precision.of_weight(component, name, len(spec.shape)).itemsize

@@ -68,7 +68,11 @@ class TiledVAE(CheckedVAE):
 
 
 def make_vae_tiled(
-    vae: AutoencoderKLFlux2, *, budget: int | None = None, before_decode: Callable[[], None] | None = None
+    vae: AutoencoderKLFlux2,
+    *,
+    budget: int | None = None,
+    before_decode: Callable[[], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Turn a VAE into a `TiledVAE`.
 
@@ -76,11 +80,12 @@ def make_vae_tiled(
         vae: The VAE.
         budget: Bytes to decode in; None for the device's free memory at each call.
         before_decode: Called first, to free memory that is no longer needed. Must not refer to the VAE.
+        dtype: As of `DecodeCheck`.
     """
     make_vae_checked(vae)
     vae.__class__ = TiledVAE
     vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // upscaling(vae)
-    vae.runtime = TilingRuntime(budget=budget, before_decode=before_decode)
+    vae.runtime = TilingRuntime(budget=budget, before_decode=before_decode, dtype=dtype)
 
 
 def upscaling(vae: AutoencoderKLFlux2) -> int:

@@ -25,6 +25,7 @@ from ernie_image_nf4.generation.manifest import locked
 from ernie_image_nf4.generation.seeding import initial_latents
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.generation.single import draw
+from ernie_image_nf4.loading import pipeline
 from ernie_image_nf4.repository.metadata import read_metadata
 
 SMALL = ("--height", 32, "--width", 48, "--steps", 2, "--device", "cpu")
@@ -51,6 +52,19 @@ def pixels(path: Path) -> np.ndarray:
 
 
 # Pictures
+
+
+@pytest.mark.parametrize(("options", "fast"), [((), True), (("--exact",), "exact")])
+def test_upstreams_bits_are_an_option(generate, monkeypatch, options, fast):
+    given, load = [], pipeline.load
+
+    def noted(model, **arguments):
+        given.append(arguments["fast"])
+        return load(model, **arguments)
+
+    monkeypatch.setattr(pipeline, "load", noted)
+    assert generate("a cat", *options).code == 0
+    assert given == [fast]
 
 
 def test_draws_a_png_that_says_how_it_was_made(generate, tmp_path):

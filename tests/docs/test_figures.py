@@ -185,9 +185,12 @@ def test_sentences_have_the_figures_of_their_runs(page: str, sentence: str, figu
     assert sentence.format(*figures) in " ".join(read(page).split())
 
 
-def test_predictions_of_every_mode_are_those_of_the_plain_calls() -> None:
-    """As README and docs/speed.md say."""
-    assert [arm["prediction_error"] for arm in (RESIDENT, COLD, OFFLOAD, STREAM)] == [0.0] * 4
+def test_exact_predictions_are_those_of_the_plain_calls_and_others_near() -> None:
+    """As README and docs/speed.md say. In runs from before ``fast="exact"`` every arm was exact."""
+    arms = [RESIDENT, COLD, OFFLOAD, STREAM]
+    exact = [ARMS["resident, exact"]] if "resident, exact" in ARMS else arms
+    assert [arm["prediction_error"] for arm in exact] == [0.0] * len(exact)
+    assert all(arm["prediction_error"] <= 0.005 for arm in arms)
 
 
 def test_batches_give_the_pictures_of_single_mode() -> None:

@@ -25,9 +25,9 @@ triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for CUD
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from ernie_image_nf4.fast.ops import triton_eight_bit, triton_elementwise, triton_int8  # noqa: E402
+from ernie_image_nf4.fast.ops import triton_eight_bit, triton_elementwise, triton_float16, triton_int8  # noqa: E402
 
-KERNELS = (triton_elementwise, triton_eight_bit, triton_int8)
+KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8)
 MOST_SPILLED = 16  # bytes of a thread's values for which there are no registers: four values
 KIB = 1024
 # By compute capability: the cards, and the shared memory that a program can have (CUDA programming guide, table
@@ -124,11 +124,25 @@ def launch_all(capability: tuple[int, int]) -> None:
     head = torch.empty(1, 3, HIDDEN // HEADS, dtype=dtype)
     triton_elementwise.norm_rotary(x.unflatten(2, (HEADS, -1)), head[0, 0], head, head, 1e-6)
     triton_elementwise.gelu_times(x, x)
+    launch_float16()
     for to in (INT8, FP8):
         if capability >= CAPABILITY[to.name][0]:
             launch_eight_bits(to, dtype)
     if capability >= eight_bit.TENSOR_CORES:
         multiply(dtype)
+
+
+def launch_float16() -> None:
+    x, modulation = torch.empty(1, 3, HIDDEN), torch.empty(1, HIDDEN)
+    values, scale, rows = x.half(), torch.empty(1, 3, 1), torch.zeros(3, dtype=torch.int64)
+    triton_float16.gated_add_norm(
+        x, values, scale, modulation, modulation[0], modulation, modulation, 1e-6, rows
+    )  # fmt: skip
+    head = torch.empty(1, 3, HIDDEN // HEADS)
+    triton_float16.norm_rotary(values.unflatten(2, (HEADS, -1)), scale, head[0, 0], head, head, 1e-6)
+    inner = torch.empty(1, 3, INNER, dtype=torch.float16)
+    triton_float16.gelu_times(inner, inner, scale)
+    triton_float16.scaled(values, scale)
 
 
 def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:

@@ -81,10 +81,10 @@ def test_a_copy_computes_with_its_own_weights_and_a_fresh_runtime(
 
 def test_a_copy_keeps_the_settings_of_a_runtime_and_none_of_its_state():
     transformer = fast_transformer()
-    transformer.runtime.products = "int8"
+    transformer.runtime.products, transformer.runtime.exact = "int8", True
     run(transformer)
     twin = copy.deepcopy(transformer).runtime
-    assert (twin.products, twin.positions, twin.pictures) == ("int8", None, 1)
+    assert (twin.products, twin.exact, twin.positions, twin.pictures) == ("int8", True, None, 1)
     assert twin.captured_step is not None
     assert twin.captured_step.picture is None
     assert by_pickle(TransformerRuntime(capture_steps=False)).captured_step is None

@@ -21,6 +21,7 @@ from ernie_image_nf4.errors import InvalidRepository
 from ernie_image_nf4.loading import assembly
 from ernie_image_nf4.loading.assembly import TensorSource, assemble
 from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT
+from ernie_image_nf4.memory.precision import BFLOAT16, Precision
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED, Component
 from ernie_image_nf4.repository.meta_model import MetaParameters, TooManyParameters, meta_model
@@ -38,7 +39,7 @@ def upstream_on_cpus() -> Iterator[None]:
 
 
 def assembled(folder: Path, component: Component, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    return assemble(stored(folder, component), TensorSource(), dtype)
+    return assemble(stored(folder, component), TensorSource(), Precision(dtype))
 
 
 def upstreams(folder: Path, component: Component, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
@@ -226,7 +227,7 @@ def test_a_configuration_of_more_tensors_than_the_files_have(copy, name, change)
     part = stored(copy, COMPONENT[name])
     part.config[change] = 300
     with pytest.raises(InvalidRepository, match="more tensors than the weight files have"):
-        assemble(part, TensorSource(), torch.bfloat16)
+        assemble(part, TensorSource(), BFLOAT16)
     assert torch.get_default_dtype() == torch.float32
 
 

@@ -23,6 +23,7 @@ from ernie_image_nf4.loading.assembly import TensorSource, assemble
 from ernie_image_nf4.loading.build import _to_be_read
 from ernie_image_nf4.loading.device_reader import DeviceReader, plan_reads
 from ernie_image_nf4.memory.placement import Placement
+from ernie_image_nf4.memory.precision import BFLOAT16
 from ernie_image_nf4.repository.components import COMPONENT, METADATA, QUANTIZED
 from ernie_image_nf4.repository.safetensors_io import StoredTensor, TensorSpec, read_tensor
 
@@ -142,11 +143,11 @@ def test_nothing_is_read_of_what_was_not_asked_for(repository: Path):
 @pytest.mark.parametrize("component", QUANTIZED, ids=lambda component: component.name)
 def test_a_model_can_be_built_before_its_weights_have_arrived(repository: Path, component):
     part = stored(repository, component)
-    expected = assemble(part, TensorSource(), torch.bfloat16).state_dict()
+    expected = assemble(part, TensorSource(), BFLOAT16).state_dict()
     with torch.inference_mode(), DeviceReader(CPU) as reader:
         reader.start(part.device_tensors(fast=True).values())
         source = TensorSource(reader)
-        model = assemble(part, source, torch.bfloat16)
+        model = assemble(part, source, BFLOAT16)
         source.wait()
     state = model.state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -176,12 +177,15 @@ def test_only_what_stays_as_it_is_stored_is_read_to_the_device(repository: Path,
     plain = [tensor for tensor in found if tensor.spec.dtype == "BF16"]
     assert bool(plain) == (dtype == torch.bfloat16)
     assert bool(found) == (dtype == torch.bfloat16 or kind == "nf4")
+    mixed = Placement(torch.device("cuda"), dtype, "resident", fast=True, mixed=True)
+    of_blocks = [tensor for tensor in plain if tensor in _to_be_read(part, mixed)]
+    assert (0 < len(of_blocks) < len(plain)) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_load_gives_the_weights_of_upstream_in_every_dtype(repository: Path, dtype: str):
-    ours = load(repository, device="cuda", memory="resident", dtype=dtype)
+    ours = load(repository, device="cuda", memory="resident", dtype=dtype, fast="exact")
     upstream = load(repository, device="cuda", memory="resident", dtype=dtype, fast=False)
     for name in ("transformer", "text_encoder", "pe"):
         one, other = getattr(ours, name).state_dict(), getattr(upstream, name).state_dict()

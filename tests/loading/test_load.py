@@ -129,6 +129,12 @@ def test_on_a_cpu_fast_makes_no_difference(repository, pipe):
     assert np.array_equal(draw(load(repository, device="cpu", fast=False)), draw(pipe))
 
 
+@pytest.mark.parametrize("fast", ["Exact", "yes", ""])
+def test_a_way_to_be_fast_that_is_none(fast):
+    with pytest.raises(InvalidSettings, match="none of True, 'exact' \\(--exact\\) and False"):
+        load("nowhere", fast=fast)
+
+
 def test_nothing_is_printed_on_the_normal_path(repository, capfd, caplog):
     load(repository, device="cpu")
     assert capfd.readouterr() == ("", "")

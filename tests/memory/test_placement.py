@@ -21,10 +21,12 @@ from ernie_image_nf4.memory.placement import (
     device_counts,
     find_device,
 )
+from ernie_image_nf4.memory.precision import Precision
 from ernie_image_nf4.memory.requirements import GIB, MODES, WeightBytes, mode_needs, without_optional
 from ernie_image_nf4.repository.record import Repository, StoredComponent
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+FLOAT32 = Precision(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +159,9 @@ def test_pictures_that_are_not_decoded_in_tiles_take_more(weights):
 
 
 def test_wider_dtypes_take_more(full_size):
-    in_float32 = full_size_weights(full_size, dtype=torch.float32)
-    assert memory("auto", 10.5, in_float32, dtype=torch.float32) == "offload"
-    assert memory("auto", 6.7, in_float32, dtype=torch.float32) == "stream"
+    in_float32 = full_size_weights(full_size, precision=FLOAT32)
+    assert memory("auto", 10.5, in_float32, precision=FLOAT32) == "offload"
+    assert memory("auto", 6.7, in_float32, precision=FLOAT32) == "stream"
 
 
 def test_auto_says_why(weights):
@@ -233,15 +235,18 @@ def test_a_refusal_without_the_prompt_enhancer_does_not_offer_to_leave_it_out(we
     ("fast", "dtype", "takes"),
     [
         (True, torch.bfloat16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
-        (True, torch.float16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
+        (True, torch.float16, "11.4 GiB for resident, 6.4 GiB for offload, 3.4 GiB for stream"),
         (True, torch.float32, "12.7 GiB for resident, 7.6 GiB for offload, 4.4 GiB for stream"),
+        ("exact", torch.float16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
+        ("exact", torch.bfloat16, "9.9 GiB for resident, 5.9 GiB for offload, 2.9 GiB for stream"),
         (False, torch.bfloat16, "14.7 GiB for resident, 6.0 GiB for offload, 6.0 GiB for stream"),
     ],
 )
 def test_a_repository_is_placed_by_its_files_and_by_how_it_runs(full_size, monkeypatch, fast, dtype, takes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 80 * GIB))
     placement, reason = decide_placement(Repository(Path(), {}, full_size), CUDA, dtype, "auto", fast)
-    assert placement == Placement(CUDA, dtype, "stream", fast)
+    mixed = fast is True and dtype == torch.float16
+    assert placement == Placement(CUDA, dtype, "stream", bool(fast), exact=fast == "exact", mixed=mixed)
     assert f"it takes {takes}" in reason
 
 

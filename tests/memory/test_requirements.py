@@ -11,6 +11,7 @@ from conftest import CHECKOUT
 from diffusers import ErnieImagePipeline
 from full_size import full_size_weights
 
+from ernie_image_nf4.memory.precision import BFLOAT16, Precision
 from ernie_image_nf4.memory.requirements import (
     GIB,
     KERNEL_BYTES,
@@ -26,6 +27,7 @@ from ernie_image_nf4.repository.record import StoredComponent
 RUN = json.loads((CHECKOUT / "benchmarks" / "benchmark_h100.json").read_text(encoding="utf-8"))
 ARMS: dict[str, dict[str, Any]] = {arm["name"]: arm for arm in RUN["arms"]}
 MIB = 1024**2
+FLOAT32 = Precision(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,13 @@ def test_of_a_streamed_component_two_blocks_are_there_and_what_is_in_none(weight
 
 def test_what_text_to_image_does_not_need_stays_on_the_host_if_fast(full_size):
     part = full_size["text_encoder"]
-    both = [weight_bytes(part, fast=fast, dtype=torch.bfloat16).whole for fast in (True, False)]
+    both = [weight_bytes(part, fast=fast, precision=BFLOAT16).whole for fast in (True, False)]
     assert both[1] - both[0] > 0.9 * GIB
     assert both[1] == pytest.approx(part.bytes, rel=0.01)
 
 
 def test_unquantized_weights_take_what_their_dtype_does(full_size, weights):
-    in_float32 = full_size_weights(full_size, dtype=torch.float32)
+    in_float32 = full_size_weights(full_size, precision=FLOAT32)
     table = 131072 * 3072 * 2  # the enhancer's embedding table in bfloat16
     assert in_float32["pe"].whole - weights["pe"].whole == pytest.approx(table, rel=0.01)
     assert in_float32["vae"].whole == pytest.approx(2 * weights["vae"].whole, rel=0.001)
@@ -121,6 +123,6 @@ def test_a_component_that_comes_while_another_works_is_counted():
 
 
 def test_wider_dtypes_take_more(full_size, weights):
-    in_float32 = full_size_weights(full_size, dtype=torch.float32)
-    for mode, need in mode_needs(in_float32, 1024**2, dtype=torch.float32).items():
+    in_float32 = full_size_weights(full_size, precision=FLOAT32)
+    for mode, need in mode_needs(in_float32, 1024**2, precision=FLOAT32).items():
         assert need > mode_needs(weights, 1024**2)[mode] + GIB

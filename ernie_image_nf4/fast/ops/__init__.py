@@ -1,6 +1,6 @@
 """Operations of the fast code paths, each in plain torch and, where a GPU has Triton, as one kernel.
 
-``elementwise`` and ``eight_bit`` are what others call: they choose between plain torch and the kernels of
-``triton_elementwise``, ``triton_eight_bit`` and ``triton_int8``, which are imported only where Triton works. Imports
-from ``repository`` (the NF4 format) and ``upstream`` and no other room.
+``elementwise``, ``float16`` and ``eight_bit`` are what others call: they choose between plain torch and the kernels of
+``triton_elementwise``, ``triton_float16``, ``triton_eight_bit`` and ``triton_int8``, which are imported only where
+Triton works. Imports from ``repository`` (the NF4 format) and ``upstream`` and no other room.
 """
