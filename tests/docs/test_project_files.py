@@ -41,7 +41,7 @@ def test_issue_forms_are_what_github_takes(file: Path) -> None:
 
 def test_the_form_about_speed_asks_for_what_a_figure_needs() -> None:
     required = {part["id"] for part in form("speed")["body"] if part.get("validations", {}).get("required")}
-    assert required == {"card", "driver", "versions", "command", "figures"}
+    assert required == {"card", "driver", "versions", "row"}
     assert f"*{form('speed')['name']}*" in read("README.md")
 
 

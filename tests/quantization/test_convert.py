@@ -36,6 +36,7 @@ from ernie_image_nf4.errors import (
     UploadFailed,
 )
 from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT, _convert
+from ernie_image_nf4.memory.precision import Precision
 from ernie_image_nf4.quantization import weight_writer
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.synthetic import synthesize
@@ -197,7 +198,7 @@ def test_searched_scales_load_the_conventional_way_and_are_multiplied_with(
             repository / component.name, device_map={"": device}, **{DTYPE_ARGUMENT[component.library]: torch.bfloat16}
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    _convert(model, torch.float32)  # so that rounding doesn't hide a difference
+    _convert(model, component.name, Precision(torch.float32))  # so that rounding doesn't hide a difference
     restored = {}
     for name, layer in layers.items():
         state = layer.weight.quant_state
