@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if default := config.getoption("--dtype"):
         find = pipeline.find_dtype
-        pipeline.find_dtype = lambda requested, device: find(requested or default, device)
+        pipeline.find_dtype = lambda requested, device, **options: find(requested or default, device, **options)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..fast.transformer import computation_dtype
 from ..loading.pipeline import load
 from ..repository.components import PIXELS_PER_PATCH
 from .device import best_seconds
@@ -27,7 +28,7 @@ def measure_growth(model: str | Path, device: str) -> dict[str, Any]:
     """
     pipe = load(model, device=device, memory="resident", prompt_enhancer=False)
     config, dtype = pipe.transformer.config, pipe.transformer.dtype
-    rate = _product_rate(device, dtype)
+    rate = _product_rate(device, computation_dtype(pipe.transformer))
     text_tokens = max(TEXT_LENGTHS)
     rows = []
     for size in SIZES:

@@ -12,6 +12,7 @@ import torch
 from ..errors import DeviceUnavailable, InvalidSettings
 from ..evaluation.report import markdown_table
 from ..fast.products import AUTO, CAPABILITY, find_products, set_products
+from ..fast.transformer import computation_dtype
 from ..loading.pipeline import load
 from ..memory.apply import memory_mode
 from ..memory.placement import find_device, free_memory
@@ -70,13 +71,13 @@ def measure_card(
     pipe = load(model, device=device, memory=memory)
     synchronize(device)
     result |= {"load_s": time.perf_counter() - loading, "memory": memory_mode(pipe)}
-    result |= {"dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    dtype = computation_dtype(pipe.transformer)
+    result |= {"dtype": str(dtype).removeprefix("torch.")}
     pipe.set_progress_bar_config(disable=True)
     tokens = TOKENS if pipe.pe is not None else 0
     for seed in range(2):  # the first one compiles kernels
         picture = draw_timed(pipe, sizes[0], STEPS, GUIDANCE, tokens, seed, device)
     result["enhancer_ms_per_token"] = 1000 * picture["prompt_enhancer_s"] / tokens if tokens else None
-    dtype = pipe.transformer.dtype
     result["step_ms"] = {result["dtype"]: {sizes[0]: picture["step_ms"]}}
     for products in (AUTO, *CAPABILITY):
         try:

@@ -98,7 +98,12 @@ def benchmark(
     growth: Annotated[bool, typer.Option(help="Measure a step at four sizes and three batches.")] = True,
     device: Annotated[str, typer.Option(help="Device to measure.")] = "cuda",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only this package, in less than two minutes: one row, to send us.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="Only this package, in less than two minutes: one row, to send us. Other options that count: --size, "
+            "--large, --device.",
+        ),
     ] = False,
 ) -> None:
     """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""

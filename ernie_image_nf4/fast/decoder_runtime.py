@@ -91,9 +91,11 @@ class DecoderRuntime(Runtime):
     def _onloaded(self, model: PreTrainedModel) -> Iterator[torch.device]:
         """The device of the model, onloaded as a call of its ``forward`` would do it."""
         hook = hook_of(model)
+        weight = model.get_input_embeddings().weight
         with (
             kept_on_device(model),
-            self.turn.take(model.get_input_embeddings().weight.device),
+            # Of a model that is to be onloaded by upstream's hook, the hook's device.
+            self.turn.take(torch.device(getattr(hook, "execution_device", None) or weight.device)),
             # No inference mode: buffers outlive the call, and later calls may not be in it.
             torch.inference_mode(False),
             torch.no_grad(),

@@ -106,7 +106,8 @@ class TransformerRuntime(Runtime):
         self, capture_steps: bool = False, products: str | None = None, exact: bool = False, mixed: bool = False
     ) -> None:
         self.captured_step = CapturedStep() if capture_steps else None
-        self.products = products
+        # Older versions pickled whether products are in fp8.
+        self.products = {True: "fp8", False: None}.get(products, products)  # type: ignore[call-overload]
         self.exact = exact
         self.mixed = mixed
         self._local = threading.local()

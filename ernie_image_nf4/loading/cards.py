@@ -107,7 +107,8 @@ def _card_rows(device: torch.device) -> list[tuple[str, str]]:
     rows = [("card", f"{torch.cuda.get_device_name(device)}, compute capability {dotted}")]
     generation = generation_of(capability)
     if generation is None:
-        return [*rows, ("generation", f"older than {GENERATIONS[0].name}: untried")]
+        dtype = str(choose_dtype(None, device, capability)).removeprefix("torch.")
+        return [*rows, ("generation", f"older than {GENERATIONS[0].name}: untried"), ("dtype", dtype)]
     return [
         *rows,
         ("generation", f"{generation.name} ({generation.cards}): {generation.evidence}"),

@@ -87,7 +87,7 @@ def load(
     """
     check_fast(fast)
     chosen_device = find_device(device)  # before anything is downloaded for a device that isn't there
-    chosen_dtype = find_dtype(dtype, chosen_device)
+    chosen_dtype = find_dtype(dtype, chosen_device, scaled=bool(fast) and fast != "exact")
     chosen_products = find_products(_with_alias(products, fp8), chosen_device, chosen_dtype, bool(fast))
     folder = find_repository(
         model,
@@ -116,7 +116,7 @@ def _with_alias(products: str, fp8: bool | None) -> str:
     """`products`, or what `load`'s former argument `fp8` stands for."""
     if fp8 is None:
         return products
-    warnings.warn("fp8=True is now products='fp8'.", DeprecationWarning, stacklevel=3)
+    warnings.warn("fp8 is deprecated: fp8=True is products='fp8' now.", DeprecationWarning, stacklevel=3)
     if not fp8 or products == "fp8":
         return products
     if products != AUTO:
@@ -139,7 +139,9 @@ def load_opened(
         InvalidSettings: See there.
     """
     chosen_device = find_device(device)
-    placement, _ = decide_placement(repository, chosen_device, find_dtype(dtype, chosen_device), memory, fast=False)
+    placement, _ = decide_placement(
+        repository, chosen_device, find_dtype(dtype, chosen_device, scaled=False), memory, fast=False
+    )
     pipe = build_pipeline(repository, placement)
     apply_placement(pipe, placement)
     return pipe
@@ -149,7 +151,8 @@ def decide_placement(
     repository: Repository, device: torch.device, dtype: torch.dtype, memory: str, fast: Fast
 ) -> tuple[Placement, str]:
     """Where and how a pipeline of this repository runs, by the device's free memory, and the reason in words."""
-    exact, mixed = fast == "exact", fast is True and dtype == torch.float16
+    exact = fast == "exact"
+    mixed = bool(fast) and not exact and dtype == torch.float16
     fast = bool(fast) and device.type == "cuda"
     precision = Precision(dtype, mixed)
     recommended = repository.recommended

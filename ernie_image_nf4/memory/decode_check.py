@@ -36,6 +36,9 @@ class DecodeCheck(Runtime):
     warned: bool = False
     dtype: torch.dtype | None = None
 
+    def __reduce__(self) -> tuple:
+        return _with_dtype, (type(self), self.dtype)
+
     def look(self, latents: torch.Tensor, decoded: torch.Tensor) -> None:
         """Note or warn if numbers aren't finite. Waits for the device, which the caller is about to do anyway."""
         if _is_traced(latents):
@@ -53,6 +56,10 @@ class DecodeCheck(Runtime):
             self.warned = True
             dtype = self.dtype or latents.dtype
             logger.warning("NaN or infinity in the %s (%s): %s.", what, str(dtype).removeprefix("torch."), cure(dtype))
+
+
+def _with_dtype(kind: type[DecodeCheck], dtype: torch.dtype | None) -> DecodeCheck:
+    return kind(dtype=dtype)
 
 
 @named_as_upstream

@@ -113,6 +113,7 @@ def choose_dtype(
     device: torch.device,
     capability: tuple[int, int] | None = None,
     cpu_has_bfloat16: bool = False,
+    scaled: bool = True,
 ) -> torch.dtype:
     """Choose the dtype of the computation: bfloat16, which the weights were trained in, wherever the hardware
     multiplies it.
@@ -126,6 +127,7 @@ def choose_dtype(
         device: Device of the computation.
         capability: Compute capability of a CUDA device.
         cpu_has_bfloat16: Whether the CPU has bfloat16 instructions.
+        scaled: Whether float16 is scaled (``fast/float16.py``). Where it isn't, ERNIE-Image overflows in it.
 
     Raises:
         InvalidSettings: A dtype other than bfloat16, float16 and float32.
@@ -138,7 +140,7 @@ def choose_dtype(
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16 else torch.float32
     if device.type == "cuda" and capability is not None and capability < (8, 0):
-        return torch.float16 if capability >= (7, 0) else torch.float32
+        return torch.float16 if scaled and capability >= (7, 0) else torch.float32
     return torch.bfloat16
 
 
@@ -226,10 +228,10 @@ def find_device(requested: str | torch.device | None) -> torch.device:
     return choose_device(requested, device_counts())
 
 
-def find_dtype(requested: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def find_dtype(requested: str | torch.dtype | None, device: torch.device, *, scaled: bool = True) -> torch.dtype:
     """`choose_dtype` for this machine."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return choose_dtype(requested, device, capability, cpu_has_bfloat16())
+    return choose_dtype(requested, device, capability, cpu_has_bfloat16(), scaled)
 
 
 def find_memory(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking import quick
 from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.errors import DeviceUnavailable
@@ -23,6 +24,13 @@ def test_a_step_is_measured_at_each_size(result):
     assert 0 < large < result["seconds"] * 1000
     assert result["enhancer_ms_per_token"] > 0
     assert result["memory"] == "resident"
+
+
+def test_float16_is_called_so_though_only_products_are_in_it(repository, monkeypatch):
+    monkeypatch.setattr(quick, "load", lambda *arguments, **options: load(*arguments, **options, dtype="float16"))
+    result = quick.measure_card(repository, (32,), "cpu")
+    assert result["dtype"] == "float16"
+    assert list(result["step_ms"]) == ["float16"]
 
 
 def test_nothing_new_is_begun_when_time_is_over(repository):

@@ -90,6 +90,11 @@ def test_a_copy_keeps_the_settings_of_a_runtime_and_none_of_its_state():
     assert by_pickle(TransformerRuntime(capture_steps=False)).captured_step is None
 
 
+@pytest.mark.parametrize(("former", "products"), [(True, "fp8"), (False, None), ("int8", "int8"), (None, None)])
+def test_a_pickle_of_an_older_version_says_whether_products_are_in_fp8(former, products):
+    assert TransformerRuntime(True, former).products == products
+
+
 @pytest.fixture
 def no_collection():
     gc.collect()

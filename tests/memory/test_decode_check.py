@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLFlux2, ErnieImagePipeline
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.memory.decode_check import DecodeCheck, is_finite, noted
-from ernie_image_nf4.memory.vae_tiling import TiledVAE, make_vae_tiled
+from ernie_image_nf4.memory.vae_tiling import TiledVAE, TilingRuntime, make_vae_tiled
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0, "use_pe": False}
 INF, NAN = float("inf"), float("nan")
@@ -113,6 +113,13 @@ def test_a_copy_warns_itself(pipe, caplog, copied):
     pipe.vae = twin
     draw(pipe, NAN)
     assert len(warnings(caplog)) == 2
+
+
+@pytest.mark.parametrize("kind", [DecodeCheck, TilingRuntime])
+def test_a_copy_names_the_dtype_that_was_asked_for(kind):
+    runtime = kind(dtype=torch.float16, warned=True)
+    for twin in (copy.deepcopy(runtime), pickle.loads(pickle.dumps(runtime))):
+        assert (twin.dtype, twin.warned) == (torch.float16, False)
 
 
 def test_it_is_saved_as_upstreams_class(pipe, tmp_path):

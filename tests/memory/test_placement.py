@@ -90,6 +90,12 @@ def test_dtype_follows_the_hardware(device, capability, cpu_has_bfloat16, expect
     assert choose_dtype(None, torch.device(device), capability, cpu_has_bfloat16) == expected
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_float16_that_overflows_is_no_default(capability, expected):
+    assert choose_dtype(None, CUDA, capability, scaled=False) == expected
+    assert choose_dtype("float16", CUDA, capability, scaled=False) == torch.float16
+
+
 @pytest.mark.parametrize("requested", ["float16", "torch.float16", torch.float16])
 def test_the_dtype_asked_for_is_taken(requested):
     assert choose_dtype(requested, CUDA, (9, 0)) == torch.float16

@@ -24,6 +24,7 @@ KERNELS, PRODUCT_KERNELS = "triton_eight_bit", "triton_int8"
 TENSOR_CORES = (8, 0)  # capability from which Triton multiplies with them; cuBLAS does on Turing (7.5) as well
 SMALLEST = 1e-30  # rows of smaller magnitudes are scaled as if they had this one: no division by zero
 MULTIPLE = 16  # both sides of a weight have to be multiples of it
+ROWS_AT_ONCE = 2048  # whose sums are 96 MiB with the feed-forward layers of the full-size model
 MAX_WIDTH = 16384  # of a row, which the kernels round in one piece
 
 
@@ -132,7 +133,11 @@ def scaled_product(
     if x.dtype == INT8.dtype:
         if (kernels := triton_kernels(x, PRODUCT_KERNELS)) and has_tensor_cores(x.device):
             return kernels.scaled_product(x, scale, weight, weight_scale, dtype)
-        return (int8_matmul(x, weight.t()).float() * scale * weight_scale.t()).to(dtype)
+        out = x.new_empty(len(x), len(weight), dtype=dtype)
+        # Some rows at a time: sums take four bytes each, as int32 and as float32.
+        for part, rows, row_scale in zip(*(each.split(ROWS_AT_ONCE) for each in (out, x, scale)), strict=True):
+            part.copy_(int8_matmul(rows, weight.t()).float().mul_(row_scale).mul_(weight_scale.t()))
+        return out
     return F.scaled_mm(
         x,
         weight.t(),

@@ -22,8 +22,8 @@ GROUP = 64  # values that are rotated together; a power of 4
 @functools.cache
 def hadamard(size: int, device: torch.device) -> torch.Tensor:
     """(size, size) float16, the symmetric orthogonal regular Hadamard matrix of a size that is a power of 4."""
-    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
-    matrix = torch.ones(1, 1)
+    four = torch.ones(4, 4, device="cpu") - 2 * torch.eye(4, device="cpu").flip(0)
+    matrix = torch.ones(1, 1, device="cpu")
     while len(matrix) < size:
         matrix = torch.kron(matrix, four)
     # Made on the CPU, from where it is copied before this returns: threads with streams of their own may take it.
