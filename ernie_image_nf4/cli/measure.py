@@ -111,12 +111,16 @@ def benchmark(
         raise typer.BadParameter(
             "name an NF4 repository, or a folder for a synthetic one (--synthetic).", param_hint="MODEL"
         )
+    if model is not None and synthetic is not None:
+        raise typer.BadParameter("it is made instead of MODEL: leave one of them out.", param_hint="--synthetic")
     from ..benchmarking.arms import Workload, choose_arms
     from ..benchmarking.report import write_benchmark
     from ..benchmarking.run import benchmark
     from ..errors import InvalidSettings
     from ..generation.image_file import make_output_folder
+    from ..memory.placement import find_device
 
+    find_device(device)  # before a model is made for one that isn't there
     try:
         arms = choose_arms(arm or (), baselines=baselines or peers)
     except InvalidSettings as error:

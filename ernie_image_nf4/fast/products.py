@@ -49,7 +49,10 @@ def find_products(products: str, device: torch.device, dtype: torch.dtype, fast:
         return None
     if products == BFLOAT16:
         if dtype != torch.bfloat16:
-            raise InvalidSettings(f"Products in bfloat16 need that dtype, it is {dtype}: {INSTEAD}.")
+            raise InvalidSettings(
+                f"Products in bfloat16 need dtype='bfloat16' (--dtype bfloat16), here it is {dtype}: ask for it, "
+                f"or {INSTEAD}."
+            )
         return None
     _check_eight_bits(products, device, dtype, fast)
     return products

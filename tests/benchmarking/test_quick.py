@@ -55,6 +55,19 @@ def test_the_command_prints_one_row(repository, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_and_one_to_be_made_contradict_each_other(repository, tmp_path):
+    got = CliRunner().invoke(app, ["benchmark", str(repository), "--quick", "--synthetic", str(tmp_path / "made")])
+    assert got.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_is_made_for_a_device_that_is_not_there(tmp_path):
+    got = CliRunner().invoke(app, ["benchmark", "--quick", "--synthetic", str(tmp_path / "made")])
+    assert isinstance(got.exception, DeviceUnavailable)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_an_error(repository):
     with pytest.raises(DeviceUnavailable):

@@ -463,7 +463,10 @@ def test_the_dtype_of_the_weights_is_what_is_multiplied_in_unless_asked(monkeypa
     for dtype in (torch.bfloat16, torch.float32):
         assert find_products("auto", GPU, dtype, fast=True) is None
     assert find_products("bfloat16", torch.device("cpu"), torch.bfloat16, fast=False) is None
-    with pytest.raises(InvalidSettings, match=r"in bfloat16 need that dtype, it is torch\.float16: leave products"):
+    with pytest.raises(
+        InvalidSettings,
+        match=r"need dtype='bfloat16' \(--dtype bfloat16\), here it is torch\.float16: ask for it, or leave products",
+    ):
         find_products("bfloat16", GPU, torch.float16, fast=True)
 
 
