@@ -107,20 +107,13 @@ def benchmark(
     ] = False,
 ) -> None:
     """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""
-    if model is None and synthetic is None:
-        raise typer.BadParameter(
-            "name an NF4 repository, or a folder for a synthetic one (--synthetic).", param_hint="MODEL"
-        )
-    if model is not None and synthetic is not None:
-        raise typer.BadParameter("it is made instead of MODEL: leave one of them out.", param_hint="--synthetic")
+    _check(model, synthetic, device)
     from ..benchmarking.arms import Workload, choose_arms
     from ..benchmarking.report import write_benchmark
     from ..benchmarking.run import benchmark
     from ..errors import InvalidSettings
     from ..generation.image_file import make_output_folder
-    from ..memory.placement import find_device
 
-    find_device(device)  # before a model is made for one that isn't there
     try:
         arms = choose_arms(arm or (), baselines=baselines or peers)
     except InvalidSettings as error:
@@ -153,3 +146,16 @@ def _repositories(model: str | None, original: Path | None, synthetic: Path | No
     if synthetic:
         return make_synthetic(synthetic)
     return find_repository(model), original
+
+
+def _check(model: str | None, synthetic: Path | None, device: str) -> None:
+    """Refuse none and both of a repository and one to be made, and a device that isn't there, before one is made."""
+    from ..memory.placement import find_device
+
+    if model is None and synthetic is None:
+        raise typer.BadParameter(
+            "name an NF4 repository, or a folder for a synthetic one (--synthetic).", param_hint="MODEL"
+        )
+    if model is not None and synthetic is not None:
+        raise typer.BadParameter("it is made instead of MODEL: leave one of them out.", param_hint="--synthetic")
+    find_device(device)

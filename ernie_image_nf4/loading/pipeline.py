@@ -116,7 +116,7 @@ def _with_alias(products: str, fp8: bool | None) -> str:
     """`products`, or what `load`'s former argument `fp8` stands for."""
     if fp8 is None:
         return products
-    warnings.warn("fp8 is deprecated: fp8=True is products='fp8' now.", DeprecationWarning, stacklevel=3)
+    warnings.warn("fp8 is deprecated: fp8=True is now products='fp8'.", DeprecationWarning, stacklevel=3)
     if not fp8 or products == "fp8":
         return products
     if products != AUTO:
