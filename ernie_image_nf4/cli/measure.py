@@ -122,9 +122,7 @@ def benchmark(
         make_output_folder(out_dir)
     nf4, original = _repositories(model, original, synthetic)
     if quick:
-        from ..benchmarking.quick import benchmark_quick, row
-
-        typer.echo(row(benchmark_quick(nf4, [size, large] if large else [size], device=device)))
+        _print_row(nf4, [size, large] if large else [size], device)
         return
     workload = Workload(size, steps, guidance, tokens, pictures, large or None)
     files: list[Path] = []
@@ -136,6 +134,13 @@ def benchmark(
         nf4, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth, on_progress=keep
     )
     typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
+
+
+def _print_row(model: Path, sizes: list[int], device: str) -> None:
+    """The row of ``--quick``."""
+    from ..benchmarking.quick import benchmark_quick, row
+
+    typer.echo(row(benchmark_quick(model, sizes, device=device)))
 
 
 def _repositories(model: str | None, original: Path | None, synthetic: Path | None) -> tuple[Path, Path | None]:
