@@ -1,4 +1,4 @@
-"""A measurement of less than two minutes, which the owner of a card that we haven't can send us: one row."""
+"""A short measurement, which the owner of a card that we haven't can send us: one row."""
 
 from __future__ import annotations
 

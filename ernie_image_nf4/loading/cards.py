@@ -66,7 +66,7 @@ GENERATIONS = (
     Generation((8, 0), "Ampere", "A100"),
     Generation((8, 6), "Ampere", "RTX 30, A10"),
     Generation((8, 9), "Ada", "RTX 40, L4"),
-    Generation((9, 0), "Hopper", "H100, H200", measured=True),
+    Generation((9, 0), "Hopper", "H100", measured=True),
     Generation((10, 0), "Blackwell", "B200"),
     Generation((12, 0), "Blackwell", "RTX 50"),
 )
