@@ -107,7 +107,6 @@ def benchmark(
     ] = False,
 ) -> None:
     """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""
-    _check(model, synthetic, device)
     from ..benchmarking.arms import Workload, choose_arms
     from ..benchmarking.report import write_benchmark
     from ..benchmarking.run import benchmark
@@ -118,6 +117,7 @@ def benchmark(
         arms = choose_arms(arm or (), baselines=baselines or peers)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error), param_hint="--arm") from error
+    _check(model, synthetic, device)
     if not quick:
         make_output_folder(out_dir)
     nf4, original = _repositories(model, original, synthetic)
