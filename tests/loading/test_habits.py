@@ -139,11 +139,14 @@ def test_a_default_device_changes_nothing(repository, expected, memory, fast):
     "made",
     [
         lambda pipe: ErnieImagePipeline(**pipe.components),
-        lambda pipe: ErnieImagePipeline.from_pipe(pipe, transformer=pipe.transformer, vae=pipe.vae),
+        lambda pipe: ErnieImagePipeline.from_pipe(
+            pipe, transformer=pipe.transformer, vae=pipe.vae, torch_dtype=pipe.vae.dtype
+        ),
     ],
 )
-def test_a_pipeline_of_the_same_parts_draws_the_same(repository, made):
-    pipe = load(repository, device="cpu", prompt_enhancer=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_of_the_same_parts_draws_the_same(repository, made, dtype):
+    pipe = load(repository, device="cpu", dtype=dtype, prompt_enhancer=False)
     other = made(pipe)
     other.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(other), draw(pipe))

@@ -365,7 +365,7 @@ def test_a_call_without_a_generator_draws_from_the_global_state(repository, fast
     [lambda pipe: pipe.pe.generate(torch.tensor([[1, 5]]), max_new_tokens=2), lambda pipe: copying.deepcopy(pipe.pe)],
 )
 def test_an_offloaded_part_that_is_used_by_itself_waits_for_the_picture(repository, part, stream_blocks):
-    pipe = quiet(load(repository, device="cpu"))
+    pipe = quiet(load(repository, device="cpu", dtype=torch.float32))  # as the latents of SIZE
     make_prompt_enhancer_fast(pipe.pe)
     enable_offload(pipe, CPU, stream_blocks=stream_blocks, turn=pipe.turn)
     expected = picture(pipe, 1)
