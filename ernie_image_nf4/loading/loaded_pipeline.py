@@ -15,7 +15,7 @@ from ..errors import InvalidSettings
 from ..fast.prompt_enhancer import is_fast
 from ..fast.random_state import drawing_as_caller
 from ..fast.subclassing import become, named_as_upstream
-from ..fast.transformer import refuse_for_nf4
+from ..fast.transformer import computation_dtype, refuse_for_nf4
 from ..fast.turns import Turn
 from ..upstream.pipelines import execution_device
 
@@ -23,7 +23,7 @@ CALL = inspect.signature(ErnieImagePipeline.__call__)
 # Methods that change weights, or where they are, or read them all.
 IN_TURN = (
     "delete_adapters", "disable_lora", "enable_lora", "enable_model_cpu_offload", "encode_prompt", "fuse_lora",
-    "load_lora_weights", "maybe_free_model_hooks", "remove_all_hooks", "save_pretrained", "set_adapters", "to",
+    "load_lora_weights", "maybe_free_model_hooks", "remove_all_hooks", "save_pretrained", "set_adapters",
     "unfuse_lora", "unload_lora_weights",
 )  # fmt: skip
 # With NF4: an illegal memory access, or tensors without data.
@@ -72,6 +72,22 @@ class LoadedPipeline(ErnieImagePipeline):
                     return ErnieImagePipeline.__call__(*call.args, **call.kwargs)
             finally:
                 self.turn.drawing = False
+
+    @functools.wraps(ErnieImagePipeline.to)
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        with taking_turn(self):
+            dtype = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)), None)
+            if dtype is not None and getattr(self.transformer, "is_loaded_in_4bit", False):
+                loaded = computation_dtype(self.transformer)
+                if dtype != loaded:
+                    raise InvalidSettings(
+                        f"NF4 weights keep the dtype that they were loaded for, {loaded}, and a VAE in {dtype} can't "
+                        f"go on from them: load(..., dtype={dtype}) makes the whole pipeline so."
+                    )
+                if dtype == torch.float16:  # parts of it are in float32, and have to stay so
+                    args = tuple(each for each in args if each is not dtype)
+                    kwargs = {name: value for name, value in kwargs.items() if value is not dtype}
+            return ErnieImagePipeline.to(self, *args, **kwargs) if args or kwargs else self
 
     @contextmanager
     def _own_generator(self, call: inspect.BoundArguments) -> Iterator[None]:

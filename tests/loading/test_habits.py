@@ -152,6 +152,20 @@ def test_a_pipeline_of_the_same_parts_draws_the_same(repository, made, dtype):
     assert np.array_equal(draw(other), draw(pipe))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_dtype_is_chosen_when_loading(repository, dtype):
+    pipe = loaded(repository, device="cpu", dtype=dtype)
+    before = draw(pipe)
+    for same in (("cpu", dtype), (dtype,)):
+        assert pipe.to(*same) is pipe
+    assert pipe.to(device="cpu", dtype=dtype) is pipe
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    for ways in (((other,), {}), (("cpu", other), {}), ((), {"dtype": other})):
+        with pytest.raises(InvalidSettings, match=f"dtype={other}"):
+            pipe.to(*ways[0], **ways[1])
+    assert np.array_equal(draw(pipe), before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_draws_on_the_second_gpu_while_the_first_one_is_current(repository, expected, memory):
