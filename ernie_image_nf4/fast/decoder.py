@@ -8,7 +8,7 @@ GPU.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -19,8 +19,10 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Model
 
 from ..upstream.attention import EfficientAttention
 from ..upstream.models import cache_argument
+from . import decode_step
 from .cuda_graphs import capture
 from .decode_request import DecodeRequest
+from .decode_step import DecodeStep
 from .module_tensors import tensors_of
 from .streams import CaptureStream
 
@@ -43,6 +45,7 @@ class DecodeBuffers:
         ended: (batch, 1) bool, whether the text has its end token.
         end: (vocabulary,) bool, True at end tokens.
         generator: Random generator to sample from, that of the slot.
+        step: Kernels that the step is computed by; None if by the model's modules.
         graph: The step, where it is captured.
     """
 
@@ -55,6 +58,7 @@ class DecodeBuffers:
     ended: torch.Tensor
     end: torch.Tensor
     generator: torch.Generator
+    step: DecodeStep | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
     def reset(self, minimum: int) -> None:
@@ -86,12 +90,14 @@ class DecodeSlot:
         generator: Random generator to sample from, on the model's device. torch's global one is the process's, and
             other threads draw from it, too.
         stream: To capture on, and to decode on if there are several slots; None where there is no CUDA.
+        find_step: Finds kernels for the model's steps; None for none.
         buffers: By capacity. A later call of the same kind takes them again.
         settings: What the graphs of the buffers were captured for.
     """
 
     generator: torch.Generator
     stream: CaptureStream | None = None
+    find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None
     buffers: dict[int, DecodeBuffers] = field(default_factory=dict)
     settings: tuple = ()
 
@@ -106,6 +112,8 @@ class DecodeSlot:
             self.settings = settings
         if capacity not in self.buffers:
             buffers = new_buffers(model, request, capacity, self.generator)
+            if self.find_step is not None and len(request.input_ids) <= decode_step.MOST_TEXTS:
+                buffers.step = self.find_step(model)
             if self.stream is not None:
                 capture_decode_step(model, buffers, request, self.stream)
             self.buffers[capacity] = buffers
@@ -191,7 +199,10 @@ def prefill(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, r
 
 def decode_one_token(model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest) -> None:
     """The newest token in, the next one out. Everything stays on the device: this is what is captured."""
-    logits = forward(model, buffers, buffers.token, buffers.position)
+    if buffers.step is None:
+        logits = forward(model, buffers, buffers.token, buffers.position)
+    else:
+        logits = decode_step.forward(model, buffers.step, buffers)
     buffers.position.add_(1)
     sample(buffers, logits, request)
 
@@ -209,7 +220,7 @@ def capture_decode_step(
 
 
 def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits behind the last token, (batch, vocabulary) float32. `positions`: (1, length), of `ids`."""
+    """Logits behind the last token, (batch, vocabulary). `positions`: (1, length), of `ids`."""
     # A mask in full: to make one itself, upstream would look from Python at how far the cache is filled.
     mask = torch.arange(buffers.capacity, device=ids.device) <= positions[..., None]
     if ids.is_cuda:  # what attention makes of a mask, once instead of in every layer
@@ -223,16 +234,24 @@ def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, p
             cache_position=positions[0],
             **{cast(str, CACHE_ARGUMENT): buffers.cache},
         )
-    return model.lm_head(output.last_hidden_state[:, -1]).float()
+    return model.lm_head(output.last_hidden_state[:, -1])
 
 
 def sample(buffers: DecodeBuffers, logits: torch.Tensor, request: DecodeRequest) -> None:
     """Set `buffers.token` to the next token, or to the padding token where the text has ended."""
-    logits = logits.masked_fill(buffers.end & (buffers.count < buffers.minimum), -torch.inf)
+    if request.do_sample and buffers.step is not None and decode_step.nucleus(request.warpers) is not None:
+        _take(buffers, decode_step.sample(buffers.step, buffers, logits, request), request)
+        return
+    logits = logits.float().masked_fill(buffers.end & (buffers.count < buffers.minimum), -torch.inf)
     if request.do_sample:
         token = multinomial_sample_one_no_sync(request.warpers(None, logits).softmax(-1), buffers.generator)
     else:
         token = logits.argmax(-1, keepdim=True)
+    _take(buffers, token, request)
+
+
+def _take(buffers: DecodeBuffers, token: torch.Tensor, request: DecodeRequest) -> None:
+    """Go on with these tokens, (batch, 1), or with padding where the text has ended."""
     buffers.token.copy_(torch.where(buffers.ended, request.pad_token_id, token))
     buffers.ended.logical_or_(buffers.end[buffers.token])
     buffers.count.add_(1)

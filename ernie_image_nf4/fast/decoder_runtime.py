@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..upstream.offloading import hook_of, kept_on_device
 from .decode_request import DecodeRequest
+from .decode_step import DecodeStep
 from .decoder import DecodeSlot, decode_n_tokens
 from .random_state import drawing_as_caller
 from .streams import CaptureStream
@@ -28,12 +29,14 @@ class DecoderRuntime(Runtime):
     Attributes:
         turn: Held while texts are decoded.
         slot: What one call at a time is decoded with; None before the first.
+        find_step: Finds kernels for decode steps, as `decode_step.find_step`; None for none.
         streams: Of the model's device: one for `slot`, then one for each slot of `generate_together`.
     """
 
     def __init__(self) -> None:
         self.turn = Turn()
         self.slot: DecodeSlot | None = None
+        self.find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None
         self.streams: list[CaptureStream] = []
 
     def generate(self, model: PreTrainedModel, request: DecodeRequest) -> torch.Tensor:
@@ -71,7 +74,7 @@ class DecoderRuntime(Runtime):
         on = self._stream(device, number)
         if on is not None:
             on.stream.wait_stream(torch.cuda.current_stream(device))
-        return DecodeSlot(torch.Generator(device), on)
+        return DecodeSlot(torch.Generator(device), on, self.find_step)
 
     def _stream(self, device: torch.device, number: int) -> CaptureStream | None:
         """The stream of this number, the same one while the model stays on a device; None if there is none."""

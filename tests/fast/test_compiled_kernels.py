@@ -10,11 +10,13 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from ernie_image_nf4.fast import decode_step
 from ernie_image_nf4.fast.ops import eight_bit
 from ernie_image_nf4.fast.ops.eight_bit import FP8, INT8
 from ernie_image_nf4.fast.products import CAPABILITY
@@ -23,9 +25,17 @@ triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for CUD
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from ernie_image_nf4.fast.ops import triton_eight_bit, triton_elementwise, triton_float16, triton_int8  # noqa: E402
+from ernie_image_nf4.fast.ops import (  # noqa: E402
+    triton_decode,
+    triton_eight_bit,
+    triton_elementwise,
+    triton_float16,
+    triton_int8,
+    triton_nf4_rows,
+)
 
-KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8)
+DECODE_KERNELS = (triton_decode, triton_nf4_rows)
+KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8, *DECODE_KERNELS)
 MOST_SPILLED = 16  # bytes of a thread's values for which there are no registers: four values
 KIB = 1024
 # By compute capability: the cards, and the shared memory that a program can have (CUDA programming guide, table
@@ -124,6 +134,9 @@ def launch_all(capability: tuple[int, int]) -> None:
             launch_eight_bits(to, dtype)
     if capability >= eight_bit.TENSOR_CORES:
         multiply(dtype)
+    if capability >= decode_step.CAPABILITY:
+        for texts in (1, decode_step.MOST_TEXTS):
+            launch_decode_step(texts)
 
 
 def launch_float16() -> None:
@@ -151,6 +164,29 @@ def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+def launch_decode_step(texts: int) -> None:
+    """Of the full-size prompt enhancer."""
+    width, heads, key_heads, dim, inner, vocabulary = 3072, 32, 8, 128, 9216, 131072
+    x, norm = torch.empty(texts, width, dtype=torch.bfloat16), torch.empty(width, dtype=torch.bfloat16)
+    key, up = (packed(rows, width) for rows in (key_heads * dim, inner))
+    qkv = triton_nf4_rows.products(x, norm, 1e-5, [packed(heads * dim, width), key, key])
+    angles, cache = torch.empty(2, texts, dim, dtype=torch.bfloat16), torch.empty(2, texts, key_heads, 512, dim)
+    position, scale = torch.zeros(texts, dtype=torch.int64), torch.ones(texts, dtype=torch.bfloat16)
+    attended = triton_decode.attention(qkv, *angles, scale, position, *cache.bfloat16(), 0.1)
+    triton_nf4_rows.added_product(attended, x, packed(width, heads * dim))
+    triton_nf4_rows.gated_products(x, norm, 1e-5, up, up)
+    logits, count = torch.empty(texts, vocabulary, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64)
+    triton_decode.sample(logits, logits.float(), logits[0] > 0, count, count, 0.6, 0.95)
+
+
+def packed(rows: int, columns: int) -> triton_nf4_rows.PackedWeight:
+    blocks = rows * columns // 64
+    return triton_nf4_rows.PackedWeight(
+        torch.empty(blocks * 8, dtype=torch.int32), torch.empty(blocks, dtype=torch.uint8), torch.empty(blocks // 256),
+        torch.empty(()), torch.empty(256), rows,
+    )  # fmt: skip
+
+
 def multiply(dtype: torch.dtype) -> None:
     x, weight = (torch.empty(rows, HIDDEN, dtype=torch.int8) for rows in (300, INNER))
     triton_int8.scaled_product(x, torch.empty(300, 1), weight, torch.empty(INNER, 1), dtype)
@@ -173,8 +209,15 @@ def test_every_kernel_fits_the_card(compile_for, card):
     products = [kernel for kernel in kernels if kernel.name == PRODUCT]
     assert all(re.search(TENSOR_CORES, kernel.ptx) for kernel in products)
     assert bool(products) == (card >= eight_bit.TENSOR_CORES)
-    launched = {name for module in KERNELS for name in re.findall(r"(_\w+)\[\(", Path(module.__file__).read_text())}
+    launched = {name for module in KERNELS for name in launches(module)}
+    if card < decode_step.CAPABILITY:
+        launched -= {name for module in DECODE_KERNELS for name in launches(module)}
     assert {kernel.name for kernel in kernels} == launched - (set() if products else {PRODUCT})
+
+
+def launches(module: ModuleType) -> set[str]:
+    """Names of the kernels that a module launches."""
+    return set(re.findall(r"(_\w+)\[\(", Path(str(module.__file__)).read_text()))
 
 
 def test_a_tile_that_is_too_large_is_found(compile_for, monkeypatch):

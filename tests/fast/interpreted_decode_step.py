@@ -1,0 +1,178 @@
+"""Compares a decode step by kernels with one by the model's modules, on a CPU: a script for Triton's interpreter.
+
+To be run with TRITON_INTERPRET=1, which Triton reads when it is imported: in a process of its own. The interpreter cuts
+bfloat16 off where GPUs round it, so results are compared within a few times its precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+from transformers import Ministral3Config, Ministral3ForCausalLM
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.models.ministral3.modeling_ministral3 import apply_rotary_pos_emb
+
+from ernie_image_nf4.fast import decode_step, decoder
+from ernie_image_nf4.fast.ops import triton_decode, triton_nf4_rows
+from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
+
+WIDTH, TEXTS = 128, 3
+PRECISION = 2**-6
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    compare_products()
+    compare_attention()
+    compare_sampling()
+    compare_steps()
+    compare_texts()
+
+
+def compare_products() -> None:
+    """Of several texts, each of which gets what it gets alone."""
+    x, norm = torch.randn(TEXTS, WIDTH).bfloat16(), (1 + torch.randn(WIDTH) / 10).bfloat16()
+    query, key, value, up = (packed(rows) for rows in (64, 32, 32, 64))
+    normed = x.float() * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5) * norm.float()
+    weights = [query[0], key[0], value[0]]
+    found = triton_nf4_rows.products(x, norm, 1e-5, weights)
+    compare(found, torch.cat([normed @ weight.t() for _, weight in (query, key, value)], 1))
+    compare(triton_nf4_rows.products(x, norm, 1e-5, weights[:1]), normed @ query[1].t())
+    gated = triton_nf4_rows.gated_products(x, norm, 1e-5, query[0], up[0])
+    compare(gated, F.silu(normed @ query[1].t()) * (normed @ up[1].t()), 2 * PRECISION)
+    residual = torch.randn(TEXTS, 64).bfloat16()
+    added = triton_nf4_rows.added_product(x, residual, up[0])
+    compare(added, residual.float() + x.float() @ up[1].t())
+    for text in range(TEXTS):
+        alone = x[text : text + 1]
+        assert torch.equal(triton_nf4_rows.products(alone, norm, 1e-5, weights)[0], found[text])
+        assert torch.equal(triton_nf4_rows.gated_products(alone, norm, 1e-5, query[0], up[0])[0], gated[text])
+        assert torch.equal(triton_nf4_rows.added_product(alone, residual[text : text + 1], up[0])[0], added[text])
+
+
+def packed(rows: int, columns: int = WIDTH) -> tuple[triton_nf4_rows.PackedWeight, torch.Tensor]:
+    """A weight as the kernels read it, and in float32."""
+    weight = torch.randn(rows, columns) * torch.logspace(-2, 0, rows)[:, None]
+    codes, state = quantize_4bit(weight.bfloat16(), quant_type="nf4", compress_statistics=True, blocksize=64)
+    assert triton_nf4_rows.fits(codes, state)
+    return triton_nf4_rows.pack(codes, state), dequantize_4bit(codes, state).float()
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor, tolerance: float = PRECISION) -> None:
+    error = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    assert error.max() < tolerance, error
+
+
+def compare_attention() -> None:
+    """At the first position, in the first part of the cache and beyond."""
+    heads, key_heads, dim, capacity, scaling = 4, 2, 16, 256, 0.3
+    positions = torch.tensor([0, 50, 200])
+    qkv = torch.randn(TEXTS, (heads + 2 * key_heads) * dim).bfloat16()
+    angles = torch.randn(TEXTS, dim // 2).repeat(1, 2)
+    cosine, sine = angles.cos().bfloat16(), angles.sin().bfloat16()
+    query_scale = torch.tensor([1.0, 1.5, 1.0]).bfloat16()
+    keys, values = (torch.randn(TEXTS, key_heads, capacity, dim).bfloat16() for _ in range(2))
+    query, key, value = qkv.view(TEXTS, -1, 1, dim).split([heads, key_heads, key_heads], 1)
+    query, key = apply_rotary_pos_emb(query, key, cosine[:, None], sine[:, None])
+    query = query * query_scale[:, None, None, None]
+    before = keys.clone(), values.clone()
+    found = triton_decode.attention(qkv, cosine, sine, query_scale, positions, keys, values, scaling)
+    for text, position in enumerate(positions.tolist()):
+        compare(keys[text, :, position], key[text, :, 0])
+        assert torch.equal(values[text, :, position], value[text, :, 0])
+        for cache, old in zip((keys, values), before, strict=True):
+            others = torch.arange(capacity) != position
+            assert torch.equal(cache[text][:, others], old[text][:, others])
+        seen = [cache[text : text + 1, :, : position + 1].float() for cache in (keys, values)]
+        expected = F.scaled_dot_product_attention(query[text : text + 1].float(), *seen, scale=scaling, enable_gqa=True)
+        compare(found[text], expected.flatten())
+
+
+def compare_sampling() -> None:
+    """The draws are those of upstream's warpers and the same noise."""
+    vocabulary = triton_decode.VOCABULARY_PART + 100
+    logits = (torch.randn(TEXTS, vocabulary) * 3).bfloat16()
+    end = torch.zeros(vocabulary, dtype=torch.bool)
+    end[logits.argmax(1)] = True
+    minimum = torch.tensor(3)
+    for top_p, temperature, count in ((0.95, 0.6, 5), (0.3, 1.0, 0), (0.3, 1.0, 5), (1.0, 1.3, 5)):
+        noise = torch.empty(TEXTS, vocabulary).exponential_()
+        warped = logits.float().masked_fill(end & (count < 3), -torch.inf)
+        warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, warped))
+        found = triton_decode.sample(logits, noise, end, torch.tensor(count), minimum, temperature, top_p)
+        assert found.tolist() == (warped.softmax(-1) / noise).argmax(-1, keepdim=True).tolist()
+    without_numbers = torch.full((1, vocabulary), torch.nan)
+    triton_decode.sample(without_numbers, noise[:1], end, torch.tensor(5), minimum, 1.0, 0.9)  # comes to an end
+
+
+def compare_steps() -> None:
+    """A step behind a text, by the modules and by kernels."""
+    pe, ids = small_prompt_enhancer(), torch.tensor([[5, 17, 40], [7, 8, 9]])
+    step = decode_step.step_by(pe, triton_nf4_rows, triton_decode)
+    assert step is not None
+    assert len(step.layers) == 2
+    request = pe.decode_request(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=3)
+    found = []
+    for by_kernels in (False, True):
+        buffers = decoder.new_buffers(pe, request, 64, torch.Generator())
+        decoder.prefill(pe, buffers, ids, request)
+        with torch.no_grad():
+            logits = (
+                decode_step.forward(pe, step, buffers)
+                if by_kernels
+                else decoder.forward(pe, buffers, buffers.token, buffers.position)
+            )
+        found.append(
+            [logits, *(each[:, :, 3] for layer in buffers.cache.layers for each in (layer.keys, layer.values))]
+        )
+    for by_modules, by_kernels in zip(*found, strict=True):
+        compare(by_kernels.flatten(1), by_modules.flatten(1), 2 * PRECISION)
+
+
+def compare_texts() -> None:
+    """The tokens of a small prompt enhancer, greedy ones and sampled ones."""
+    pe, ids = small_prompt_enhancer(), torch.tensor([[5, 17, 40]])
+    for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}):
+        texts = []
+        for find_step in (None, lambda model: decode_step.step_by(model, triton_nf4_rows, triton_decode)):
+            assert pe.runtime is not None
+            pe.runtime.find_step, pe.runtime.slot = find_step, None
+            torch.manual_seed(1)
+            texts.append(pe.generate(input_ids=ids, max_new_tokens=4, eos_token_id=3, pad_token_id=0, **options))
+            assert (pe.runtime.slot.buffers[512].step is None) == (find_step is None)
+        assert torch.equal(*texts), texts
+    assert len(set(texts[0][0].tolist())) > 3
+
+
+def small_prompt_enhancer() -> FastPromptEnhancer:
+    config = Ministral3Config(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, attn_implementation="sdpa",
+    )  # fmt: skip
+    pe = Ministral3ForCausalLM(config).eval()
+    with torch.no_grad():  # logits far apart, so that rounding decides nothing
+        for weight in pe.parameters():
+            weight.mul_(20 if weight.ndim > 1 else 1)
+    pe = pe.bfloat16()
+    for layer in pe.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, as_nf4(linear))
+    make_prompt_enhancer_fast(pe)
+    return pe
+
+
+def as_nf4(linear: nn.Linear) -> Linear4bit:
+    quantized = Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    quantized.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+    return quantized
+
+
+if __name__ == "__main__":
+    main()
