@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 
 from ernie_image_nf4.fast import decode_step
 from ernie_image_nf4.fast.ops import eight_bit
@@ -31,10 +32,11 @@ from ernie_image_nf4.fast.ops import (  # noqa: E402
     triton_elementwise,
     triton_float16,
     triton_int8,
+    triton_nf4,
     triton_nf4_rows,
 )
 
-DECODE_KERNELS = (triton_decode, triton_nf4_rows)
+DECODE_KERNELS = (triton_decode, triton_nf4, triton_nf4_rows)
 KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8, *DECODE_KERNELS)
 MOST_SPILLED = 16  # bytes of a thread's values for which there are no registers: four values
 KIB = 1024
@@ -175,6 +177,13 @@ def launch_decode_step(texts: int) -> None:
     attended = triton_decode.attention(qkv, *angles, scale, position, *cache.bfloat16(), 0.1)
     triton_nf4_rows.added_product(attended, x, packed(width, heads * dim))
     triton_nf4_rows.gated_products(x, norm, 1e-5, up, up)
+    state = QuantState(torch.empty(64, dtype=torch.uint8), torch.Size([64, 64]), torch.empty(256), 64)
+    state.nested, state.offset, state.state2 = (
+        True,
+        torch.empty(()),
+        QuantState(torch.empty(1), None, torch.empty(256), 256),
+    )
+    triton_nf4.dequantize(torch.empty(2048, dtype=torch.uint8), state, torch.bfloat16)
     logits, count = torch.empty(texts, vocabulary, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64)
     triton_decode.sample(logits, logits.float(), logits[0] > 0, count, count, 0.6, 0.95)
 

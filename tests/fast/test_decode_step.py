@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ernie_image_nf4 import load
@@ -29,44 +28,6 @@ def test_interpreted_kernels_compute_what_the_modules_do():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-
-
-def test_the_assembly_decodes_all_bytes():
-    """Each byte at each place of a word, by a program that does what the PTX manual says of each instruction."""
-    table = get_4bit_type("nf4", device="cpu").bfloat16().view(torch.int16).tolist()
-    for byte in range(256):
-        word = int.from_bytes(bytes([byte, 255 - byte, byte ^ 0x5A, (byte * 7) % 256]), "little")
-        codes = [code for part in word.to_bytes(4, "little") for code in (part >> 4, part & 15)]
-        pairs = executed(triton_nf4_rows.DECODE.value, word)
-        numbers = [number for pair in pairs for number in (pair >> 16, pair & 0xFFFF)]
-        assert numbers == [table[code] & 0xFFFF for code in codes]
-
-
-def executed(assembly: str, word: int) -> list[int]:
-    """What a few PTX instructions leave in ``$0`` to ``$3``, with `word` in ``$4``."""
-    registers = {"$4": word}
-
-    def value(name: str) -> int:
-        return int(name, 0) if name[0].isdigit() else registers[name]
-
-    for line in assembly.replace("{", "").replace("}", "").split(";"):
-        if not line.strip() or line.strip().startswith(".reg"):
-            continue
-        operation, into, *sources = re.split(r"[\s,]+", line.strip())
-        a, b, *rest = map(value, sources)
-        if operation == "and.b32":
-            registers[into] = a & b
-        elif operation == "or.b32":
-            registers[into] = a | b
-        elif operation == "shr.u32":
-            registers[into] = a >> b
-        else:
-            assert operation == "prmt.b32"
-            sources_bytes = a.to_bytes(4, "little") + b.to_bytes(4, "little")
-            selectors = [rest[0] >> 4 * place & 15 for place in range(4)]
-            assert max(selectors) < 8  # 8 and more would repeat a sign
-            registers[into] = int.from_bytes(bytes(sources_bytes[each] for each in selectors), "little")
-    return [registers[f"${number}"] for number in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -11,60 +11,22 @@ Each text's sums are taken in the same order however many texts there are, so a 
 # mypy: disable-error-code="assignment"
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from bitsandbytes.functional import QuantState, get_4bit_type
-from triton import knobs
+from bitsandbytes.functional import QuantState
 
 from ...repository.nf4_format import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from .triton_launch import NO_FMA, on_its_device
+from .triton_nf4 import INTERPRETED, lower, number_words, numbers_on, upper
 
 CODES_A_WORD = 8
 ALIGNMENT = 16  # bytes, of a weight's codes: what a thread reads at a time
 WORDS = 128  # of a weight's row that are read at a time
 COLUMNS = 8  # of the result that a program computes; of two weights at once half of them
 WARPS = 4
-INTERPRETED = knobs.runtime.interpret  # Triton's interpreter knows no assembly
-
-# The 16 numbers of NF4 in bfloat16, in four registers by their upper bytes and in four by their lower ones.
-NUMBERS = get_4bit_type("nf4", device="cpu").bfloat16()
-_BYTES = NUMBERS.view(torch.uint8).reshape(16, 2).tolist()
-_REGISTERS = [
-    "0x" + "".join(f"{_BYTES[4 * four + place][byte]:02x}" for place in (3, 2, 1, 0))
-    for byte in (1, 0)
-    for four in range(4)
-]
-
-
-def _look_up(index: str, choice: str, first: str, second: str) -> str:
-    """Assembly: four codes, in the lower half of `index`, to two pairs of numbers."""
-    lines = []
-    for name, (a, b, c, d) in (("upper", _REGISTERS[:4]), ("lower", _REGISTERS[4:])):
-        lines += [
-            f"prmt.b32 small, {a}, {b}, {index};",  # as if all codes were below 8
-            f"prmt.b32 large, {c}, {d}, {index};",
-            f"prmt.b32 {name}, small, large, {choice};",
-        ]
-    return "\n".join([*lines, f"prmt.b32 {first}, lower, upper, 0x5140;", f"prmt.b32 {second}, lower, upper, 0x7362;"])
-
-
-# The eight codes of the word $4, as four pairs of bfloat16. bitsandbytes packs the first of two codes into the upper
-# half of a byte, so the first number of a pair is in its upper half.
-DECODE = tl.constexpr(
-    "{\n.reg .b32 index, choice, small, large, upper, lower;\n"
-    "and.b32 index, $4, 0x77777777;\n"
-    "shr.u32 choice, $4, 1;\n"
-    "and.b32 choice, choice, 0x44444444;\n"
-    "or.b32 choice, choice, 0x32103210;\n"
-    + _look_up("index", "choice", "$0", "$1")
-    + "\nshr.u32 index, index, 16;\nshr.u32 choice, choice, 16;\n"
-    + _look_up("index", "choice", "$2", "$3")
-    + "\n}"
-)
 
 
 class PackedWeight(NamedTuple):
@@ -88,42 +50,6 @@ class PackedWeight(NamedTuple):
 
 
 @triton.jit
-def _numbers(word, numbers_pointer, INTERPRETED: tl.constexpr):
-    """Eight float32 tensors: the numbers of a word's codes, in their order in the weight."""
-    if INTERPRETED:
-        # Shifts of the earlier code in the upper half of its byte, then the later one.
-        return (
-            tl.load(numbers_pointer + ((word >> 4) & 15)).to(tl.float32),
-            tl.load(numbers_pointer + (word & 15)).to(tl.float32),
-            tl.load(numbers_pointer + ((word >> 12) & 15)).to(tl.float32),
-            tl.load(numbers_pointer + ((word >> 8) & 15)).to(tl.float32),
-            tl.load(numbers_pointer + ((word >> 20) & 15)).to(tl.float32),
-            tl.load(numbers_pointer + ((word >> 16) & 15)).to(tl.float32),
-            tl.load(numbers_pointer + ((word >> 28) & 15)).to(tl.float32),
-            tl.load(numbers_pointer + ((word >> 24) & 15)).to(tl.float32),
-        )
-    else:
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            DECODE, "=&r,=&r,=&r,=&r,r", [word], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
-        )
-        return (
-            _upper(first), _lower(first), _upper(second), _lower(second),
-            _upper(third), _lower(third), _upper(fourth), _lower(fourth),
-        )  # fmt: skip
-
-
-@triton.jit
-def _upper(pair):
-    """The number in the upper half of two bfloat16, as float32."""
-    return (pair & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _lower(pair):
-    return (pair << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _scales(absmax_pointer, outer_pointer, offset, levels_pointer, block):
     """Scales of blocks of a weight."""
     level = tl.load(absmax_pointer + block).to(tl.int32)
@@ -134,11 +60,11 @@ def _scales(absmax_pointer, outer_pointer, offset, levels_pointer, block):
 def _inputs(x_pointer, norm_pointer, pair, NORM: tl.constexpr):
     """Two neighbours of a text's input, times the norm's weight, and their squares."""
     values = tl.load(x_pointer + pair)
-    even, odd = _lower(values), _upper(values)
+    even, odd = lower(values), upper(values)
     squares = tl.fma(even, even, odd * odd)
     if NORM:
         weight = tl.load(norm_pointer + pair)
-        even, odd = even * _lower(weight), odd * _upper(weight)
+        even, odd = even * lower(weight), odd * upper(weight)
     return even, odd, squares
 
 
@@ -164,7 +90,7 @@ def _dot(
     for start in tl.range(0, WIDTH // 8, WORDS):
         word = start + words
         at = first[:, None] // 8 + word[None, :]
-        n = _numbers(tl.load(codes_pointer + at), numbers_pointer, INTERPRETED)
+        n = number_words(tl.load(codes_pointer + at), numbers_pointer, INTERPRETED)
         scale = _scales(absmax_pointer, outer_pointer, offset, levels_pointer, at // 8)
         new_sums, new_squares = (), ()
         for text in tl.static_range(TEXTS):
@@ -281,7 +207,7 @@ def products(x, norm, eps, weights) -> torch.Tensor:
     weights = [*weights, *[weights[-1]] * (3 - len(weights))]
     out = x.new_empty(len(x), sum(rows))
     _products[(sum(rows) // COLUMNS,)](
-        _pairs(x), _pairs(norm), out, _numbers_on(x.device), *(part for weight in weights for part in weight[:5]),
+        _pairs(x), _pairs(norm), out, numbers_on(x.device), *(part for weight in weights for part in weight[:5]),
         *rows, eps, x.shape[1], len(x), COLUMNS, _words(x.shape[1]), INTERPRETED, num_warps=WARPS, **NO_FMA,
     )  # fmt: skip
     return out
@@ -292,7 +218,7 @@ def added_product(x, residual, weight) -> torch.Tensor:
     """``residual + x @ weight.T``, (texts, out) bfloat16. `x`: (texts, in) bfloat16."""
     out = torch.empty_like(residual)
     _added_product[(weight.rows // COLUMNS,)](
-        _pairs(x), residual, out, _numbers_on(x.device), *weight, x.shape[1], len(x), COLUMNS, _words(x.shape[1]),
+        _pairs(x), residual, out, numbers_on(x.device), *weight, x.shape[1], len(x), COLUMNS, _words(x.shape[1]),
         INTERPRETED, num_warps=WARPS, **NO_FMA,
     )  # fmt: skip
     return out
@@ -303,7 +229,7 @@ def gated_products(x, norm, eps, gate, up) -> torch.Tensor:
     """``silu(norm(x) @ gate.T) * (norm(x) @ up.T)``, (texts, out) bfloat16, as of `products`."""
     out = x.new_empty(len(x), gate.rows)
     _gated_products[(gate.rows // (COLUMNS // 2),)](
-        _pairs(x), _pairs(norm), out, _numbers_on(x.device), *gate[:5], *up[:5], gate.rows, eps, x.shape[1], len(x),
+        _pairs(x), _pairs(norm), out, numbers_on(x.device), *gate[:5], *up[:5], gate.rows, eps, x.shape[1], len(x),
         COLUMNS // 2, _words(x.shape[1]), INTERPRETED, num_warps=WARPS, **NO_FMA,
     )  # fmt: skip
     return out
@@ -321,11 +247,6 @@ def fits(codes: torch.Tensor, state: QuantState) -> bool:
         and state.shape[0] % COLUMNS == 0
         and state.shape[1] % BLOCK_SIZE == 0
     )
-
-
-@functools.cache
-def _numbers_on(device: torch.device) -> torch.Tensor:
-    return NUMBERS.to(device)
 
 
 def _pairs(x: torch.Tensor) -> torch.Tensor:
