@@ -51,6 +51,7 @@ def arm(result: dict, name: str) -> dict:
     return next(arm for arm in result["arms"] if arm["name"] == name)
 
 
+@pytest.mark.slow
 def test_every_arm_has_a_row_with_figures_or_with_the_reason_why_not(result):
     assert [row["name"] for row in result["arms"]] == [each.name for each in CPU_ARMS]
     assert "--original" in arm(result, "original, CPU offload")["error"]

@@ -30,6 +30,7 @@ def result(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return run(repository, tmp_path_factory.mktemp("cards") / "cards.json", "--device", "cpu", "--free", 3.4)
 
 
+@pytest.mark.slow
 def test_every_card_is_drawn_on_by_the_command_line(result):
     assert [(row["card"], row["free_gib"], row["enhancer"]) for row in result["cards"]] == [
         ("4 GB", 3.4, True),
@@ -49,6 +50,7 @@ def test_the_run_says_how_it_was_made_and_not_where(result, repository):
     assert str(repository) not in json.dumps(result)
 
 
+@pytest.mark.slow
 def test_a_command_that_draws_nothing_says_why(repository: Path):
     row = cards.measure(repository, 3.4, [*cards.drawing(30, 2), "--device", "cpu"], gpu=False)
     assert row["error"].startswith("Error: ")

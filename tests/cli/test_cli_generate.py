@@ -224,6 +224,7 @@ def test_a_folder_that_another_run_draws_into_is_refused_before_anything_is_load
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_revision_of_the_hub_with_and_without_network(copy, tmp_path):
     """The model of revision v1 is another one than that of main."""
 

@@ -139,6 +139,7 @@ def test_the_package_runs_as_a_module():
     assert b"generate" in help_text.stdout
 
 
+@pytest.mark.slow
 def test_public_functions_are_functions_in_any_import_order():
     code = """
 import ernie_image_nf4.quantization, ernie_image_nf4.repository

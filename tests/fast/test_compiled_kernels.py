@@ -37,6 +37,8 @@ from ernie_image_nf4.fast.ops import (  # noqa: E402
 )
 
 DECODE_KERNELS = (triton_decode, triton_nf4, triton_nf4_rows)
+pytestmark = pytest.mark.slow
+
 KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8, *DECODE_KERNELS)
 MOST_SPILLED = 16  # bytes of a thread's values for which there are no registers: four values
 KIB = 1024

@@ -23,6 +23,7 @@ from ernie_image_nf4.fast.ops import triton_decode, triton_nf4_rows
 KERNELS = (triton_nf4_rows, triton_decode)
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_compute_what_the_modules_do():
     script = Path(__file__).with_name("interpreted_decode_step.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}

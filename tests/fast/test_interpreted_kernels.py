@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA")
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_compute_what_plain_torch_does():
     script = Path(__file__).with_name("interpreted_kernels.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}

@@ -115,6 +115,7 @@ def assert_same_files(one: Path, other: Path) -> None:
     assert [file for file in files(one) if not filecmp.cmp(one / file, other / file, shallow=False)] == []
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     medium: Path, tmp_path: Path, start: Callable[[Path, Path], BaseProcess]
 ) -> None:

@@ -165,6 +165,7 @@ WEIGHTS: list[Callable[[torch.Tensor], torch.Tensor]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", WEIGHTS, ids=lambda make: make.__name__)
 def test_no_weight_is_restored_worse_than_without_the_search(

@@ -255,6 +255,7 @@ def changed(hub: Hub, repository: Path, tmp_path_factory: pytest.TempPathFactory
     return first
 
 
+@pytest.mark.slow
 def test_verify_looks_at_the_revision_that_is_asked_for(hub, changed, tmp_path):
     latest = run_command(hub, tmp_path, "verify", "user/changed")
     assert latest.returncode == 1
