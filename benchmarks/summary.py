@@ -79,6 +79,7 @@ TEXTS = {
     "h100.prediction_error.resident": "largest relative difference of a prediction to that of the plain calls",
     "h100.step_ms.int8_512": 'with `products="int8"`: denoising step at 512x512, ms',
     "h100.step_ms.int8_1024": "... at 1024x1024",
+    "h100.int8_product_vs_bf16": "... the product alone, 2,200 x 12,288 x 4,096, rescaled: rate over bfloat16's",
     "h100.prediction_error.resident_int8": "... largest relative difference of a prediction to that of the plain calls",
     "h100.time_vs_demo.resident_fp8": 'with `products="fp8"`: time of a picture over that of the plain calls',
     "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",

@@ -14,6 +14,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     offload, stream = arms.get("offload", {}), arms.get("stream", {})
     int8, fp8 = (arms.get(f"resident, {products}", {}) for products in ("int8", "fp8"))
     float16 = arms.get("resident, float16", {})
+    int8_product: dict[str, float] = next(iter(result.get("growth", {}).get("int8_products", [])), {})
     figures = {
         "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
         "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
@@ -29,6 +30,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "load_time_vs_demo": _ratio(resident, demo, "load_s"),
         "step_ms.int8_512": int8.get("step_ms"),
         "step_ms.int8_1024": int8.get("large", {}).get("step_ms"),
+        "int8_product_vs_bf16": int8_product.get("speedup"),
         "prediction_error.resident_int8": int8.get("prediction_error"),
         "time_vs_demo.resident_fp8": _ratio(fp8, demo, "seconds"),
         "step_ms.fp8_512": fp8.get("step_ms"),

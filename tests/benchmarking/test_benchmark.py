@@ -16,7 +16,7 @@ from benchmarks import rounding
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking import run
 from ernie_image_nf4.benchmarking.arms import ARMS, Arm, Workload, choose_arms, is_baseline
-from ernie_image_nf4.benchmarking.growth import step_operations
+from ernie_image_nf4.benchmarking.growth import compare_int8, step_operations
 from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process, process_context
 from ernie_image_nf4.benchmarking.report import arms_table, bar_chart, markdown, write_benchmark
 from ernie_image_nf4.benchmarking.run import benchmark
@@ -243,6 +243,17 @@ def test_growth_is_a_table(result):
         }
     }
     assert "| 512x512, 2 | 1.0 | 3.0 | 1.50 |" in markdown(grown)
+
+
+def test_the_rate_of_int8_products_is_compared_with_bfloat16s(result):
+    found = compare_int8((16, 32), (64, 256), "cpu")
+    assert [row["rows"] for row in found] == [16, 32]
+    assert all(row["speedup"] == row["int8"] / row["bfloat16"] > 0 for row in found)
+    assert compare_int8((16,), (64, 96), "cpu") == []
+    assert summary(result | {"growth": {"int8_products": found}})["h100.int8_product_vs_bf16"] == pytest.approx(
+        found[0]["speedup"], rel=1e-3
+    )
+    assert "h100.int8_product_vs_bf16" not in summary(result)
 
 
 @pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")
