@@ -14,11 +14,12 @@ from .upstream import local_import
 if TYPE_CHECKING:
     from .generation.batch import generate_batch
     from .generation.prompt_file import Row
+    from .loading.lora import load_lora
     from .loading.pipeline import load
     from .quantization.convert import quantize
     from .repository.integrity import verify
 
-__all__ = ["Row", "__version__", "generate_batch", "load", "quantize", "verify"]
+__all__ = ["Row", "__version__", "generate_batch", "load", "load_lora", "quantize", "verify"]
 __version__ = "0.1.0"
 
 # public name -> module
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Row": "generation.prompt_file",
     "generate_batch": "generation.batch",
     "load": "loading.pipeline",
+    "load_lora": "loading.lora",
     "quantize": "quantization.convert",
     "verify": "repository.integrity",
 }

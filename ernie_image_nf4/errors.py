@@ -15,6 +15,10 @@ class InvalidRepository(ErnieImageNF4Error):
     """The folder is there, but it isn't a complete, sound ERNIE-Image repository."""
 
 
+class InvalidLora(ErnieImageNF4Error):
+    """A LoRA's file isn't there, isn't whole, or doesn't fit the transformer."""
+
+
 class DeviceUnavailable(ErnieImageNF4Error):
     """The device asked for isn't there, or has too little memory for what was asked."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,11 +32,15 @@ def info(
         str | None, typer.Option(help="Say what load() would take on this device, and why: auto, cuda, cuda:1, cpu ...")
     ] = None,
 ) -> None:
-    """Say what a repository holds, without loading it."""
-    from ..repository.describe import describe
+    """Say what a repository holds, or what a LoRA's file is, without loading it."""
+    from ..repository.describe import describe, describe_adapter
     from ..repository.record import open_repository
     from ..repository.resolve import find_repository
 
+    if model is not None and Path(model).expanduser().is_file():
+        for line in describe_adapter(Path(model).expanduser()):
+            typer.echo(line)
+        return
     folder = find_repository(model, weights=False, revision=revision, local_files_only=offline)
     repository = open_repository(folder, weights=False)
     for line in describe(repository):

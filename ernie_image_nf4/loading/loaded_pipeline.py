@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,13 +19,15 @@ from ..fast.subclassing import become, named_as_upstream
 from ..fast.transformer import computation_dtype, refuse_for_nf4
 from ..fast.turns import Turn
 from ..upstream.pipelines import execution_device
+from . import lora
+
+logger = logging.getLogger(__name__)
 
 CALL = inspect.signature(ErnieImagePipeline.__call__)
 # Methods that change weights, or where they are, or read them all.
 IN_TURN = (
-    "delete_adapters", "disable_lora", "enable_lora", "enable_model_cpu_offload", "encode_prompt", "fuse_lora",
-    "load_lora_weights", "maybe_free_model_hooks", "remove_all_hooks", "save_pretrained", "set_adapters",
-    "unfuse_lora", "unload_lora_weights",
+    "delete_adapters", "disable_lora", "enable_lora", "enable_model_cpu_offload", "encode_prompt",
+    "maybe_free_model_hooks", "remove_all_hooks", "set_adapters", "unfuse_lora", "unload_lora_weights",
 )  # fmt: skip
 # With NF4: an illegal memory access, or tensors without data.
 BREAK_NF4 = ("enable_group_offload", "enable_sequential_cpu_offload")
@@ -88,6 +91,40 @@ class LoadedPipeline(ErnieImagePipeline):
                     args = tuple(each for each in args if each is not dtype)
                     kwargs = {name: value for name, value in kwargs.items() if value is not dtype}
             return ErnieImagePipeline.to(self, *args, **kwargs) if args or kwargs else self
+
+    @functools.wraps(ErnieImagePipeline.load_lora_weights)
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        lora.check_peft()
+        sources = {name: kwargs.pop(name) for name in lora.SOURCE_OPTIONS if name in kwargs}
+        with taking_turn(self):
+            state = lora.as_diffusers_lora(pretrained_model_name_or_path_or_dict, self.transformer, **sources)
+            super().load_lora_weights(state, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+
+    @functools.wraps(ErnieImagePipeline.fuse_lora)
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.transformer, "is_loaded_in_4bit", False):
+            raise InvalidSettings(
+                "fuse_lora would round LoRA and weights to NF4 anew, and unfuse_lora couldn't take that back: leave it "
+                "loaded beside the weights, or fuse it into the original with diffusers and quantize that."
+            )
+        super().fuse_lora(*args, **kwargs)
+
+    @functools.wraps(ErnieImagePipeline.save_pretrained)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        with taking_turn(self), lora.without_adapters(self) as adapters:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        if adapters:
+            logger.warning(
+                "%s was saved without its LoRAs (%s): keep their files, and load them again with load_lora.",
+                save_directory,
+                ", ".join(adapters),
+            )
 
     @contextmanager
     def _own_generator(self, call: inspect.BoundArguments) -> Iterator[None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .components import COMPONENTS, Component
+from .lora_file import describe_lora
 from .metadata import installed_versions
 from .record import Repository
 
@@ -29,6 +32,28 @@ def describe(repository: Repository) -> list[str]:
     if metadata:
         rows.append(("made with", _versions(metadata.versions)))
     rows.append(("installed", _versions(installed_versions())))
+    return [f"{label:<12} {text}" for label, text in rows]
+
+
+def describe_adapter(file: Path) -> list[str]:
+    """Printable lines: what a LoRA file is, its rank, the layers that it changes, and what it was trained on.
+
+    Raises:
+        InvalidLora: It isn't a whole safetensors file, or no LoRA.
+    """
+    found = describe_lora(file)
+    layers = len({tensor.layer for tensor in found.tensors})
+    ranks = " to ".join(map(str, dict.fromkeys((found.ranks[0], found.ranks[-1])))) if found.ranks else "unknown"
+    rows = [
+        ("file", f"{file}, {file.stat().st_size / MB:.1f} MB"),
+        ("kind", "DoRA" if found.is_dora else "LoRA"),
+        ("format", found.format),
+        ("rank", f"{ranks}, {'with' if found.has_alpha else 'without'} alpha"),
+        ("layers", str(layers)),
+        ("base", found.base or "not said"),
+    ]
+    if found.unused:
+        rows.append(("not used", f"{len(found.unused)} tensors for a text encoder"))
     return [f"{label:<12} {text}" for label, text in rows]
 
 

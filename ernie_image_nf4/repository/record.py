@@ -296,8 +296,8 @@ def _with_headers(stored: StoredComponent) -> StoredComponent:
     if wrapped := next((name for name in tensors if WRAPPED in name.split(".")), None):
         raise InvalidRepository(
             f"{tensors[wrapped].file} was saved with a LoRA loaded (its layers are wrapped: {wrapped}): save it again "
-            "after pipe.unload_lora_weights(), before which pipe.fuse_lora() makes the LoRA part of the weights; "
-            "a LoRA by itself goes to pipe.load_lora_weights after load."
+            "after pipe.unload_lora_weights(), before which pipe.fuse_lora() makes the LoRA part of an original's "
+            "weights; a LoRA by itself goes to load_lora after load."
         )
     index = stored.settings.get(f"{stored.component.weights}{INDEX}")
     if index is not None and index["weight_map"] != {name: each.file.name for name, each in tensors.items()}:

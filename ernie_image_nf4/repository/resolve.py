@@ -51,7 +51,7 @@ def find_repository(
         folder = Path(model).expanduser()
     else:
         _refuse_missing_path(model)
-        return _download(
+        return download_snapshot(
             str(model),
             allow_patterns=_hub_patterns(prompt_enhancer, weights),
             revision=revision,
@@ -102,7 +102,7 @@ def _hub_patterns(prompt_enhancer: bool, weights: bool) -> list[str]:
     return patterns
 
 
-def _download(repo_id: str, *, revision: str | None, local_files_only: bool, **options) -> Path:
+def download_snapshot(repo_id: str, *, revision: str | None, local_files_only: bool, **options) -> Path:
     """`huggingface_hub.snapshot_download` with its errors as one line that names the cure."""
     from huggingface_hub import constants, errors, get_token, snapshot_download
 

@@ -85,7 +85,7 @@ def read_component_files(folder: Path, place: Path) -> tuple[dict[str, dict[str,
         if path.suffix == ".py" or path.name == ADAPTER:
             raise InvalidRepository(
                 f"{path} would change what is loaded, and how: no code or adapter of a repository is used. "
-                "Remove the file if you trust the rest; an adapter goes to pipe.load_lora_weights."
+                "Remove the file if you trust the rest; an adapter goes to load_lora."
             )
         name = path.relative_to(place).as_posix()
         if path.name in VOCABULARIES:
