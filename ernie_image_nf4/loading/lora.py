@@ -68,10 +68,6 @@ def load_lora(
         InvalidLora: No such file, no LoRA, or one that doesn't fit the transformer.
         InvalidSettings: A name that is taken, or a strength that isn't a finite number; peft isn't installed.
         RepositoryNotFound: The Hub repository isn't there or can't be reached.
-
-    Example:
-        >>> load_lora(pipe, "watercolour.safetensors", strength=0.8)
-        'watercolour'
     """
     check_peft()
     if not abs(strength) < float("inf"):
