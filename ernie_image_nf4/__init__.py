@@ -14,11 +14,12 @@ from .upstream import local_import
 if TYPE_CHECKING:
     from .generation.batch import generate_batch
     from .generation.prompt_file import Row
+    from .loading.loaded_pipeline import set_skipping
     from .loading.pipeline import load
     from .quantization.convert import quantize
     from .repository.integrity import verify
 
-__all__ = ["Row", "__version__", "generate_batch", "load", "quantize", "verify"]
+__all__ = ["Row", "__version__", "generate_batch", "load", "quantize", "set_skipping", "verify"]
 __version__ = "0.1.0"
 
 # public name -> module
@@ -27,6 +28,7 @@ _PUBLIC = {
     "generate_batch": "generation.batch",
     "load": "loading.pipeline",
     "quantize": "quantization.convert",
+    "set_skipping": "loading.loaded_pipeline",
     "verify": "repository.integrity",
 }
 

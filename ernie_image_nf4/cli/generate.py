@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    CacheOption,
     DeviceOption,
     DtypeOption,
     ExactOption,
     FormatOption,
     GuidanceOption,
+    GuidanceUntilOption,
     MemoryOption,
     ModelOption,
     OfflineOption,
@@ -22,6 +24,8 @@ from .options import (
     SizeOption,
     StepsOption,
 )
+
+CHECKED = ("height", "width", "steps", "guidance", "guidance_until", "cache")  # before anything heavy is imported
 
 
 def generate(
@@ -44,6 +48,8 @@ def generate(
     width: SizeOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_until: GuidanceUntilOption = None,
+    cache: CacheOption = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Makes the whole picture repeatable. Default: a random one; 0 with --prompts-file."),
@@ -79,6 +85,7 @@ def generate(
     loading["fast"] = "exact" if exact else True
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
+    settings |= {"guidance_until": guidance_until, "cache": cache}
     if prompt is not None:
         _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
     elif prompts_file is not None and out_dir is not None:
@@ -104,8 +111,7 @@ def _draw_prompt(
     from ..generation.settings import check_settings
     from ..generation.single import draw_and_save
 
-    checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed")}
-    check_settings(prompt, count=count, **checked)
+    check_settings(prompt, count=count, **{name: settings[name] for name in (*CHECKED, "seed")})
     paths = output_paths(output, count)
     for path in paths:
         check_output(path)
@@ -137,8 +143,7 @@ def _draw_file(
     from ..generation.settings import check_settings
 
     rows = read_prompts(prompts_file)
-    checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed", "count")}
-    check_settings("-", **checked)
+    check_settings("-", **{name: settings[name] for name in (*CHECKED, "seed", "count")})
     make_output_folder(out_dir)
     from accelerate import PartialState
 
