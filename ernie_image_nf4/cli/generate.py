@@ -74,12 +74,7 @@ def generate(
     ] = False,
 ) -> None:
     """Draw a picture from a prompt, or many from a file of prompts."""
-    if (prompt is None) == (prompts_file is None):
-        raise typer.BadParameter("give either a prompt or --prompts-file.", param_hint="PROMPT")
-    if (out_dir is None) != (prompts_file is None):
-        raise typer.BadParameter("--prompts-file and --out-dir go together.", param_hint="--out-dir")
-    if format is not None and prompts_file is None:
-        raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
+    _check_what_goes_together(prompt, prompts_file, out_dir, format)
     loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory}
     loading |= {"products": _with_alias(products, fp8), "local_files_only": offline, "prompt_enhancer": not no_pe}
     loading["fast"] = "exact" if exact else True
@@ -91,6 +86,17 @@ def generate(
     elif prompts_file is not None and out_dir is not None:
         settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size, "format": format or "png"}
         _draw_file(prompts_file, out_dir, contact_sheet, loading, **settings)
+
+
+def _check_what_goes_together(
+    prompt: str | None, prompts_file: Path | None, out_dir: Path | None, format: str | None
+) -> None:
+    if (prompt is None) == (prompts_file is None):
+        raise typer.BadParameter("give either a prompt or --prompts-file.", param_hint="PROMPT")
+    if (out_dir is None) != (prompts_file is None):
+        raise typer.BadParameter("--prompts-file and --out-dir go together.", param_hint="--out-dir")
+    if format is not None and prompts_file is None:
+        raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
 
 
 def _with_alias(products: Products, fp8: bool) -> Products:
