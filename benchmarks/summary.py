@@ -14,7 +14,9 @@ from typing import Any
 
 from ernie_image_nf4.benchmarking import report as benchmark_report
 from ernie_image_nf4.benchmarking import summary as benchmark
+from ernie_image_nf4.benchmarking.arms import has_own_work
 from ernie_image_nf4.evaluation.report import markdown_table
+from ernie_image_nf4.fast.step_plan import DEFAULT_CACHE
 from ernie_image_nf4.loading.cards import GENERATIONS
 
 FOLDER = Path(__file__).parent
@@ -30,6 +32,8 @@ PAGES = {
     "speed": "docs/speed.md",
     "large": "docs/speed.md",
     "growth": "docs/speed.md",
+    "turbo": "docs/speed.md",
+    "skipping": "docs/speed.md",
     "formats": "docs/fidelity.md",
 }
 # Arm of the benchmark -> its name in the README, whose table and chart have these rows.
@@ -86,6 +90,17 @@ TEXTS = {
     "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
     "h100.prediction_error.resident_fp8": "... largest relative difference of a prediction to that of the plain calls",
     "h100.step_vs_bfloat16.float16_512": "in float16: denoising step at 512x512, time over that in bfloat16",
+    "h100.turbo_s.enhanced_512": "as ERNIE-Image-Turbo, 8 steps without guidance, with 256 enhancer tokens: seconds a "
+    "picture of 512x512",
+    "h100.turbo_s.plain_512": "... without the enhancer",
+    "h100.turbo_s.enhanced_1024": "... of 1024x1024, with it",
+    "h100.turbo_s.plain_1024": "... without",
+    "h100.time_vs_full.guidance_until_half": "denoising with `guidance_until=0.5`: time over that of all steps with "
+    "guidance",
+    "h100.time_vs_full.cache": "... with `cache=True`, over that of all steps computed",
+    "skipping.psnr_db.guidance_until_half": "the mini's pictures with `guidance_until=0.5` against those of all steps "
+    "with guidance, PSNR in dB",
+    "skipping.psnr_db.cache": "... with `cache=True` against all steps computed",
     "products.psnr_db.int8": 'the mini\'s pictures with `products="int8"` against those in float32, PSNR in dB',
     "products.psnr_db.fp8": '... with `products="fp8"`',
     "products.psnr_db.bfloat16": "... in bfloat16, as by default",
@@ -188,6 +203,12 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
                 for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
                 if figure in result
             }
+    for name in ("skipping_cpu", "skipping_mini"):  # the second has more captions, and takes the place of the first
+        if run := read(file := f"{name}.json"):
+            found.pop("skipping_cpu.json", None)
+            found[file] = skipping_figures(run, "skipping.psnr_db", "psnr")
+    if run := read("skipping_h100.json"):
+        found["skipping_h100.json"] = skipping_figures(run, "h100.time_vs_full", "time_vs_full")
     if run := read("threads_and_reloads_h100.json"):
         cases = [case for memory in run["threads"].values() for case in memory.values()]
         found["threads_and_reloads_h100.json"] = {
@@ -232,9 +253,37 @@ def tables() -> dict[str, str]:
             "large": large_table(run),
             "growth": growth_table(run),
         }
+        if any(has_own_work(arm) and "error" not in arm for arm in run["arms"]):
+            made["turbo"] = benchmark_report.turbo_table(run)
+    if run := read("skipping_mini.json") or read("skipping_cpu.json"):
+        made["skipping"] = skipping_table(run)
     if run := read("nf4_mini.json"):
         made["formats"] = formats_table(run)
     return made
+
+
+def skipping_figures(run: dict[str, Any], prefix: str, key: str) -> dict[str, float]:
+    """A figure of each of the two ways to leave something out, by itself."""
+    arms = {"guidance_until_half": "guidance_until=0.5", "cache": f"cache={DEFAULT_CACHE}"}
+    return {
+        f"{prefix}.{name}": rounded(run["results"][arm][key]) for name, arm in arms.items() if arm in run["results"]
+    }
+
+
+def skipping_table(run: dict[str, Any]) -> str:
+    """What the mini's pictures lose where steps leave something out."""
+    results = {name: result for name, result in run["results"].items() if name != run["against"]}
+    columns = {
+        "rows computed": ("work", ".0%"),
+        "PSNR (dB)": ("psnr", ".1f"),
+        "lowest PSNR (dB)": ("lowest_psnr", ".1f"),
+        "objects right": ("object_accuracy", ".1%"),
+    }
+    shown = {title: each for title, each in columns.items() if any(each[0] in result for result in results.values())}
+    rows = [
+        [f"`{name}`", *(f"{result[key]:{form}}" for key, form in shown.values())] for name, result in results.items()
+    ]
+    return markdown_table(["", *shown], rows)
 
 
 def summary_table(runs: dict[str, dict[str, float]]) -> str:
@@ -304,7 +353,7 @@ def large_table(run: dict[str, Any]) -> str:
     rows = [
         [arm["name"], f"{arm['large']['step_ms']:.1f}", f"{arm['large']['peak_reserved_gib']:.2f}"]
         for arm in run["arms"]
-        if "large" in arm
+        if "large" in arm and not has_own_work(arm)
     ]
     return markdown_table(["", "step (ms)", "peak reserved (GiB)"], rows)
 

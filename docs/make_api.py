@@ -16,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 PACKAGE = FOLDER.parent / "ernie_image_nf4"
 PAGE = FOLDER / "python-api.md"
-FUNCTIONS = ("load", "load_lora", "generate_batch", "read_prompts", "quantize", "verify")
+FUNCTIONS = ("load", "load_lora", "set_skipping", "generate_batch", "read_prompts", "quantize", "verify")
 RECORDS = ("Row", "Record", "Settings", "ComponentReport", "Recommended")
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
 HEAD = """\

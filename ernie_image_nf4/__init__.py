@@ -14,12 +14,13 @@ from .upstream import local_import
 if TYPE_CHECKING:
     from .generation.batch import generate_batch
     from .generation.prompt_file import Row
+    from .loading.loaded_pipeline import set_skipping
     from .loading.lora import load_lora
     from .loading.pipeline import load
     from .quantization.convert import quantize
     from .repository.integrity import verify
 
-__all__ = ["Row", "__version__", "generate_batch", "load", "load_lora", "quantize", "verify"]
+__all__ = ["Row", "__version__", "generate_batch", "load", "load_lora", "quantize", "set_skipping", "verify"]
 __version__ = "0.1.0"
 
 # public name -> module
@@ -29,6 +30,7 @@ _PUBLIC = {
     "load": "loading.pipeline",
     "load_lora": "loading.lora",
     "quantize": "quantization.convert",
+    "set_skipping": "loading.loaded_pipeline",
     "verify": "repository.integrity",
 }
 

@@ -27,6 +27,7 @@ class Arm:
         options: Arguments of `load`, or the baseline's name as ``baseline``.
         pictures: How many to draw in a row; None for the workload's number. Slow arms draw fewer: a median needs only a
             few.
+        work: What differs from the workload, fields of `Workload`: such an arm has a table of its own.
         cold: Whether to empty the caches of compiled kernels first, so that the first picture is that of a first start.
     """
 
@@ -34,9 +35,12 @@ class Arm:
     way: str
     options: dict[str, Any] = field(default_factory=dict)
     pictures: int | None = None
+    work: dict[str, Any] = field(default_factory=dict)
     cold: bool = False
 
 
+# ERNIE-Image-Turbo has the architecture, and so the time and memory of a step, of the model that is measured.
+TURBO_WORK: dict[str, Any] = {"steps": 8, "guidance": 1.0}
 ARMS = (
     Arm("demo", "demo", pictures=4),
     Arm("resident, first start", "ours", {"memory": "resident"}, pictures=2, cold=True),
@@ -47,6 +51,8 @@ ARMS = (
     Arm("resident, int8", "ours", {"memory": "resident", "products": "int8"}, pictures=4),
     Arm("resident, fp8", "ours", {"memory": "resident", "products": "fp8"}, pictures=4),
     Arm("resident, float16", "ours", {"memory": "resident", "dtype": "float16"}, pictures=4),
+    Arm("turbo", "ours", {"memory": "resident"}, work=TURBO_WORK, pictures=4),
+    Arm("turbo, no enhancer", "ours", {"memory": "resident"}, work=TURBO_WORK | {"tokens": 0}, pictures=4),
     Arm("original, CPU offload", "original", pictures=2),
 )
 # NF4 as bitsandbytes makes it is what the demo loads.
@@ -68,7 +74,7 @@ class Workload:
         tokens: New tokens of the prompt enhancer; 0 leaves it out.
         pictures: In a row after one load.
         large: Another size, drawn twice at the end with a fifth of the steps and without the prompt enhancer; None for
-            none.
+            none. An arm with work of its own draws whole pictures there.
         loads: How often the arms `LOADED_AGAIN` are loaded, each time in a process of its own.
     """
 
@@ -97,6 +103,11 @@ def choose_arms(names: Sequence[str], *, baselines: bool = False) -> list[Arm]:
     if names:
         return [known[name] for name in names]
     return [*ARMS, *(BASELINE_ARMS if baselines else ())]
+
+
+def has_own_work(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a result is of other pictures than most, such as Turbo's."""
+    return bool(row.get("work"))
 
 
 def is_baseline(row: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ..loading.pipeline import load
 from ..repository.components import PIXELS_PER_PATCH
-from .arms import REFERENCE
+from .arms import REFERENCE, has_own_work
 
 TIMESTEPS = tuple(range(1000, 0, -100))
 TEXT_LENGTHS = (3, 24)  # Tokens of an empty prompt and of a prompt
@@ -83,7 +83,7 @@ def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
 
     ``prediction_error`` is against the demo, and for the demo itself that of its own reordered batch;
     ``prediction_error_to_float32`` is against the same weights in float32, once those are there. Originals and
-    baselines have other weights and are left out.
+    baselines have other weights and are left out, and so are arms with other work, as they have no other predictions.
 
     Args:
         arms: Rows of the result so far.
@@ -95,7 +95,7 @@ def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
     reference = load_file(files[REFERENCE])
     exact = load_file(files[EXACT])["prediction"] if files[EXACT].exists() else None
     for arm in arms:
-        if "error" in arm or arm["way"] not in ("demo", "ours"):
+        if "error" in arm or arm["way"] not in ("demo", "ours") or has_own_work(arm):
             continue
         own = load_file(_file(work, arm["name"]))
         other = own["reordered" if arm["name"] == REFERENCE else "prediction"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..evaluation.plots import has_matplotlib
 from ..evaluation.report import markdown_table, write_files
-from .arms import ARMS, REFERENCE, is_baseline
+from .arms import ARMS, REFERENCE, has_own_work, is_baseline
 
 # Title -> (key of an arm's row, digits after the point)
 COLUMNS = {
@@ -24,6 +24,11 @@ COLUMNS = {
     "peak allocated (GiB)": ("peak_allocated_gib", 2),
     "prediction error": ("prediction_error", 4),
     "to float32": ("prediction_error_to_float32", 4),
+}
+TURBO_COLUMNS = {
+    "s per picture": ("seconds", 2),
+    "step (ms)": ("step_ms", 1),
+    "peak reserved (GiB)": ("peak_reserved_gib", 2),
 }
 LARGE_COLUMNS = {"step (ms)": ("step_ms", 1), "peak reserved (GiB)": ("peak_reserved_gib", 2)}
 
@@ -64,6 +69,7 @@ def markdown(result: dict[str, Any]) -> str:
         "the transformer's output over ten timesteps against the demo, in the demo's own row that of its batch "
         "reordered; to float32: against the same weights computed in float32.",
         arms_table(result),
+        *_turbo_section(result),
         *_baseline_section(result),
         *_failures(result),
         *_large_section(result),
@@ -76,15 +82,27 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def arms_table(result: dict[str, Any]) -> str:
-    """All arms but the baselines."""
-    return _table([arm for arm in _present(result) if not is_baseline(arm)], COLUMNS)
+    """All arms but the baselines and those with work of their own."""
+    return _table(_same_work(result), COLUMNS)
+
+
+def turbo_table(result: dict[str, Any]) -> str:
+    """Pictures as ERNIE-Image-Turbo draws them, at both sizes."""
+    arms = [arm for arm in _present(result) if has_own_work(arm) and "error" not in arm]
+    sizes = [
+        figures | {"name": f"{arm['name']}, {size}x{size}"}
+        for arm in arms
+        for size, figures in ((result["workload"]["size"], arm), (arm.get("large", {}).get("size"), arm.get("large")))
+        if figures
+    ]
+    return _table(sizes, TURBO_COLUMNS)
 
 
 def bar_chart(result: dict[str, Any], path: Path) -> None:
     """Seconds per picture and peak reserved memory of each arm with a prompt enhancer, the demo's as a dotted line."""
     from matplotlib.figure import Figure  # Not pyplot, which looks for a display
 
-    arms = [arm for arm in _present(result) if "error" not in arm and not is_baseline(arm)]
+    arms = [arm for arm in _same_work(result) if "error" not in arm]
     names = [arm["name"] for arm in arms]
     figure = Figure(figsize=(10, 0.9 + 0.42 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -111,6 +129,23 @@ def _present(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [arm for arm in result["arms"] if arm["name"] in names or is_baseline(arm)]
 
 
+def _same_work(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the workload's pictures by this package, the demo and the original."""
+    return [arm for arm in _present(result) if not is_baseline(arm) and not has_own_work(arm)]
+
+
+def _turbo_section(result: dict[str, Any]) -> list[str]:
+    arms = [arm for arm in _present(result) if has_own_work(arm) and "error" not in arm]
+    if not arms:
+        return []
+    work = arms[0]["work"]
+    return [
+        f"## As ERNIE-Image-Turbo: {work['steps']} steps, guidance {work['guidance']}",
+        "Medians of the pictures after the first; at the large size the second of two.",
+        turbo_table(result),
+    ]
+
+
 def _baseline_section(result: dict[str, Any]) -> list[str]:
     baselines = [arm for arm in _present(result) if is_baseline(arm) and "error" not in arm]
     if not baselines:
@@ -130,7 +165,8 @@ def _failures(result: dict[str, Any]) -> list[str]:
 
 def _large_section(result: dict[str, Any]) -> list[str]:
     workload = result["workload"]
-    measured = [{"name": arm["name"]} | arm["large"] for arm in _present(result) if "large" in arm]
+    compared = [arm for arm in _present(result) if not has_own_work(arm)]
+    measured = [{"name": arm["name"]} | arm["large"] for arm in compared if "large" in arm]
     if not measured:
         return []
     return [

@@ -71,7 +71,8 @@ def benchmark(
     for arm in arms:
         print(f"{arm.name} ...", file=sys.stderr, flush=True)
         figures = measure(arm)
-        result["arms"].append({"name": arm.name, "way": arm.way, "options": arm.options} | figures)
+        row = {"name": arm.name, "way": arm.way, "options": arm.options} | ({"work": arm.work} if arm.work else {})
+        result["arms"].append(row | figures)
         print(f"  {_brief(figures)}", file=sys.stderr, flush=True)
         compare_predictions(result["arms"], work)
         on_progress(result)

@@ -15,6 +15,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     int8, fp8 = (arms.get(f"resident, {products}", {}) for products in ("int8", "fp8"))
     float16 = arms.get("resident, float16", {})
     int8_product: dict[str, float] = next(iter(result.get("growth", {}).get("int8_products", [])), {})
+    turbo, plain_turbo = arms.get("turbo", {}), arms.get("turbo, no enhancer", {})
     figures = {
         "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
         "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
@@ -36,6 +37,10 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "step_ms.fp8_512": fp8.get("step_ms"),
         "step_vs_demo.fp8_1024": _ratio(fp8.get("large", {}), demo.get("large", {}), "step_ms"),
         "step_vs_bfloat16.float16_512": _ratio(float16, resident, "step_ms"),
+        "turbo_s.enhanced_512": turbo.get("seconds"),
+        "turbo_s.plain_512": plain_turbo.get("seconds"),
+        "turbo_s.enhanced_1024": turbo.get("large", {}).get("seconds"),
+        "turbo_s.plain_1024": plain_turbo.get("large", {}).get("seconds"),
         "prediction_error.resident_fp8": fp8.get("prediction_error"),
     }
     return {f"h100.{key}": float(f"{value:.4g}") for key, value in figures.items() if value is not None}

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def measure_arm(
         model: Folder of the NF4 repository.
         original: Folder of the original one, for the arms that need it.
         work: Folder for the caches of compiled kernels, and for the predictions.
-        workload: What to do.
+        workload: What to do, but where the arm has work of its own.
         device: To run on.
         pictures: 0 for loading alone; None for what arm and workload say.
 
@@ -65,17 +66,20 @@ def measure_arm(
     if pictures == 0:
         return figures
     pipe.set_progress_bar_config(disable=True)
+    workload = replace(workload, **arm.work)
     tokens = workload.tokens if pipe.pe is not None else 0
     drawn = []
     for seed in range(min(arm.pictures or workload.pictures, workload.pictures)):
         drawn.append(draw_timed(pipe, workload.size, workload.steps, workload.guidance, tokens, seed, device))
     figures |= {"pictures": drawn} | _medians(drawn, tokens) | peak_memory(device)
-    save_predictions(pipe, workload.size, device, work, arm.name)
+    if not arm.work:
+        save_predictions(pipe, workload.size, device, work, arm.name)
     if workload.large:
         reset_peak_memory(device)
-        steps = max(2, workload.steps // 5)
-        large = [draw_timed(pipe, workload.large, steps, workload.guidance, 0, seed, device) for seed in range(2)]
-        figures["large"] = {"size": workload.large, "step_ms": large[-1]["step_ms"]} | peak_memory(device)
+        steps, new = (workload.steps, tokens) if arm.work else (max(2, workload.steps // 5), 0)
+        large = [draw_timed(pipe, workload.large, steps, workload.guidance, new, seed, device) for seed in range(2)]
+        whole = {"seconds": large[-1]["seconds"]} if arm.work else {}
+        figures["large"] = {"size": workload.large, "step_ms": large[-1]["step_ms"]} | whole | peak_memory(device)
     return figures
 
 

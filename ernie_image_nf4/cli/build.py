@@ -10,7 +10,7 @@ import typer
 from .options import QuietOption
 
 # The presets of `quantization.synthetic`, which imports torch; a test compares them.
-Preset = Literal["full", "tiny"]
+Preset = Literal["full", "turbo", "tiny"]
 
 
 def quantize(
@@ -60,7 +60,9 @@ def quantize(
 
 def synthesize(
     output: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    preset: Annotated[Preset, typer.Option(help="Size of the model: 31.6 GB or 3 MB.")] = "full",
+    preset: Annotated[
+        Preset, typer.Option(help="ERNIE-Image or ERNIE-Image-Turbo (31.6 GB), or a tiny one (3 MB).")
+    ] = "full",
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     shards: Annotated[bool, typer.Option("--shards/--no-shards", help="Split large weight files.")] = True,
     duplicate_lm_head: Annotated[

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from .options import (
+    CacheOption,
     DeviceOption,
     DtypeOption,
     ExactOption,
     FormatOption,
     GuidanceOption,
+    GuidanceUntilOption,
     MemoryOption,
     ModelOption,
     OfflineOption,
@@ -22,6 +24,8 @@ from .options import (
     SizeOption,
     StepsOption,
 )
+
+CHECKED = ("height", "width", "steps", "guidance", "guidance_until", "cache")  # before anything heavy is imported
 
 
 def generate(
@@ -44,6 +48,8 @@ def generate(
     width: SizeOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_until: GuidanceUntilOption = None,
+    cache: CacheOption = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Makes the whole picture repeatable. Default: a random one; 0 with --prompts-file."),
@@ -68,22 +74,29 @@ def generate(
     ] = False,
 ) -> None:
     """Draw a picture from a prompt, or many from a file of prompts."""
+    _check_what_goes_together(prompt, prompts_file, out_dir, format)
+    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory}
+    loading |= {"products": _with_alias(products, fp8), "local_files_only": offline, "prompt_enhancer": not no_pe}
+    loading["fast"] = "exact" if exact else True
+    settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
+    settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
+    settings |= {"guidance_until": guidance_until, "cache": cache}
+    if prompt is not None:
+        _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
+    elif prompts_file is not None and out_dir is not None:
+        settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size, "format": format or "png"}
+        _draw_file(prompts_file, out_dir, contact_sheet, loading, **settings)
+
+
+def _check_what_goes_together(
+    prompt: str | None, prompts_file: Path | None, out_dir: Path | None, format: str | None
+) -> None:
     if (prompt is None) == (prompts_file is None):
         raise typer.BadParameter("give either a prompt or --prompts-file.", param_hint="PROMPT")
     if (out_dir is None) != (prompts_file is None):
         raise typer.BadParameter("--prompts-file and --out-dir go together.", param_hint="--out-dir")
     if format is not None and prompts_file is None:
         raise typer.BadParameter(f"name the file so instead, e.g. -o out.{format}.", param_hint="--format")
-    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "memory": memory}
-    loading |= {"products": _with_alias(products, fp8), "local_files_only": offline, "prompt_enhancer": not no_pe}
-    loading["fast"] = "exact" if exact else True
-    settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
-    settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
-    if prompt is not None:
-        _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
-    elif prompts_file is not None and out_dir is not None:
-        settings |= {"seed": seed or 0, "count": count, "batch_size": batch_size, "format": format or "png"}
-        _draw_file(prompts_file, out_dir, contact_sheet, loading, **settings)
 
 
 def _with_alias(products: Products, fp8: bool) -> Products:
@@ -104,8 +117,7 @@ def _draw_prompt(
     from ..generation.settings import check_settings
     from ..generation.single import draw_and_save
 
-    checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed")}
-    check_settings(prompt, count=count, **checked)
+    check_settings(prompt, count=count, **{name: settings[name] for name in (*CHECKED, "seed")})
     paths = output_paths(output, count)
     for path in paths:
         check_output(path)
@@ -137,8 +149,7 @@ def _draw_file(
     from ..generation.settings import check_settings
 
     rows = read_prompts(prompts_file)
-    checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed", "count")}
-    check_settings("-", **checked)
+    check_settings("-", **{name: settings[name] for name in (*CHECKED, "seed", "count")})
     make_output_folder(out_dir)
     from accelerate import PartialState
 

@@ -17,6 +17,14 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default:
 GuidanceOption = Annotated[
     float | None, typer.Option(help="Guidance scale, 1 for none. Default: as the model recommends.")
 ]
+GuidanceUntilOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the steps with guidance, e.g. 0.5; later ones take half the time. Default: 1, all."),
+]
+CacheOption = Annotated[
+    int | None,
+    typer.Option(help="Compute about every n-th step only, e.g. 3, and reuse its prediction between. Default: 1, all."),
+]
 MemoryOption = Annotated[
     Memory, typer.Option(help="On the device: all weights, one component at a time, or its blocks. auto: what fits.")
 ]

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from .. import __version__
 from ..errors import ErnieImageNF4Error, InvalidSettings, WriteFailed
 from ..fast.products import products_of
+from ..fast.step_plan import check_skipping
+from ..loading.loaded_pipeline import skipping_of
 from ..memory.placement import find_device
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
@@ -48,6 +50,8 @@ def generate_batch(
     guidance: float | None = None,
     seed: int = 0,
     use_pe: bool = True,
+    guidance_until: float | None = None,
+    cache: int | bool | None = None,
     count: int = 1,
     batch_size: int | None = None,
     format: str = "png",
@@ -72,6 +76,8 @@ def generate_batch(
         guidance: Guidance scale.
         seed: Of the initial latents and of the prompt enhancer's sampling.
         use_pe: Whether the prompt enhancer rewrites the prompts.
+        guidance_until: Share of the steps with guidance, as for `set_skipping`; None for what is set on the pipeline.
+        cache: Every how many steps the transformer is computed, likewise.
         count: Pictures of each row, with seeds counting up from the row's.
         batch_size: Pictures to denoise together at most; None chooses by free memory, and 1 on a CPU.
         format: Of the files: ``"png"``, ``"jpeg"`` or ``"webp"``.
@@ -91,6 +97,7 @@ def generate_batch(
         ...     print(record.file, record.revised_prompt, record.error)
     """
     check_settings("-", height=height, width=width, steps=steps, guidance=guidance, seed=seed, count=count)
+    check_skipping(guidance_until, cache)
     if batch_size is not None and batch_size < 1:
         raise InvalidSettings(f"{batch_size} is too few for the batch size: use 1 or more.")
     if format not in FORMATS:
@@ -107,6 +114,9 @@ def generate_batch(
         guidance=guidance,
         seed=seed,
         use_pe=use_pe,
+        skipping=skipping_of(pipe),
+        guidance_until=guidance_until,
+        cache=cache,
     )
     pictures = plan_pictures(rows, replace(defaults, guidance_scale=float(defaults.guidance_scale)), count, format)
     folder = Path(out_dir)

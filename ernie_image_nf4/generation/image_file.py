@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DiskFull, InvalidSettings, WriteFailed
+from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from ..repository.disk import is_full
 from ..repository.metadata import installed_versions
 from .settings import Settings
@@ -149,7 +150,8 @@ def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | No
     """Write a picture with its settings, in the format of the file name's ending. Readers see the whole file or none.
 
     The settings are prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height,
-    model, revision (if any), versions, and products (if in 8 bits). `read_settings` has them back.
+    model, revision (if any), versions, products (if in 8 bits), and guidance_until and cache (if steps left anything
+    out). `read_settings` has them back.
 
     Args:
         drawing: What to write.
@@ -208,6 +210,10 @@ def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, 
         "model": model,
         "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     }
+    if settings.guidance_until != ALL_STEPS:
+        described["guidance_until"] = settings.guidance_until
+    if settings.cache != EVERY_STEP:
+        described["cache"] = settings.cache
     if revision is not None:
         described["revision"] = revision
     if drawing.products is not None:

@@ -85,6 +85,8 @@ class Row:
         steps: Denoising steps.
         guidance: Guidance scale.
         name: Readable part of the file's name, instead of one made of the prompt.
+        guidance_until: Share of the steps with guidance, as for `set_skipping`.
+        cache: Every how many steps the transformer is computed, likewise.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -97,10 +99,13 @@ class Row:
     steps: Annotated[StrictInt, Setting] | None = None
     guidance: Annotated[StrictFloat, Setting] | None = None
     name: Name | None = None
+    guidance_until: Annotated[StrictFloat, Setting] | None = None
+    cache: Annotated[StrictInt, Setting] | None = None
 
 
 FIELDS = tuple(field.name for field in fields(Row))
-NUMBERS = {"seed": int, "height": int, "width": int, "steps": int, "guidance": float}  # all other fields are text
+WHOLE_NUMBERS, FLOATS = ("seed", "height", "width", "steps", "cache"), ("guidance", "guidance_until")
+NUMBERS = dict.fromkeys(WHOLE_NUMBERS, int) | dict.fromkeys(FLOATS, float)  # all other fields are text
 
 
 def read_prompts(path: str | Path) -> list[Row]:

@@ -76,6 +76,8 @@ def row_settings(row: Row, defaults: Settings) -> Settings:
         num_inference_steps=defaults.num_inference_steps if row.steps is None else row.steps,
         guidance_scale=defaults.guidance_scale if row.guidance is None else float(row.guidance),
         seed=defaults.seed if row.seed is None else row.seed,
+        guidance_until=defaults.guidance_until if row.guidance_until is None else float(row.guidance_until),
+        cache=defaults.cache if row.cache is None else row.cache,
     )
 
 
@@ -103,10 +105,11 @@ def share(pictures: Sequence[Picture], process: int, processes: int) -> list[Pic
     return sorted(pictures, key=shape)[process::processes]
 
 
-def shape(picture: Picture) -> tuple[int, int, int, float]:
-    """What pictures of a batch have in common: height, width, steps and guidance scale."""
+def shape(picture: Picture) -> tuple[int, int, int, float, float, int]:
+    """What pictures of a batch have in common: height, width, steps, guidance scale, and what steps leave out."""
     settings = picture.settings
-    return settings.height, settings.width, settings.num_inference_steps, settings.guidance_scale
+    size = settings.height, settings.width, settings.num_inference_steps
+    return *size, settings.guidance_scale, settings.guidance_until, settings.cache
 
 
 def groups(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidSettings
+from ..fast.step_plan import ALL_STEPS, EVERY_STEP, Skipping, cache_interval, check_skipping
 from ..repository.components import PIXELS_PER_PATCH
 from ..repository.metadata import Recommended, read_metadata_if_ours
 
@@ -35,6 +36,8 @@ class Settings:
             time.
         seed: Of the initial latents and of the prompt enhancer's sampling.
         use_pe: Whether the prompt enhancer rewrites the prompt.
+        guidance_until: Share of the steps with guidance.
+        cache: Every how many steps the transformer is computed.
     """
 
     prompt: str
@@ -45,6 +48,13 @@ class Settings:
     guidance_scale: float
     seed: int
     use_pe: bool = True
+    guidance_until: float = ALL_STEPS
+    cache: int = EVERY_STEP
+
+    @property
+    def skipping(self) -> Skipping:
+        """What denoising leaves out."""
+        return Skipping(self.guidance_until, self.cache)
 
 
 def check_settings(
@@ -56,12 +66,14 @@ def check_settings(
     guidance: float | None = None,
     seed: int | None = None,
     count: int = 1,
+    guidance_until: float | None = None,
+    cache: int | bool | None = None,
 ) -> None:
     """Refuse what can't work before anything is loaded; None stands for the recommended value.
 
     Raises:
         InvalidSettings: Blank prompt, size not a positive multiple of 16, fewer than 1 step or picture, guidance that
-            is no finite number, seed out of range.
+            is no finite number, seed out of range, or steps that can't be left out so.
     """
     if not prompt.strip():
         raise InvalidSettings("The prompt is empty: say what to draw.")
@@ -76,6 +88,7 @@ def check_settings(
         raise InvalidSettings(f"Guidance {guidance} is not a finite number: try 4.0, or 1.0 for none.")
     if seed is not None and not 0 <= seed <= seed + count - 1 <= MAX_SEED:
         raise InvalidSettings(f"Seed {seed} is out of range: use 0 to {MAX_SEED}.")
+    check_skipping(guidance_until, cache)
 
 
 def complete_settings(
@@ -89,8 +102,11 @@ def complete_settings(
     guidance: float | None,
     seed: int,
     use_pe: bool,
+    skipping: Skipping,
+    guidance_until: float | None,
+    cache: int | bool | None,
 ) -> Settings:
-    """Settings with the recommended values for what is None."""
+    """Settings with the recommended values for what is None, and with those of `skipping` for what is left out."""
     return Settings(
         prompt=prompt,
         negative_prompt=negative,
@@ -100,6 +116,8 @@ def complete_settings(
         guidance_scale=recommended.guidance_scale if guidance is None else guidance,
         seed=seed,
         use_pe=use_pe,
+        guidance_until=skipping.guidance_until if guidance_until is None else float(guidance_until),
+        cache=skipping.cache if cache is None else cache_interval(cache),
     )
 
 

@@ -14,7 +14,7 @@ from diffusers import ErnieImagePipeline
 
 from ..fast.products import products_of
 from ..fast.random_state import SeededDraws
-from ..loading.loaded_pipeline import taking_turn
+from ..loading.loaded_pipeline import skipping_as, skipping_of, taking_turn
 from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
 from .failures import check_picture, explained
@@ -36,6 +36,8 @@ def draw_and_save(
     guidance: float | None = None,
     seed: int | None = None,
     use_pe: bool = True,
+    guidance_until: float | None = None,
+    cache: int | bool | None = None,
 ) -> Iterator[tuple[Drawing, Path]]:
     """Draw one picture for each path, with seeds counting up. Each is yielded once its file is there.
 
@@ -51,6 +53,8 @@ def draw_and_save(
         guidance: Guidance scale.
         seed: Of the first picture; None for a random one.
         use_pe: Whether the prompt enhancer rewrites the prompt.
+        guidance_until: As for `set_skipping`; None for what is set on the pipeline.
+        cache: Likewise.
 
     Raises:
         InvalidSettings: A path's format has no room for the size.
@@ -68,6 +72,9 @@ def draw_and_save(
         guidance=guidance,
         seed=secrets.randbelow(2**32) if seed is None else seed,
         use_pe=use_pe,
+        skipping=skipping_of(pipe),
+        guidance_until=guidance_until,
+        cache=cache,
     )
     for path in paths:
         check_side(format_of(path), settings.width, settings.height)
@@ -88,11 +95,12 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
         settings: What to draw, and how.
 
     Raises:
+        InvalidSettings: There is something to leave out, and the pipeline isn't from `load`.
         DeviceUnavailable: The device's memory ran out. The pipeline can go on with a smaller picture.
         NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
     started = time.perf_counter()
-    with taking_turn(pipe), SeededDraws(settings.seed), noted() as notes:
+    with taking_turn(pipe), skipping_as(pipe, settings.skipping), SeededDraws(settings.seed), noted() as notes:
         try:
             result = pipe(
                 prompt=settings.prompt,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..errors import NotFinite
 from ..fast.products import products_of
 from ..fast.transformer import several_pictures
-from ..loading.loaded_pipeline import taking_turn
+from ..loading.loaded_pipeline import skipping_as, taking_turn
 from ..memory.apply import memory_mode
 from ..memory.decode_check import is_finite, noted
 from ..upstream.pipelines import execution_device
@@ -95,7 +95,7 @@ def draw_group(
 
     Args:
         pipe: The pipeline, as from `load`.
-        batches: What to denoise together: one size, number of steps and guidance scale each.
+        batches: What to denoise together: what `schedule.shape` says is the same in each.
         limits: Gets the batch sizes that the memory turned out to allow.
     """
     settings = [each for batch in batches for each in batch]
@@ -173,7 +173,7 @@ def _denoise_together(
     first = batch[0]
     started = time.perf_counter()
     try:
-        with several_pictures(pipe.transformer, len(batch)):
+        with several_pictures(pipe.transformer, len(batch)), skipping_as(pipe, first.skipping):
             result = pipe(
                 prompt_embeds=list(texts),
                 negative_prompt_embeds=list(negatives) if first.guidance_scale > 1 else None,

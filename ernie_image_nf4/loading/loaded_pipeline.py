@@ -15,11 +15,13 @@ from diffusers import ErnieImagePipeline
 from ..errors import InvalidSettings
 from ..fast.prompt_enhancer import is_fast
 from ..fast.random_state import drawing_as_caller
+from ..fast.step_plan import ALL_STEPS, Skipping, cache_interval, check_skipping
 from ..fast.subclassing import become, named_as_upstream
 from ..fast.transformer import computation_dtype, refuse_for_nf4
 from ..fast.turns import Turn
 from ..upstream.pipelines import execution_device
 from . import lora
+from .skipping import SteppedTransformer, stepped
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,12 @@ class PipelineTurn(Turn):
     Attributes:
         drawing: Whether the thread that holds the turn is in a call of the pipeline.
         noise_is_drawn: To be called when the picture's noise is drawn.
+        transformer: What the call finds in the transformer's place, if it skips something.
     """
 
     drawing = False
     noise_is_drawn: Callable[[], None] | None = None
+    transformer: SteppedTransformer | None = None
 
 
 @named_as_upstream
@@ -51,9 +55,14 @@ class LoadedPipeline(ErnieImagePipeline):
 
     Upstream keeps what belongs to a picture in the pipeline and its scheduler, so nothing else would be right. A
     callback must not wait for another thread that calls the same pipeline.
+
+    Attributes:
+        turn: Which thread is in a call.
+        skipping: What its pictures leave out, see `set_skipping`.
     """
 
     turn: PipelineTurn
+    skipping: Skipping = Skipping()
 
     # diffusers reads the names of its arguments.
     @functools.wraps(ErnieImagePipeline.__init__)  # type: ignore[misc]
@@ -71,7 +80,8 @@ class LoadedPipeline(ErnieImagePipeline):
                 )
             self.turn.drawing = True
             try:
-                with _default_device_is_cpu(), self._own_generator(call):
+                with _default_device_is_cpu(), self._own_generator(call), stepped(self, self.skipping) as pipe:
+                    self._call_as(pipe, call)
                     return ErnieImagePipeline.__call__(*call.args, **call.kwargs)
             finally:
                 self.turn.drawing = False
@@ -126,6 +136,14 @@ class LoadedPipeline(ErnieImagePipeline):
                 ", ".join(adapters),
             )
 
+    def _call_as(self, pipe: ErnieImagePipeline, call: inspect.BoundArguments) -> None:
+        """Let upstream's code run as another pipeline, whose callback gets this one all the same."""
+        callback = call.arguments.get("callback_on_step_end")
+        if pipe is self or callback is None:
+            call.arguments["self"] = pipe
+            return
+        call.arguments |= {"self": pipe, "callback_on_step_end": lambda _, *step: callback(self, *step)}
+
     @contextmanager
     def _own_generator(self, call: inspect.BoundArguments) -> Iterator[None]:
         """Give a call on a CUDA GPU without a generator one of its own, see `random_state`.
@@ -168,6 +186,62 @@ def taking_turn(pipe: ErnieImagePipeline) -> Iterator[None]:
         return
     with pipe.turn.take(execution_device(pipe)):
         yield
+
+
+def set_skipping(pipe: ErnieImagePipeline, *, guidance_until: float = ALL_STEPS, cache: int | bool = False) -> None:
+    """Let a pipeline compute less for its next pictures, which then differ from those that it draws otherwise.
+
+    Nothing is loaded anew. Without arguments it computes everything again, and draws what it drew before, to the bit.
+    Pictures of a batch don't depend on each other. `generate_batch` notes the settings in files and manifest.
+
+    Args:
+        pipe: The pipeline, as from `load`.
+        guidance_until: Share of the denoising steps with guidance, above 0 to 1: 0.5 is the first half of them. Those
+            after it leave out the negative prompt and take about half the time. At least one step has guidance.
+        cache: Every how many steps the transformer is computed. In between, its last prediction is used again. True is
+            3, False every step. The first 15% of the steps and the last one are always computed.
+
+    Raises:
+        InvalidSettings: A value that can't work, or a pipeline that isn't from `load`.
+
+    Example:
+        >>> pipe = load("user/ERNIE-Image-NF4")
+        >>> set_skipping(pipe, guidance_until=0.5, cache=True)
+        >>> pipe("an orange cat on a wooden desk").images[0].save("cat.png")
+    """
+    check_skipping(guidance_until, cache)
+    _skip(pipe, Skipping(float(guidance_until), cache_interval(cache)))
+
+
+def skipping_of(pipe: ErnieImagePipeline) -> Skipping:
+    """What a pipeline leaves out; one that isn't from `load` leaves out nothing."""
+    return pipe.skipping if isinstance(pipe, LoadedPipeline) else Skipping()
+
+
+@contextmanager
+def skipping_as(pipe: ErnieImagePipeline, skipping: Skipping) -> Iterator[None]:
+    """`set_skipping` while the context lasts. The thread has the pipeline's turn.
+
+    Raises:
+        InvalidSettings: There is something to skip, and the pipeline isn't from `load`.
+    """
+    before = skipping_of(pipe)
+    _skip(pipe, skipping)
+    try:
+        yield
+    finally:
+        _skip(pipe, before)
+
+
+def _skip(pipe: ErnieImagePipeline, skipping: Skipping) -> None:
+    with taking_turn(pipe):
+        if isinstance(pipe, LoadedPipeline):
+            pipe.skipping = skipping
+        elif not skipping.is_off:
+            raise InvalidSettings(
+                f"Only a pipeline of load() can leave out steps, not this {type(pipe).__name__}: load it with load(), "
+                "or leave out guidance_until and cache."
+            )
 
 
 def make_pipeline_take_turns(pipe: ErnieImagePipeline) -> None:

@@ -3,7 +3,7 @@
 `convert` leads through it. `layer_selection` decides which tensors become NF4, `weight_writer` streams them from file
 to file, `scale_search` quantizes one weight, and `calibration` (with `calibration_data` and `gptq`) rounds the
 transformer for what its layers need. `resumable_output` keeps finished components, `model_card` describes the result.
-`synthetic` makes originals with random weights.
+`family` knows ERNIE-Image from ERNIE-Image-Turbo, and `synthetic` makes originals of both with random weights.
 
 Imports from `generation` (prompt files), `loading`, `memory`, `repository`, `upstream` and `errors`.
 """

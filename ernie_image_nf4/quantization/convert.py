@@ -28,13 +28,12 @@ from ..repository.safetensors_io import file_bytes
 from ..repository.security import WEIGHTS
 from ..repository.upload import create_repository, upload
 from .calibration import calibrate_transformer
+from .family import recommended_for
 from .layer_selection import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
 from .model_card import CARD, LICENSE, describe_source, license_file, model_card
 from .resumable_output import ResumableOutput, folder_records, resumable_output
 from .weight_writer import copy_component, write_quantized
 
-TURBO = Recommended(num_inference_steps=8, guidance_scale=1.0)
-TURBO_KEYS = {"use_lora", "lora_rank"}  # of ERNIE-Image-Turbo's transformer config, and of no other
 PACKAGE = Path(__file__).parents[1]
 # The lines that the Hub puts into a new model repository, as far as they concern files that are here.
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.model"))
@@ -129,7 +128,7 @@ def quantize(
     parts = repository.components
     plans = {name: plan_weights(part, kept) for name, part in parts.items() if part.component.quantized}
     _check_patterns(keep, plans)
-    recommended = recommended or _recommended(repository)
+    recommended = recommended or recommended_for(repository)
     conversion = Conversion(repository, plans, kept, target, scale_search, prompts, recommended)
     described = describe_source(folder, token)
     if push_to_hub:
@@ -165,12 +164,6 @@ def _check_patterns(keep: Sequence[str], plans: dict[str, WeightPlan]) -> None:
             raise InvalidSettings(
                 f"--keep {pattern} matches no linear layer: their names are like transformer.final_linear."
             )
-
-
-def _recommended(repository: Repository) -> Recommended:
-    """Call settings for this member of the family."""
-    is_turbo = any(TURBO_KEYS.issubset(part.config) for part in repository.components.values())
-    return TURBO if is_turbo else Recommended()
 
 
 def _job(conversion: Conversion) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A complete original-precision repository of the ERNIE-Image architecture, with random weights instead of a download.
 
 At full size it has the published configs and byte counts: everybody can repeat the figures on speed and memory with it.
-At tiny size it serves the tests. It draws noise.
+Turbo is the same size, and is known by its config. At tiny size it serves the tests. It draws noise.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from ..errors import InvalidSettings
-from ..repository.components import COMPONENTS, MODEL_INDEX
+from ..repository.components import COMPONENT, COMPONENTS, MODEL_INDEX
 from ..repository.meta_model import meta_model, saved_names, tied_weights
 from ..repository.safetensors_io import DTYPE_NAMES, DTYPES, TensorSpec, TensorWriter
+from .family import TURBO_CONFIG
 from .resumable_output import resumable_output
 
-PRESETS = ("full", "tiny")
+SIZES = {"full": "full", "turbo": "full", "tiny": "tiny"}  # preset -> folder of its configs
+PRESETS = tuple(SIZES)
+TURBO = "turbo"
 DTYPE = torch.bfloat16
 STANDARD_DEVIATION = 0.02
 CHUNK = 1 << 25  # values drawn at a time: 128 MiB in float32
@@ -52,7 +55,7 @@ pipeline_tag: text-to-image
 ---
 # {name}
 
-The architecture of `baidu/ERNIE-Image` ({preset} size) with random weights, seed {seed}: for tests and measurements. \
+The architecture of `{source}` ({size} size) with random weights, seed {seed}: for tests and measurements. \
 It draws noise.
 """
 
@@ -74,7 +77,8 @@ def synthesize(
     Args:
         output: Folder to write, new or empty, or one that a run left that was killed: that starts over. It is a
             repository only when all is written.
-        preset: ``"full"``, the published configs (31.6 GB), or ``"tiny"`` (3 MB).
+        preset: ``"full"``, the published configs (31.6 GB), ``"turbo"``, those of ERNIE-Image-Turbo, for which
+            `quantize` recommends 8 steps without guidance, or ``"tiny"`` (3 MB).
         seed: Non-negative seed of the weights.
         shards: Whether to write the transformer in two shards with an index, as the release does.
         duplicate_lm_head: Whether to store the tied ``lm_head`` of the prompt enhancer a second time, as the release
@@ -94,7 +98,8 @@ def synthesize(
     with resumable_output(output, {"random weights": [preset, seed, shards, duplicate_lm_head]}) as made:
         if made:
             _write(made.work, preset, seed, shards, duplicate_lm_head, progress)
-            card = CARD.format(name=output.resolve().name, preset=preset, seed=seed)
+            source = "baidu/ERNIE-Image-Turbo" if preset == TURBO else "baidu/ERNIE-Image"
+            card = CARD.format(name=output.resolve().name, source=source, size=SIZES[preset], seed=seed)
             (made.work / CARD_FILE).write_text(card, encoding="utf-8")
             for name in (*(component.name for component in COMPONENTS), CARD_FILE, MODEL_INDEX):  # the index last
                 made.place(name)
@@ -103,16 +108,21 @@ def synthesize(
 
 def _write(folder: Path, preset: str, seed: int, shards: bool, duplicate_lm_head: bool, progress: bool) -> None:
     """Write all components and the index to a folder, arguments as for `synthesize`."""
-    with as_file(files(__package__) / "configs" / preset) as configs:
+    size = SIZES[preset]
+    with as_file(files(__package__) / "configs" / size) as configs:
         shutil.copytree(configs, folder, dirs_exist_ok=True)
+    if preset == TURBO:
+        transformer = COMPONENT["transformer"]
+        config = folder / transformer.name / transformer.config
+        config.write_text(json.dumps(_read(config) | TURBO_CONFIG, indent=2) + "\n", encoding="utf-8")
     for component in COMPONENTS:
         place = folder / component.name
         if component.weights:
             model = meta_model(component, {component.config: _read(place / component.config)})
             parts = _parts(tensor_specs(model, duplicate_lm_head), component.name == SHARDED and shards)
             _write_weights(place, component.weights, parts, tied_weights(model), seed, progress)
-        elif component.name in MODEL_MAX_LENGTH[preset]:
-            _tokenizer(MODEL_MAX_LENGTH[preset][component.name]).save_pretrained(place)
+        elif component.name in MODEL_MAX_LENGTH[size]:
+            _tokenizer(MODEL_MAX_LENGTH[size][component.name]).save_pretrained(place)
 
 
 def _read(path: Path) -> dict[str, Any]:

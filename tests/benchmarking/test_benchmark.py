@@ -30,6 +30,8 @@ TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
 CPU_ARMS = [
     Arm("demo", "ours", {"fast": False, "dtype": "float32"}),
     Arm("resident", "ours", {"memory": "resident", "dtype": "bfloat16"}),
+    Arm("turbo", "ours", {"dtype": "float32"}, work={"steps": 4, "guidance": 1.0}, pictures=2),
+    Arm("turbo, no enhancer", "ours", {"dtype": "float32"}, work={"steps": 4, "tokens": 0}, pictures=2),
     Arm("original, CPU offload", "original"),
 ]
 
@@ -76,6 +78,30 @@ def test_the_figures_of_an_arm_add_up(result):
     assert figures["large"]["size"] == 48
 
 
+def test_an_arm_with_work_of_its_own_draws_whole_pictures_at_both_sizes(result):
+    enhanced, plain = arm(result, "turbo"), arm(result, "turbo, no enhancer")
+    assert enhanced["work"] == {"steps": 4, "guidance": 1.0}
+    assert "prompt_enhancer_ms_per_token" in enhanced
+    assert "prompt_enhancer_ms_per_token" not in plain
+    for row in (enhanced, plain):
+        assert len(row["pictures"]) == 2
+        assert "prediction_error" not in row
+        assert row["large"]["seconds"] > 3 * row["large"]["step_ms"] / 1000
+    assert "seconds" not in arm(result, "resident")["large"]
+
+
+def test_the_report_has_a_table_of_its_own_for_it(result):
+    turbo = arm(result, "turbo")
+    text = markdown(result)
+    assert "## As ERNIE-Image-Turbo: 4 steps, guidance 1.0" in text
+    assert f"| turbo, 32x32 | {turbo['seconds']:.2f} | {turbo['step_ms']:.1f} |" in text
+    assert f"| turbo, no enhancer, 48x48 | {arm(result, 'turbo, no enhancer')['large']['seconds']:.2f} |" in text
+    assert "turbo" not in arms_table(result)
+    headline = summary(result)
+    assert headline["h100.turbo_s.enhanced_512"] == pytest.approx(turbo["seconds"], rel=1e-3)
+    assert headline["h100.turbo_s.plain_1024"] > 0
+
+
 def test_predictions_are_compared_with_the_demo(result):
     assert 0 <= arm(result, "demo")["prediction_error"] < 1e-5  # float32, batch reordered
     assert 1e-4 < arm(result, "resident")["prediction_error"] < 0.1  # bfloat16
@@ -105,7 +131,7 @@ def test_without_float32_the_report_says_why(result):
 
 
 def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_path: Path):
-    assert [len(step["arms"]) for step in steps] == [1, 2, 3, 3, 3, 3]  # Arms, two loaded again, float32
+    assert [len(step["arms"]) for step in steps] == [1, 2, 3, 4, 5, 5, 5, 5]  # Arms, two loaded again, float32
     assert steps[-1] == result
     assert steps[1]["arms"][1]["prediction_error"] == arm(result, "resident")["prediction_error"]
     for number, step in enumerate(steps):
@@ -158,7 +184,7 @@ def test_every_arm_runs_on_a_gpu(original: Path, repository: Path, tmp_path: Pat
     assert errors.keys() <= {"resident, fp8", "resident, int8"}, errors  # They need compute capability 8.9 and 7.5
     for row in result["arms"]:
         if row["way"] == "ours" and "error" not in row:
-            assert row["prediction_error"] < 0.5
+            assert "work" in row or row["prediction_error"] < 0.5
             assert row["peak_reserved_gib"] > 0
     assert len(arm(result, "resident")["all_load_s"]) == 2
     assert len(result["growth"]["rows"]) == 12

@@ -37,8 +37,25 @@ def test_tables_are_those_of_the_runs(name: str):
 
 
 def test_every_table_is_made():
-    measured = (CHECKOUT / "benchmarks" / "cards.json").exists()
-    assert TABLES.keys() == summary.PAGES.keys() - (set() if measured else {"cards"})
+    run = summary.read_benchmark()
+    measured = {
+        "cards": (CHECKOUT / "benchmarks" / "cards.json").exists(),
+        "turbo": "turbo" in {arm["name"] for arm in run["arms"]},
+    }
+    assert TABLES.keys() == summary.PAGES.keys() - {name for name, there in measured.items() if not there}
+
+
+def test_what_is_left_out_has_its_share_and_its_distance():
+    figures = {"work": 0.6, "psnr": 35.04, "lowest_psnr": 30.0, "time_vs_full": 0.61234}
+    run = {"against": "all", "results": {"all": {"work": 1.0}, "guidance_until=0.5": figures, "cache=3": figures}}
+    assert summary.skipping_table(run).splitlines()[2:] == [
+        "| `guidance_until=0.5` | 60% | 35.0 | 30.0 |",
+        "| `cache=3` | 60% | 35.0 | 30.0 |",
+    ]
+    assert summary.skipping_figures(run, "h100.time_vs_full", "time_vs_full") == {
+        "h100.time_vs_full.guidance_until_half": 0.6123,
+        "h100.time_vs_full.cache": 0.6123,
+    }
 
 
 @pytest.mark.parametrize(

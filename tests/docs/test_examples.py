@@ -19,11 +19,11 @@ import ernie_image_nf4
 from ernie_image_nf4.cli.app import app
 
 COMMANDS = get_command(app).commands
-NAMES = ("ERNIE-Image-NF4", "user/ERNIE-Image-NF4")  # stand for the reader's repositories
+NAMES = ("ERNIE-Image-NF4", "user/ERNIE-Image-NF4", "user/ERNIE-Image-Turbo-NF4")  # stand for the reader's repositories
 MINI = (CHECKOUT / "transformer" / "config.json").exists()
 # Values with which an example takes a second on a CPU. A size or a number of steps that it doesn't say is added.
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 1}
-SMALL_OF = {"pipe": SMALL, "Row": {"height": 32, "width": 32}, "generate_batch": {"steps": 1}}
+SMALL_OF = {"pipe": SMALL, "turbo": SMALL, "Row": {"height": 32, "width": 32}, "generate_batch": {"steps": 1}}
 
 
 class Smaller(ast.NodeTransformer):

@@ -14,10 +14,15 @@ from diffusers import ErnieImagePipeline
 from full_size import hollow_file
 from safetensors.torch import load_file
 
+from ernie_image_nf4 import load
 from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.generation.single import draw_and_save
+from ernie_image_nf4.quantization import synthetic
+from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.layer_selection import plan_weights
 from ernie_image_nf4.quantization.synthetic import synthesize, tensor_specs
 from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZED, Component
+from ernie_image_nf4.repository.metadata import Recommended, read_metadata
 from ernie_image_nf4.repository.safetensors_io import file_bytes
 
 # Published byte counts of the weight files: baidu/ERNIE-Image in bfloat16, and its NF4 release.
@@ -78,8 +83,21 @@ def test_neither_is_done_on_request(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(folder / "pe" / "model.safetensors")
 
 
+def test_turbo_is_of_full_size_and_known_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert synthetic.SIZES["turbo"] == "full"
+    monkeypatch.setitem(synthetic.SIZES, "turbo", "tiny")  # the full one takes 31.6 GB
+    turbo = synthesize(tmp_path / "ERNIE-Turbo", preset="turbo", progress=False)
+    assert "`baidu/ERNIE-Image-Turbo`" in (turbo / "README.md").read_text()
+    made = quantize(turbo, tmp_path / "ERNIE-Turbo-NF4", device="cpu", progress=False)
+    assert read_metadata(made).recommended == Recommended(1024, 1024, num_inference_steps=8, guidance_scale=1.0)
+    pipe = load(made, device="cpu", dtype="float32")
+    paths = [tmp_path / "one.png"]
+    ((drawing, _),) = draw_and_save(pipe, paths, "a cat", height=32, width=32, seed=0)
+    assert (drawing.settings.num_inference_steps, drawing.settings.guidance_scale) == (8, 1.0)
+
+
 def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSettings, match="choose one of full, tiny"):
+    with pytest.raises(InvalidSettings, match="choose one of full, turbo, tiny"):
         synthesize(tmp_path / "new", preset="medium")
 
 
