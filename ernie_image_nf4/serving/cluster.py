@@ -1,7 +1,8 @@
-"""The endpoint on many GPUs and machines, as a deployment of Ray Serve: ``serve run ernie_image_nf4.serving.cluster:app``.
+"""The endpoint on many GPUs and machines, as a deployment of Ray Serve.
 
-Each replica is the application of `application` with an engine of its own, on the GPU that Ray gives it. Ray spreads the
-requests, and starts replicas anew or adds some. There is no page: a page's visitor would have to stay with one replica.
+``serve run ernie_image_nf4.serving.cluster:app``. Each replica is the application of `application` with an engine of
+its own, on the GPU that Ray gives it. Ray spreads the requests, and starts replicas anew or adds some. There is no
+page: a page's visitor would have to stay with one replica.
 """
 
 from __future__ import annotations

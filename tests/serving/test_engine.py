@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -10,8 +12,8 @@ from dataclasses import replace
 import pytest
 from running import Loop, events_of, request, running_engine, running_loop, until
 
+import ernie_image_nf4
 from ernie_image_nf4.errors import (
-    DrawingFailed,
     ErnieImageNF4Error,
     InvalidRequest,
     InvalidSettings,
@@ -98,10 +100,7 @@ def test_many_at_once_are_each_what_they_are_alone(loop, engine):
     assert [pictures(each.result(60))[0].png for each in together] == alone
 
 
-def test_the_server_doesnt_import_torch(repository):
-    import subprocess
-    import sys
-
+def test_the_server_doesnt_import_torch():
     code = "import sys; from ernie_image_nf4.serving.application import make_app; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
@@ -135,9 +134,8 @@ def test_a_dropped_request_frees_its_worker_within_a_step(loop, engine):
         return step.step, time.monotonic() - dropped
 
     began = time.monotonic()
-    events = drawn(loop, engine, **{**LONG, "steps": 100}, use_pe=False)
+    drawn(loop, engine, **{**LONG, "steps": 100}, use_pe=False)
     whole = time.monotonic() - began
-    assert len(events) > 100
     step, seconds = loop.run(drop_after_a_step())
     assert step == 1
     assert seconds < whole / 3
@@ -159,10 +157,12 @@ def test_the_queue_is_bounded(loop, engine, monkeypatch):
     monkeypatch.setattr(engine, "limits", replace(engine.limits, queue_length=2))
 
     async def too_many():
-        tasks = [asyncio.create_task(events_of(engine.draw(request(seed=seed, steps=10)))) for seed in range(3)]
-        await asyncio.sleep(0.1)
-        with pytest.raises(QueueFull, match="2 wait") as raised:
-            await first(engine.draw(request()), Picture)
+        async with aclosing(engine.draw(request(**LONG))) as drawing:
+            await first(drawing, Step)
+            tasks = [asyncio.create_task(events_of(engine.draw(request(seed=seed)))) for seed in range(2)]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull, match="2 wait") as raised:
+                await first(engine.draw(request()), Picture)
         await asyncio.gather(*tasks)
         return raised.value.retry_after
 
@@ -178,38 +178,33 @@ def test_a_request_has_a_time_limit(loop, engine, monkeypatch):
     assert pictures(drawn(loop, engine))
 
 
-def test_a_picture_that_comes_to_nothing_fails_alone(loop, engine):
-    """The guidance makes every value of this one infinite."""
-    bad = loop.start(events_of(engine.draw(request(guidance_scale=100.0, steps=100, prompt="x"))))
-    good = loop.start(events_of(engine.draw(request(seed=5))))
-    assert pictures(good.result(60))
-    try:
-        assert pictures(bad.result(60))
-    except DrawingFailed as error:
-        assert "picture" in str(error)
-
-
 # Workers
 
 
-def test_a_killed_worker_is_replaced_and_its_requests_are_drawn(loop, repository, pipe):
-    with running_engine(loop, repository) as engine:
-        expected = [pictures(drawn(loop, engine, seed=seed, steps=20))[0].png for seed in (1, 2)]
-        waiting = [loop.start(events_of(engine.draw(request(seed=seed, steps=20)))) for seed in (1, 2)]
-        time.sleep(0.1)
-        engine.workers[0].kill()
-        assert [pictures(each.result(60))[0].png for each in waiting] == expected
-        assert engine.metrics.registry.get_sample_value("ernie_image_worker_deaths_total") == 1
+def test_a_killed_worker_is_replaced_and_its_requests_are_drawn(loop, engine):
+    deaths = engine.metrics.registry.get_sample_value("ernie_image_worker_deaths_total")
+    expected = [pictures(drawn(loop, engine, seed=seed, **LONG))[0].png for seed in (1, 2)]
+    waiting = [loop.start(events_of(engine.draw(request(seed=seed, **LONG)))) for seed in (1, 2)]
+    kill_while_drawing(engine)
+    assert [pictures(each.result(60))[0].png for each in waiting] == expected
+    assert engine.metrics.registry.get_sample_value("ernie_image_worker_deaths_total") == deaths + 1
 
-        # A request over which two workers die is given up, and told to come again.
-        deadly = loop.start(events_of(engine.draw(request(**LONG, count=5))))
-        for _ in range(2):
-            until(lambda: engine.workers and engine.workers[0].batch)
-            engine.workers[0].kill()
-            until(lambda: not engine.workers or not engine.workers[0].batch)
-        with pytest.raises(WorkerLost, match="try again") as raised:
-            deadly.result(60)
-        assert raised.value.retry_after > 0
+
+def test_a_request_over_which_two_workers_die_is_told_to_come_again(loop, engine):
+    deadly = loop.start(events_of(engine.draw(request(**LONG, count=1))))
+    kill_while_drawing(engine)
+    kill_while_drawing(engine)
+    with pytest.raises(WorkerLost, match="try again") as raised:
+        deadly.result(60)
+    assert raised.value.retry_after > 0
+    assert pictures(drawn(loop, engine))
+
+
+def kill_while_drawing(engine: Engine) -> None:
+    until(lambda: engine.workers and engine.workers[0].batch)
+    worker = engine.workers[0]
+    worker.kill()
+    until(lambda: worker not in engine.workers)
 
 
 def test_a_model_that_cant_be_loaded_says_why(loop, copy):
@@ -219,30 +214,29 @@ def test_a_model_that_cant_be_loaded_says_why(loop, copy):
         loop.run(engine.start())
 
 
-def test_what_has_begun_is_finished_and_the_rest_refused(loop, repository):
-    with running_engine(loop, repository) as engine:
+def test_what_has_begun_is_finished_and_the_rest_refused(loop, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_draining", False)  # as it shall be again afterwards
 
-        async def drain():
-            begun = asyncio.create_task(events_of(engine.draw(request(steps=30))))
-            waiting = asyncio.create_task(events_of(engine.draw(request(seed=9))))
-            await asyncio.sleep(0.1)
-            engine.drain()
-            with pytest.raises(ShuttingDown):
-                await waiting
-            with pytest.raises(ShuttingDown):
-                await first(engine.draw(request()), Picture)
-            assert not engine.healthy
-            return await begun
+    async def drain():
+        begun = engine.draw(request(**LONG))
+        await first(begun, Step)
+        waiting = asyncio.create_task(events_of(engine.draw(request(seed=9))))
+        await asyncio.sleep(0)
+        engine.drain()
+        with pytest.raises(ShuttingDown):
+            await waiting
+        with pytest.raises(ShuttingDown):
+            await first(engine.draw(request()), Picture)
+        assert not engine.healthy
+        return await events_of(begun)
 
-        assert pictures(loop.run(drain()))
+    assert pictures(loop.run(drain()))
 
 
 # Limits of a version
 
 
 def test_loras_are_refused_by_a_version_that_has_none(repository):
-    import ernie_image_nf4
-
     if "load_lora" in ernie_image_nf4.__all__:
         pytest.skip("this version has load_lora")
     with pytest.raises(InvalidSettings, match="--lora"):
