@@ -28,6 +28,7 @@ class ClusterOptions(BaseModel):
         dtype: See there.
         products: See there.
         gpus: GPUs of a replica, each with a worker; 0 for the CPU. A part, 0.5, shares one with another replica.
+        replicas: How many; None for one, or for what the settings file says on autoscaling.
         queue_length: Pictures that may wait at a replica.
         time_limit: Seconds for a request, its waiting at the replica included.
     """
@@ -39,6 +40,7 @@ class ClusterOptions(BaseModel):
     dtype: str | None = None
     products: str = "auto"
     gpus: float = 1
+    replicas: int | None = None
     queue_length: int = 64
     time_limit: float = 600
 
@@ -64,4 +66,6 @@ def app(options: ClusterOptions) -> serve.Application:
         ray_actor_options={"num_gpus": options.gpus},
         max_ongoing_requests=options.queue_length,  # What waits at a replica can share a batch
     )
+    if options.replicas is not None:
+        replica = replica.options(num_replicas=options.replicas)
     return replica.bind()

@@ -39,6 +39,7 @@ __all__ = ["Engine", "Event", "Picture", "Queued", "Revised", "Started", "Step"]
 logger = logging.getLogger(__name__)
 
 NO_WORKER = "No worker can be started, see the server's log: send the request again later."
+STALLED_SECONDS = 120.0  # of silence over a request, after which a worker is taken for stuck
 LONGEST_RETRY_AFTER = 120  # seconds that a client is told to wait at most
 
 
@@ -263,7 +264,7 @@ class Engine:
         now = asyncio.get_running_loop().time()
         for worker in self.workers:
             busy_with_it = any(each.owner == job.number for each in worker.batch.values())
-            if busy_with_it and now - max(worker.heard, worker.began) > self.limits.seconds / 2:
+            if busy_with_it and now - max(worker.heard, worker.began) > STALLED_SECONDS:
                 logger.warning("Worker %s doesn't answer: it is ended and started anew.", worker.process.pid)
                 worker.kill()
         self._fail(job, RequestTimedOut(f"The request took longer than {self.limits.seconds:g} s: ask for less."))

@@ -259,14 +259,12 @@ def test_the_api_describes_itself(url):
 
 
 def test_prompts_are_logged_only_where_asked_for(client, engine, caplog, monkeypatch):
-    caplog.set_level("DEBUG")
     caplog.set_level("ERROR", logger="openai")  # the client's own log has them
+    caplog.set_level("DEBUG")
     client.images.generate(prompt="a secret cat", **SMALL)
     with pytest.raises(openai.BadRequestError):
         client.images.generate(prompt="a secret cat", size="x")
-    assert "secret" not in "".join(
-        each for each in caplog.messages if "api.openai" not in each and "Request options" not in each
-    )
+    assert "secret" not in caplog.text
     monkeypatch.setattr(engine, "log_prompts", True)
     client.images.generate(prompt="a known cat", **SMALL)
     assert "a known cat" in caplog.text

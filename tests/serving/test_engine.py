@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -205,6 +207,19 @@ def kill_while_drawing(engine: Engine) -> None:
     worker = engine.workers[0]
     worker.kill()
     until(lambda: worker not in engine.workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a signal that stops a process")
+def test_a_worker_that_is_stuck_is_replaced(loop, engine, monkeypatch):
+    monkeypatch.setattr("ernie_image_nf4.serving.engine.STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(engine, "limits", replace(engine.limits, seconds=0.3))
+    stuck = engine.workers[0]
+    os.kill(stuck.process.pid, signal.SIGSTOP)
+    with pytest.raises(RequestTimedOut):
+        drawn(loop, engine)
+    monkeypatch.undo()
+    assert pictures(drawn(loop, engine))
+    assert engine.workers[0] is not stuck
 
 
 def test_a_model_that_cant_be_loaded_says_why(loop, copy):
