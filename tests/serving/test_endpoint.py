@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,12 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from conftest import CHECKOUT
 from PIL import Image
 from running import client_of, running_engine, running_loop, serving, until
 
 from ernie_image_nf4.errors import DrawingFailed, RequestTimedOut, ShuttingDown, WorkerLost
+from ernie_image_nf4.generation.image_file import read_settings
 from ernie_image_nf4.generation.single import draw_and_save
 from ernie_image_nf4.serving.answers import error_answer
 
@@ -102,6 +105,20 @@ def test_the_model_is_listed(client):
     (model,) = client.models.list().data
     assert model.id == "ERNIE-Tiny-NF4"
     assert client.models.retrieve(model.id) == model
+
+
+def test_the_lines_of_the_documentation_draw(url, engine, tmp_path, monkeypatch):
+    page = (CHECKOUT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    curl = re.search(r"^curl (.*?)\n```", page, re.DOTALL | re.MULTILINE).group(1)
+    monkeypatch.chdir(tmp_path)
+    small = code.replace("http://127.0.0.1:8000", url).replace("256x256", "32x32").replace('"steps": 25', '"steps": 1')
+    exec(compile(small, "docs/serving.md", "exec"), {})
+    assert read_settings(tmp_path / "cat.png")["seed"] == "7"
+    (path, body) = re.search(r"http://127.0.0.1:8000(\S+) .*?-d '(.*?)'", curl, re.DOTALL).groups()
+    status, _, text = answered(url, path, json.dumps(json.loads(body) | {"size": "32x32", "steps": 1}).encode())
+    assert status == 200
+    assert json.loads(text)["data"][0]["seed"] == 7
 
 
 # Errors
