@@ -2,9 +2,9 @@
 logic.
 
 A command is a function with typer's annotations, in the module of its subject: `generate` draws, `build` makes
-repositories, `measure` evaluates and benchmarks, `inspect` says what a repository holds, `serve` answers. `options` has the option types
-that commands share. To add a command, write its function and add it to ``COMMANDS`` in `app`. It imports what it needs
-when it runs, so that ``--help`` imports neither torch nor diffusers.
+repositories, `measure` evaluates and benchmarks, `inspect` says what a repository holds, `serve` answers requests.
+`options` has the option types that commands share. To add a command, write its function and add it to ``COMMANDS`` in
+`app`. It imports what it needs when it runs, so that ``--help`` imports neither torch nor diffusers.
 
 Imports from all other rooms; none imports from here.
 """

@@ -56,11 +56,11 @@ def app(options: ClusterOptions) -> serve.Application:
     def build() -> Any:
         """In the replica."""
         limits = Limits(queue_length=options.queue_length, seconds=options.time_limit)
-        loading = {"memory": options.memory, "dtype": options.dtype, "products": options.products}
+        loading: dict[str, Any] = {"memory": options.memory, "dtype": options.dtype, "products": options.products}
         devices = () if options.gpus else ("cpu",)
         return make_app(Engine(options.model, devices=devices, limits=limits, **loading), api_key=api_key, page=False)
 
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         serve.ingress(build)(),
         name="ErnieImage",
         ray_actor_options={"num_gpus": options.gpus},

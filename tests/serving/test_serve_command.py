@@ -12,7 +12,9 @@ import openai
 import pytest
 from running import client_of, serve_command
 
+from ernie_image_nf4.cli import serve
 from ernie_image_nf4.errors import MissingPackage
+from ernie_image_nf4.serving import security
 from ernie_image_nf4.serving.extra import check_installed
 
 DRAWN = {"size": "64x64", "extra_body": {"steps": 100, "seed": 1, "use_pe": False}}
@@ -55,6 +57,10 @@ def test_an_address_that_is_taken_is_one_line(command, repository):
     assert found.code == 1
     assert found.err.startswith("Error: Can't listen on 127.0.0.1")
     assert found.err.count("\n") == 1
+
+
+def test_the_variable_for_the_key_is_the_same_for_a_cluster():
+    assert serve.API_KEY == security.API_KEY
 
 
 def test_an_empty_key_is_refused(command):
