@@ -198,8 +198,8 @@ class Engine:
                 self._fail(job, ShuttingDown("The server is being stopped: send the request again.", 10))
 
     async def drained(self) -> None:
-        """Wait until nothing is being drawn any more."""
-        while self._jobs:
+        """Wait until nothing is being drawn any more, whether or not all of it has been fetched."""
+        while any(job.left for job in self._jobs.values()):
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
