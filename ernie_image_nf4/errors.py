@@ -45,3 +45,59 @@ class NotFinite(ErnieImageNF4Error):
 
 class WriteFailed(ErnieImageNF4Error):
     """A picture or a manifest can't be written, though its disk has room."""
+
+
+class InvalidRequest(ErnieImageNF4Error):
+    """A request to the server asks for what can't work or isn't allowed.
+
+    Attributes:
+        field: What is at fault.
+    """
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field = field
+
+
+class NotAuthorized(ErnieImageNF4Error):
+    """A request has no API key, or a wrong one."""
+
+
+class UnknownModel(ErnieImageNF4Error):
+    """A request names a model that the server doesn't have."""
+
+
+class ComeAgain(ErnieImageNF4Error):
+    """The server can't draw a request now. The same request can succeed later.
+
+    Attributes:
+        retry_after: Seconds after which it is worth another try.
+    """
+
+    def __init__(self, text: str, retry_after: int) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class QueueFull(ComeAgain):
+    """So many pictures wait that the server takes no more."""
+
+
+class WorkerLost(ComeAgain):
+    """The process that drew the request died, or there is none to draw it."""
+
+
+class ShuttingDown(ComeAgain):
+    """The server is being stopped and finishes only what it is drawing."""
+
+
+class RequestTimedOut(ErnieImageNF4Error):
+    """The request took longer than the server's time limit, its waiting included."""
+
+
+class DrawingFailed(ErnieImageNF4Error):
+    """Drawing came to an error: not enough memory for the size, or numbers that aren't finite."""
+
+
+class MissingPackage(ErnieImageNF4Error):
+    """A part of this package needs others that aren't installed."""
