@@ -55,6 +55,14 @@ class InvalidRequest(ErnieImageNF4Error):
         self.field = field
 
 
+class NotAuthorized(ErnieImageNF4Error):
+    """A request has no API key, or a wrong one."""
+
+
+class UnknownModel(ErnieImageNF4Error):
+    """A request names a model that the server doesn't have."""
+
+
 class ComeAgain(ErnieImageNF4Error):
     """The server can't draw a request now. The same request can succeed later.
 

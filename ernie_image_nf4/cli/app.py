@@ -14,8 +14,9 @@ from .build import quantize, synthesize
 from .generate import generate
 from .inspect import info, verify
 from .measure import benchmark, evaluate
+from .serve import serve
 
-COMMANDS = (generate, quantize, verify, synthesize, evaluate, benchmark, info)  # In the order of --help
+COMMANDS = (generate, quantize, verify, synthesize, evaluate, benchmark, info, serve)  # In the order of --help
 INTERRUPTED = 130  # Exit status of shells after Ctrl-C, 128 + SIGINT
 
 app = typer.Typer(

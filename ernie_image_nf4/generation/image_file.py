@@ -7,6 +7,7 @@ Nothing heavy is imported, so that paths are checked before a model is loaded.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -163,13 +164,18 @@ def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | No
         WriteFailed: The file can't be written, or its format has no room for the settings.
     """
     image_format = format_of(path)
-    settings = _described(drawing, model, revision)
     try:
         with writing(path), replacing(path) as temporary:
-            kept = _png_chunks(settings) if image_format == "png" else {"exif": _exif(settings)}
-            drawing.image.save(temporary, format=image_format, **kept, **FORMATS[image_format].options)
+            _encode(drawing, temporary, image_format, _described(drawing, model, revision))
     except ValueError as error:  # Pillow's, for EXIF beyond the 64 KiB that JPEG has room for
         raise WriteFailed(f"{path} has no room for its settings ({error}): use PNG for prompts this long.") from error
+
+
+def png_bytes(drawing: Drawing, *, model: str, revision: str | None = None) -> bytes:
+    """The bytes of the PNG file that `save_picture` writes with these arguments."""
+    buffer = io.BytesIO()
+    _encode(drawing, buffer, "png", _described(drawing, model, revision))
+    return buffer.getvalue()
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -191,6 +197,11 @@ def read_settings(path: Path) -> dict[str, str]:
     except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def _encode(drawing: Drawing, target: Path | io.BytesIO, image_format: str, settings: dict[str, str]) -> None:
+    kept = _png_chunks(settings) if image_format == "png" else {"exif": _exif(settings)}
+    drawing.image.save(target, format=image_format, **kept, **FORMATS[image_format].options)
 
 
 def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, str]:

@@ -127,23 +127,31 @@ def groups(
         yield group
 
 
-def choose_batch_size(pixels: int, free_bytes: int | None) -> int:
-    """Pictures to denoise together.
+def choose_pixels_at_once(free_bytes: int | None) -> int | None:
+    """Pixels of all pictures together that are denoised at once.
 
     Args:
-        pixels: Of one picture.
         free_bytes: Free memory of the device beside the transformer's weights; None for the machine's own memory. There
-            it is one picture: a CPU gains less from several (a third of the time at 128x128) than from results that are
-            equal to the bit.
+            it is one picture, None: a CPU gains less from several (a third of the time at 128x128) than from results
+            that are equal to the bit.
     """
-    if free_bytes is None:
-        return 1
-    return min(MAX_BATCH, max(1, int((free_bytes - WORKING_BYTES) / (DENOISE_BYTES_PER_PIXEL * pixels))))
+    return None if free_bytes is None else max(0, int((free_bytes - WORKING_BYTES) / DENOISE_BYTES_PER_PIXEL))
+
+
+def choose_batch_size(pixels: int, free_bytes: int | None) -> int:
+    """Pictures to denoise together, of so many pixels each; `free_bytes` as for `choose_pixels_at_once`."""
+    at_once = choose_pixels_at_once(free_bytes)
+    return 1 if at_once is None else min(MAX_BATCH, max(1, at_once // pixels))
 
 
 def find_batch_size(pipe: ErnieImagePipeline, settings: Settings) -> int:
     """`choose_batch_size` by the device's free memory. Offloaded components must all be on the CPU."""
+    return choose_batch_size(settings.height * settings.width, free_beside_transformer(pipe))
+
+
+def free_beside_transformer(pipe: ErnieImagePipeline) -> int | None:
+    """Bytes that the device has free once the transformer is there; None for the machine's own memory."""
     free = free_memory(execution_device(pipe))
     if free is not None and memory_mode(pipe) != "resident":
         free -= pipe.transformer.get_memory_footprint()
-    return choose_batch_size(settings.height * settings.width, free)
+    return free

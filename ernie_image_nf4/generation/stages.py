@@ -11,8 +11,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,24 @@ CPU_THREADS = threading.Lock()  # held while torch's number of threads is anothe
 Limits = dict[int, int]
 
 
+class DrawingStopped(Exception):
+    """Raised by whoever looks on, to end a group at once."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Looks on while a group is drawn. Either function may raise `DrawingStopped`.
+
+    Attributes:
+        on_texts: Called with the settings of all pictures, and their prompts as the enhancer wrote them.
+        on_step: Called after each denoising step with the settings of a batch, and the number of its steps so far. On a
+            GPU the step may still be computed.
+    """
+
+    on_texts: Callable[[Sequence[Settings], Sequence[str | None]], None]
+    on_step: Callable[[Sequence[Settings], int], None]
+
+
 def draw_in_groups(
     pipe: ErnieImagePipeline, pictures: Iterable[Picture], batch_size: int | None = None
 ) -> Iterator[tuple[Picture, Drawing | str]]:
@@ -63,18 +81,30 @@ def draw_in_groups(
         return min(found, limits.get(picture.settings.height * picture.settings.width, found))
 
     for group in groups(pictures, size, GROUP if memory_mode(pipe) != "resident" else 1):
-        yield from _draw_group_or_each(pipe, group, limits)
+        yield from draw_group_or_each(pipe, group, limits)
 
 
-def _draw_group_or_each(
-    pipe: ErnieImagePipeline, group: Sequence[Sequence[Picture]], limits: Limits
+def draw_group_or_each(
+    pipe: ErnieImagePipeline,
+    group: Sequence[Sequence[Picture]],
+    limits: Limits,
+    *,
+    watch: Watch | None = None,
+    one_thread: bool = True,
 ) -> Iterator[tuple[Picture, Drawing | str]]:
-    """`draw_group`. If it fails, each picture that is left is drawn alone, so that one bad row spoils no other."""
+    """`draw_group`. If it fails, each picture that is left is drawn alone, so that one bad row spoils no other.
+
+    Raises:
+        DrawingStopped: By the watch.
+    """
     left = [picture for batch in group for picture in batch]
+    settings = [[picture.settings for picture in batch] for batch in group]
     try:
-        for result in draw_group(pipe, [[picture.settings for picture in batch] for batch in group], limits):
+        for result in draw_group(pipe, settings, limits, watch=watch, one_thread=one_thread):
             yield left.pop(0), result
         return
+    except DrawingStopped:
+        raise
     except Exception as error:  # whatever it is, the other rows go on
         logger.debug("A group failed.", exc_info=True)
         reason = str(explained(pipe, left[0].settings, error) or f"{type(error).__name__}: {error}")
@@ -83,11 +113,16 @@ def _draw_group_or_each(
         yield left[0], reason
         return
     for picture in left:
-        yield from _draw_group_or_each(pipe, [[picture]], limits)
+        yield from draw_group_or_each(pipe, [[picture]], limits, watch=watch, one_thread=one_thread)
 
 
 def draw_group(
-    pipe: ErnieImagePipeline, batches: Sequence[Sequence[Settings]], limits: Limits
+    pipe: ErnieImagePipeline,
+    batches: Sequence[Sequence[Settings]],
+    limits: Limits,
+    *,
+    watch: Watch | None = None,
+    one_thread: bool = True,
 ) -> Iterator[Drawing | str]:
     """Enhance, encode, denoise and decode pictures, each stage for all of them before the next.
 
@@ -97,12 +132,19 @@ def draw_group(
         pipe: The pipeline, as from `load`.
         batches: What to denoise together: one size, number of steps and guidance scale each.
         limits: Gets the batch sizes that the memory turned out to allow.
+        watch: Is told how it goes.
+        one_thread: Whether a CPU computes in one thread, so that a picture doesn't depend on how many there are.
+
+    Raises:
+        DrawingStopped: By the watch.
     """
     settings = [each for batch in batches for each in batch]
     with _group_calls(pipe) as calls:
         started = time.perf_counter()
-        with taking_turn(pipe), _computing_alone(pipe):
+        with taking_turn(pipe), _threads(pipe, one_thread):
             revised = enhance_all(calls, settings)
+            if watch is not None:
+                watch.on_texts(settings, revised)
             prompts = [each.prompt if text is None else text for each, text in zip(settings, revised, strict=True)]
             negatives = [each.negative_prompt for each in settings if each.guidance_scale > 1]
             embeddings = encode(calls, [*prompts, *negatives])
@@ -110,14 +152,13 @@ def draw_group(
             denoised: list[Denoised] = []
             for batch in batches:
                 texts = [embeddings[prompt] for prompt in prompts[len(denoised) : len(denoised) + len(batch)]]
-                denoised += denoise(
-                    calls, batch, texts, [embeddings.get(each.negative_prompt) for each in batch], limits
-                )
+                uncond = [embeddings.get(each.negative_prompt) for each in batch]
+                denoised += denoise(calls, batch, texts, uncond, limits, watch=watch)
         for each, prompt, text, result in zip(settings, prompts, revised, denoised, strict=True):
             started = time.perf_counter()
             try:
                 # Not while the caller has the drawing: it may go on in another thread.
-                with taking_turn(pipe), _computing_alone(pipe):
+                with taking_turn(pipe), _threads(pipe, one_thread):
                     image = decode(calls, each, embeddings[prompt], result.latents)
             except NotFinite as error:
                 yield str(error)
@@ -152,13 +193,15 @@ def denoise(
     texts: Sequence[torch.Tensor],
     negatives: Sequence[torch.Tensor | None],
     limits: Limits,
+    *,
+    watch: Watch | None = None,
 ) -> list[Denoised]:
     """Latents of a batch. Those that aren't finite are drawn once more, alone: a neighbour may have spoiled them."""
-    results = _denoise_together(pipe, batch, texts, negatives, limits)
+    results = _denoise_together(pipe, batch, texts, negatives, limits, watch=watch)
     for number, result in enumerate(results):
         if result.batch_size > 1 and not is_finite(result.latents):
             one = slice(number, number + 1)
-            results[one] = _denoise_together(pipe, batch[one], texts[one], negatives[one], limits)
+            results[one] = _denoise_together(pipe, batch[one], texts[one], negatives[one], limits, watch=watch)
     return results
 
 
@@ -168,6 +211,8 @@ def _denoise_together(
     texts: Sequence[torch.Tensor],
     negatives: Sequence[torch.Tensor | None],
     limits: Limits,
+    *,
+    watch: Watch | None = None,
 ) -> list[Denoised]:
     """`denoise` in one go. If the memory runs out the batch is halved, and `limits` gets the size that is left."""
     first = batch[0]
@@ -183,6 +228,7 @@ def _denoise_together(
                 guidance_scale=first.guidance_scale,
                 latents=torch.cat([initial_latents(pipe, settings) for settings in batch]),
                 output_type="latent",
+                callback_on_step_end=_callback(watch, batch),
             )
         latents = getattr(result, "images", result).cpu()  # diffusers 0.38 returns the latents themselves
         seconds = (time.perf_counter() - started) / len(batch)
@@ -200,8 +246,21 @@ def _denoise_together(
     return [
         result
         for part in parts
-        for result in _denoise_together(pipe, batch[part], texts[part], negatives[part], limits)
+        for result in _denoise_together(pipe, batch[part], texts[part], negatives[part], limits, watch=watch)
     ]
+
+
+def _callback(watch: Watch | None, batch: Sequence[Settings]) -> Callable[..., dict[str, Any]] | None:
+    """The pipeline's callback that tells the watch of each step."""
+    if watch is None:
+        return None
+    on_step = watch.on_step
+
+    def tell(pipe: ErnieImagePipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(batch, step + 1)
+        return tensors
+
+    return tell
 
 
 def decode(pipe: ErnieImagePipeline, settings: Settings, text: torch.Tensor, latents: torch.Tensor) -> Image.Image:
@@ -255,6 +314,10 @@ def _group_calls(pipe: ErnieImagePipeline) -> Iterator[ErnieImagePipeline]:
         yield calls
     finally:
         pipe.maybe_free_model_hooks()
+
+
+def _threads(pipe: ErnieImagePipeline, one: bool) -> AbstractContextManager[None]:
+    return _computing_alone(pipe) if one else nullcontext()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import itertools
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,8 +26,10 @@ from ..errors import (
 from ..repository.metadata import Recommended, read_metadata_if_ours
 from ..repository.resolve import find_repository
 from .events import Event, Picture, Queued, Revised, Started, Step
-from .messages import Drawn, Failed, Idle, Ready, StepDone, TextRevised, Unable, WorkerOptions
+from .lora import find_load_lora
+from .messages import Drawn, Failed, Idle, StepDone, TextRevised, WorkerOptions
 from .metrics import Metrics
+from .pool import WorkerPool
 from .queue import PictureQueue, pictures_of
 from .requests import DrawRequest, Limits, check_request
 from .worker import Worker
@@ -35,8 +38,7 @@ __all__ = ["Engine", "Event", "Picture", "Queued", "Revised", "Started", "Step"]
 
 logger = logging.getLogger(__name__)
 
-FAILED_STARTS = 3  # of a worker in a row, after which requests no longer wait for it
-LONGEST_PAUSE = 60.0  # seconds between two starts
+NO_WORKER = "No worker can be started, see the server's log: send the request again later."
 LONGEST_RETRY_AFTER = 120  # seconds that a client is told to wait at most
 
 
@@ -65,6 +67,8 @@ class Engine:
         limits: What a request may ask for.
         lora_names: The adapters that a request may name.
         log_prompts: Whether prompts are logged.
+        created: When, in seconds since 1970.
+        metrics: Figures of its work.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Engine:
         Raises:
             RepositoryNotFound: No such folder or Hub repository, or it can't be reached.
             InvalidRepository: Its metadata can't be read.
+            InvalidSettings: This version can't load a LoRA.
         """
         folder = find_repository(
             model, prompt_enhancer=prompt_enhancer, revision=revision, local_files_only=local_files_only
@@ -105,25 +110,24 @@ class Engine:
         self.name = metadata.name if metadata is not None else model or folder.resolve().name
         self.recommended = metadata.recommended if metadata is not None else Recommended()
         self.limits = limits or Limits()
+        if loras:
+            find_load_lora()
         self.lora_names = tuple(loras or ())
         self.log_prompts = log_prompts
+        self.created = int(time.time())
         self.metrics = Metrics()
         loading["prompt_enhancer"] = prompt_enhancer
-        self._options = WorkerOptions(model, str(folder), None, loading, dict(loras or {}))
-        self._devices: tuple[str | None, ...] = tuple(devices) or (None,)
+        options = WorkerOptions(model, str(folder), None, loading, dict(loras or {}))
+        self._pool = WorkerPool(options, devices, hear=self._hear, lost=self._lost)
         self._queue = PictureQueue()
         self._jobs: dict[int, _Job] = {}
-        self._workers: list[Worker] = []
-        self._keepers: list[asyncio.Task[None]] = []
-        self._failed_starts: dict[int, int] = {}
         self._numbers = itertools.count(1)
         self._seconds_a_picture = 5.0  # until it is known
         self._draining = False
-        self._first_ready: asyncio.Future[None] | None = None
 
     # For whoever asks
 
-    async def draw(self, request: DrawRequest) -> AsyncIterator[Event]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
         """Draw a request. Closing the iterator, or cancelling the task that runs it, drops the request.
 
         Args:
@@ -158,7 +162,7 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether a worker is there and requests are taken."""
-        return not self._draining and any(worker.ready for worker in self._workers)
+        return not self._draining and self._pool.ready
 
     @property
     def waiting(self) -> int:
@@ -178,15 +182,7 @@ class Engine:
         Raises:
             ErnieImageNF4Error: The model can't be loaded; the text says why.
         """
-        if self._keepers:
-            return
-        self._first_ready = asyncio.get_running_loop().create_future()
-        self._keep_workers(self._devices)
-        try:
-            await self._first_ready
-        except BaseException:
-            await self.close()
-            raise
+        await self._pool.start()
 
     def drain(self) -> None:
         """Refuse what hasn't begun, from now on. What has begun is finished."""
@@ -205,12 +201,7 @@ class Engine:
         self.drain()
         for job in list(self._jobs.values()):
             self._fail(job, ShuttingDown("The server was stopped: send the request again.", 10))
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        self._keepers = []
-        await asyncio.gather(*(worker.stop() for worker in self._workers))
-        self._workers = []
+        await self._pool.close()
 
     # Requests
 
@@ -218,8 +209,8 @@ class Engine:
         """Refuse a request that would wait in vain."""
         if self._draining:
             raise ShuttingDown("The server is being stopped: send the request again.", 10)
-        if not self._can_draw():
-            raise WorkerLost("No worker can be started, see the server's log: try again later.", 60)
+        if not self._pool.hopeful:
+            raise WorkerLost(NO_WORKER, 60)
         if len(self._queue) >= self.limits.queue_length:
             raise QueueFull(
                 f"{len(self._queue)} pictures are waiting, and the server lets {self.limits.queue_length} wait: "
@@ -227,15 +218,9 @@ class Engine:
                 self._retry_after(),
             )
 
-    def _can_draw(self) -> bool:
-        """Whether a worker is there or there is hope for one."""
-        return any(worker.ready for worker in self._workers) or any(
-            failed < FAILED_STARTS for failed in self._failed_starts.values()
-        )
-
     def _retry_after(self) -> int:
         """Seconds after which there is room again, by the time that pictures took so far."""
-        seconds = self._seconds_a_picture * len(self._queue) / max(1, len(self._workers))
+        seconds = self._seconds_a_picture * len(self._queue) / max(1, len(self._pool.workers))
         return min(LONGEST_RETRY_AFTER, max(1, math.ceil(seconds)))
 
     def _accept(self, request: DrawRequest) -> _Job:
@@ -253,25 +238,25 @@ class Engine:
     def _forget(self, job: _Job) -> None:
         """Take a request out everywhere: finished, failed or dropped."""
         self._queue.remove(job.number)
-        for worker in self._workers:
+        for worker in self._pool.workers:
             worker.drop(job.number)
         if self._jobs.pop(job.number, None) is not None:
             self.metrics.finished("drawn" if not job.left else "dropped")
 
     def _fail(self, job: _Job, error: ErnieImageNF4Error) -> None:
-        """End a request with an error."""
-        if self._jobs.pop(job.number, None) is None:
+        """End a request with an error, unless all of it is there."""
+        if not job.left or self._jobs.pop(job.number, None) is None:
             return
         self.metrics.finished(type(error).__name__)
         self._queue.remove(job.number)
-        for worker in self._workers:
+        for worker in self._pool.workers:
             worker.drop(job.number)
         job.events.put_nowait(error)
 
     def _expire(self, job: _Job) -> None:
         """A request's time is over. A worker that said nothing for long holds it up, and will hold up the next."""
         now = asyncio.get_running_loop().time()
-        for worker in self._workers:
+        for worker in self._pool.workers:
             busy_with_it = any(each.owner == job.number for each in worker.batch.values())
             if busy_with_it and now - max(worker.heard, worker.began) > self.limits.seconds / 2:
                 logger.warning("Worker %s doesn't answer: it is ended and started anew.", worker.process.pid)
@@ -280,11 +265,11 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Give idle workers what waits, the oldest first, and tell those who wait their place."""
-        idle = [worker for worker in self._workers if worker.idle]
+        idle = [worker for worker in self._pool.workers if worker.idle]
         while idle and len(self._queue):
             worker = idle.pop()
             share = math.ceil(len(self._queue) / (len(idle) + 1))  # leaves something for the other idle ones
-            batch = self._queue.take(lambda each, worker=worker, share=share: min(share, worker.batch_size(each)))
+            batch = self._queue.take(worker.batch_size, share)
             for each in batch:
                 job = self._jobs[each.owner]
                 if not job.started:
@@ -301,65 +286,26 @@ class Engine:
 
     # Workers
 
-    def _keep_workers(self, devices: Sequence[str | None]) -> None:
-        for device in devices:
-            number = len(self._keepers)
-            self._failed_starts[number] = 0
-            self._keepers.append(asyncio.create_task(self._keep_worker(number, device)))
-
-    async def _keep_worker(self, number: int, device: str | None) -> None:
-        """Start a worker, listen to it, and when it dies start it anew."""
-        while True:
-            worker = Worker(replace(self._options, device=device))
-            self._workers.append(worker)
-            async for message in worker.messages():
-                self._hear(worker, number, message)
-            self._workers.remove(worker)
-            await asyncio.to_thread(worker.process.join)
-            if not worker.ready:
-                self._failed_starts[number] += 1
-            logger.warning("A worker ended with exit code %s: it is started anew.", worker.process.exitcode)
-            self.metrics.restarts.inc()
-            self._draw_again(worker)
-            if self._first_ready is not None and not self._first_ready.done():
-                self._first_ready.set_exception(
-                    WorkerLost("The worker ended while it loaded the model: is there enough memory?", 60)
-                )
-                return
-            if not self._can_draw():
-                for job in list(self._jobs.values()):
-                    self._fail(job, WorkerLost("No worker can be started, see the server's log: try again later.", 60))
-            if self._failed_starts[number]:
-                await asyncio.sleep(min(LONGEST_PAUSE, 2.0 ** self._failed_starts[number]))
-
-    def _draw_again(self, worker: Worker) -> None:
+    def _lost(self, worker: Worker) -> None:
         """Put back what a dead worker was drawing, once, and then each picture alone: one may be to blame."""
+        self.metrics.restarts.inc()
         again = []
         for each in worker.batch.values():
-            if each.alone:
-                self._fail(
-                    self._jobs[each.owner],
-                    WorkerLost("The worker died twice over this request: try again, or ask for a smaller size.", 5),
-                )
-            else:
+            if not each.alone:
                 again.append(replace(each, alone=True))
+            elif job := self._jobs.get(each.owner):
+                self._fail(
+                    job, WorkerLost("Two workers died over this request: try again, or ask for a smaller size.", 5)
+                )
         self._queue.put_back([each for each in again if each.owner in self._jobs])
+        if not self._pool.hopeful:
+            for job in list(self._jobs.values()):
+                self._fail(job, WorkerLost(NO_WORKER, 60))
         self._dispatch()
 
-    def _hear(self, worker: Worker, number: int, message: Any) -> None:
+    def _hear(self, worker: Worker, message: Any) -> None:
         """Act upon what a worker says."""
-        if isinstance(message, Ready):
-            worker.ready = True
-            self._failed_starts[number] = 0
-            if self._first_ready is not None and not self._first_ready.done():
-                if self._devices == (None,):
-                    self._keep_workers([device for device in message.devices if device != message.device])
-                self._first_ready.set_result(None)
-        elif isinstance(message, Unable):
-            logger.error("A worker can't load the model: %s", message.text)
-            if self._first_ready is not None and not self._first_ready.done():
-                self._first_ready.set_exception(DrawingFailed(message.text))
-        elif isinstance(message, Idle):
+        if isinstance(message, Idle):
             self._dispatch()
         elif isinstance(message, StepDone):
             for each in filter(None, map(worker.batch.get, message.numbers)):

@@ -82,17 +82,18 @@ class PictureQueue:
         """Put pictures at the front: they had their turn, and their worker died."""
         self.waiting[:0] = pictures
 
-    def take(self, batch_size: Callable[[Pending], int]) -> list[Pending]:
+    def take(self, batch_size: Callable[[Pending], int], at_most: int = MAX_BATCH) -> list[Pending]:
         """Take out the oldest picture, and with it, by age, those of its shape that its batch has room for.
 
         Args:
             batch_size: How many pictures like this one can be drawn together.
+            at_most: Pictures to take.
         """
         if not self.waiting:
             return []
         first = self.waiting[0]
         alike = [each for each in self.waiting if each.shape == first.shape and not each.alone]
-        batch = [first] if first.alone else alike[: batch_size(first)]
+        batch = [first] if first.alone else alike[: min(at_most, batch_size(first))]
         self.waiting = [each for each in self.waiting if not any(each is taken for taken in batch)]
         return batch
 

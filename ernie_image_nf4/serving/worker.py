@@ -77,7 +77,7 @@ class Worker:
 
     def draw(self, tasks: dict[int, Pending]) -> None:
         """Give it a batch."""
-        self.idle, self.batch, self.began = False, tasks, self._loop.time()
+        self.idle, self.batch, self.began = False, dict(tasks), self._loop.time()
         lora = next(iter(tasks.values())).lora
         self._send(Draw(tuple(Task(number, each.settings) for number, each in tasks.items()), lora))
 
