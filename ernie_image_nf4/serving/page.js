@@ -39,6 +39,13 @@
     otherLanguage: (language) => speak(remember("language", language === "zh" ? "en" : "zh")),
   };
 
+  // A picture is named by its prompt, for those who can't see it
+  new MutationObserver(() => {
+    const image = document.querySelector("#picture img");
+    const prompt = document.querySelector("#revised textarea")?.value;
+    if (image && prompt && image.alt !== prompt) image.alt = prompt;
+  }).observe(document.body, { childList: true, subtree: true });
+
   // Light and dark: the system's, unless it was chosen here
   const looks = recall("looks");
   if (looks) document.body.classList.toggle("dark", looks === "dark");

@@ -7,9 +7,9 @@ and `page.js` what the browser does by itself: the dice, shapes, light and dark,
 
 from __future__ import annotations
 
-import hmac
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from gradio.i18n import I18nData
 from gradio.processing_utils import save_bytes_to_cache
 
 from ..errors import ErnieImageNF4Error
-from .page_drawing import follow, message, problem, status
+from .page_drawing import Running, follow, message, problem, status
 from .page_layout import EXAMPLES, WORDS, Parts, lay_out
 from .page_settings import max_file_bytes, read_request, request_of, shape_sizes
 from .page_texts import texts
 from .requests import DrawRequest
+from .security import is_api_key
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -33,6 +34,9 @@ HERE = Path(__file__).parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "PingFang SC"]
 KEPT_PICTURES = 60  # in a gallery; older ones leave it
 SECONDS_OF_FILES = 24 * 3600  # after which a picture's file is removed, looked at every hour
+
+# Of all events: no limit on how many run, for the engine has its own, and nothing for Gradio's own API.
+LOCAL: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 Updates = dict[Any, Any]
 
@@ -80,7 +84,7 @@ def mount_page(app: FastAPI, engine: Engine, *, path: str = "/", api_key: str | 
         js=script,
         head="<style>body.dark { color-scheme: dark; }</style>",
         i18n=WORDS,
-        auth=None if api_key is None else lambda _, password: hmac.compare_digest(password.encode(), api_key.encode()),
+        auth=None if api_key is None else lambda _, password: is_api_key(password, api_key),
         auth_message="Any user name; the password is the server's API key. 用户名任意，密码为服务器的 API 密钥。",
         max_file_size=max_file_bytes(engine.limits),
         footer_links=[],
@@ -116,9 +120,8 @@ def make_theme() -> gr.themes.Base:
 
 def make_page(engine: Engine) -> gr.Blocks:
     """The page, not mounted yet."""
-    with Page(
-        title=f"{engine.name} · ERNIE-Image", analytics_enabled=False, fill_width=True, delete_cache=(3600, SECONDS_OF_FILES)
-    ) as page:
+    title, kept = f"{engine.name} · ERNIE-Image", (3600, SECONDS_OF_FILES)
+    with Page(title=title, analytics_enabled=False, fill_width=True, delete_cache=kept) as page:
         parts = lay_out(engine.name, engine.recommended, engine.limits, engine.lora_names)
         gr.HTML(WORDS("drop"), elem_id="drop")
         connect_form(parts)
@@ -142,65 +145,66 @@ def connect_form(parts: Parts) -> None:
     parts.dice.click(js="window.ernie.roll", outputs=parts.form["seed"], **quiet)
     for button, key in zip(parts.examples, EXAMPLES, strict=True):
         both = json.dumps({language: texts(language)[key] for language in ("en", "zh")})
-        parts_in = {"inputs": parts.language, "outputs": parts.form["prompt"]}
-        button.click(js=f"(language) => ({both})[language]", **parts_in, **quiet)
+        choose = f"(language) => ({both})[language]"
+        button.click(js=choose, inputs=parts.language, outputs=parts.form["prompt"], **quiet)
     if parts.strengths:
         names = [name for _, name in parts.lora.choices]
         parts.lora.change(
             lambda chosen: [gr.update(visible=name in chosen) for name in names],
             parts.lora,
             parts.strengths,
-            **{**_local(), "queue": False},
+            queue=False,
+            **LOCAL,
         )
-
-
-def _local() -> dict[str, Any]:
-    """What all events have in common: no limit on how many run, for the engine has its own, and no API of their own."""
-    return {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 # Drawing
 
 
 def connect_drawing(parts: Parts, engine: Engine, folder: str) -> None:
-    """Buttons that draw and stop. Stopping closes the engine's events, upon which it drops the request."""
+    """Buttons that draw and stop. Stopping drops the request, upon which the engine frees its worker."""
+    running: Running = {}
 
-    async def draw_form(language: str, paths: list[str], *values: Any) -> AsyncIterator[Updates]:
-        try:
-            request = form_request(parts, values)
-        except ErnieImageNF4Error as error:
-            yield {parts.status: problem(message(error, language))}
-            return
-        async for updates in _draw(parts, engine, folder, request, language, paths):
-            yield updates
+    def drawing(ask: Callable[..., DrawRequest]) -> Callable[..., AsyncIterator[Updates]]:
+        async def draw(tab: gr.Request, language: str, paths: list[str], *values: Any) -> AsyncIterator[Updates]:
+            session = str(tab.session_hash)
+            if session in running:  # the button was pressed twice
+                return
+            try:
+                request = ask(paths, *values)
+            except ErnieImageNF4Error as error:
+                yield {parts.status: problem(message(error, language))}
+                return
+            yield _buttons(parts, drawing=True)
+            async with aclosing(follow(engine, request, language, running, session)) as lines:
+                async for line, picture in lines:
+                    updates: Updates = {parts.status: line}
+                    if picture is not None:
+                        name = f"ernie-image-{picture.seed}.png"
+                        paths = [save_bytes_to_cache(picture.png, name, folder), *paths][:KEPT_PICTURES]
+                        updates |= show_new_picture(parts, engine, paths, language)
+                    yield updates
+            yield _buttons(parts, drawing=False)
 
-    async def draw_again(language: str, paths: list[str], selected: int, prompt: str) -> AsyncIterator[Updates]:
-        try:
-            request, _ = read_request(Path(paths[selected]), "", engine.limits, engine.lora_names)
-            request = replace(request, prompt=prompt, use_pe=False)
-        except ErnieImageNF4Error as error:
-            yield {parts.status: problem(message(error, language))}
-            return
-        async for updates in _draw(parts, engine, folder, request, language, paths):
-            yield updates
+        return draw
+
+    def edited_request(paths: list[str], selected: int, prompt: str) -> DrawRequest:
+        drawn, _ = read_request(Path(paths[selected]), "", engine.limits, engine.lora_names)
+        return replace(drawn, prompt=prompt, use_pe=False)
+
+    def stop(tab: gr.Request) -> None:
+        if task := running.get(str(tab.session_hash)):
+            task.cancel()
 
     shown = [parts.status, parts.draw, parts.stop, parts.redraw, parts.empty, *_picture_parts(parts)]
-    known = [parts.language, parts.paths]
-    draws = [
-        parts.draw.click(
-            draw_form, [*known, *parts.form.values(), parts.lora, *parts.strengths], shown, **_local()
-        ),
-        parts.redraw.click(draw_again, [*known, parts.selected, parts.revised], shown, **_local()),
-    ]
-    parts.stop.click(None, cancels=draws, api_visibility="private").then(
-        lambda language: {parts.status: status(texts(language)["stopped"])} | _buttons(parts, drawing=False),
-        parts.language,
-        [parts.status, parts.draw, parts.stop, parts.redraw],
-        **_local(),
-    )
+    known, form = [parts.language, parts.paths], [*parts.form.values(), parts.lora, *parts.strengths]
+    from_form = drawing(lambda paths, *values: form_request(parts, values))
+    parts.draw.click(from_form, [*known, *form], shown, **LOCAL)
+    parts.redraw.click(drawing(edited_request), [*known, parts.selected, parts.revised], shown, **LOCAL)
+    parts.stop.click(stop, queue=False, **LOCAL)
 
 
-def form_request(parts: Parts, values: tuple[Any, ...]) -> DrawRequest:
+def form_request(parts: Parts, values: Sequence[Any]) -> DrawRequest:
     """The request that the form's values make, in the order in which `connect_drawing` asks for them.
 
     Raises:
@@ -210,23 +214,6 @@ def form_request(parts: Parts, values: tuple[Any, ...]) -> DrawRequest:
     chosen, *strengths = values[len(parts.form) :]
     of_each = {name: strength for (_, name), strength in zip(parts.lora.choices, strengths, strict=True)}
     return request_of(fields, {name: of_each[name] for name in chosen or []})
-
-
-async def _draw(
-    parts: Parts, engine: Engine, folder: str, request: DrawRequest, language: str, paths: list[str]
-) -> AsyncIterator[Updates]:
-    """Updates of the page while a request is drawn."""
-    yield _buttons(parts, drawing=True)
-    async for line, picture in follow(engine, request, language):
-        updates: Updates = {parts.status: line}
-        if picture is not None:
-            name = f"ernie-image-{picture.seed}.png"
-            paths = [save_bytes_to_cache(picture.png, name, folder), *paths][:KEPT_PICTURES]
-            updates |= {parts.empty: gr.update(visible=False), parts.paths: paths}
-            updates |= show_picture(parts, engine, paths, 0, language)
-            updates[parts.gallery] = gr.update(value=paths, selected_index=0, visible=len(paths) > 1)
-        yield updates
-    yield _buttons(parts, drawing=False)
 
 
 def _buttons(parts: Parts, *, drawing: bool) -> Updates:
@@ -265,6 +252,15 @@ def show_picture(parts: Parts, engine: Engine, paths: list[str], selected: int, 
     }
 
 
+def show_new_picture(parts: Parts, engine: Engine, paths: list[str], language: str) -> Updates:
+    """The first of the pictures, which has just been drawn."""
+    return show_picture(parts, engine, paths, 0, language) | {
+        parts.paths: paths,
+        parts.gallery: gr.update(value=paths, selected_index=0, visible=len(paths) > 1),
+        parts.empty: gr.update(visible=False),
+    }
+
+
 def connect_pictures(parts: Parts, engine: Engine) -> None:
     """Looking at a picture, and taking its settings into the form; those of a file that is dropped, too."""
 
@@ -286,15 +282,15 @@ def connect_pictures(parts: Parts, engine: Engine) -> None:
         return take(paths[selected], Path(paths[selected]).name, language)
 
     shown = [part for part in _picture_parts(parts) if part not in (parts.gallery, parts.paths)]
-    parts.gallery.select(look_at, [parts.language, parts.paths], shown, **_local())
+    parts.gallery.select(look_at, [parts.language, parts.paths], shown, **LOCAL)
     form = [parts.status, *parts.form.values(), parts.lora, *parts.strengths]
-    parts.read.upload(take_dropped, [parts.read, parts.language], [*form, parts.read], **_local())
-    parts.reuse.click(take_selected, [parts.paths, parts.selected, parts.language], form, **_local())
+    parts.read.upload(take_dropped, [parts.read, parts.language], [*form, parts.read], **LOCAL)
+    parts.reuse.click(take_selected, [parts.paths, parts.selected, parts.language], form, **LOCAL)
 
 
 def fill_form(parts: Parts, request: DrawRequest) -> Updates:
     """The form with a request's values."""
-    strengths = dict(request.lora)
+    strengths: dict[Any, float] = dict(request.lora)
     values: Mapping[str, Any] = vars(request) | {"seed": str(request.seed)}
     updates: Updates = {part: values[name] for name, part in parts.form.items()}
     updates[parts.lora] = [*strengths]
@@ -312,14 +308,12 @@ def connect_language(page: gr.Blocks, parts: Parts) -> None:
 
     def say(language: str) -> list[Any]:
         words = texts(language)
-        updates = [
-            gr.update(**{name: words[key] for name, key in properties.items()}) for properties in worded.values()
-        ]
-        return [language, *updates]
+        said: list[dict[str, Any]] = [{name: words[key] for name, key in keys.items()} for keys in worded.values()]
+        return [language, *(gr.update(**properties) for properties in said)]
 
     shown = [parts.language, *worded]
-    page.load(say, parts.language, shown, js="window.ernie.language", **_local())
-    parts.switch.click(say, parts.language, shown, js="window.ernie.otherLanguage", **_local())
+    page.load(say, parts.language, shown, js="window.ernie.language", **LOCAL)
+    parts.switch.click(say, parts.language, shown, js="window.ernie.otherLanguage", **LOCAL)
 
 
 def translated_parts(page: gr.Blocks) -> dict[Any, dict[str, str]]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..errors import (
-    ErnieImageNF4Error,
-    InvalidRequest,
-    QueueFull,
-    RequestTimedOut,
-    WorkerLost,
-)
+from ..errors import ErnieImageNF4Error, InvalidRequest, QueueFull, RequestTimedOut, WorkerLost
 from .events import Event, Picture, Queued, Revised, Started, Step
 from .page_texts import Refusal, texts
 from .requests import DrawRequest
@@ -25,6 +20,8 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 logger = logging.getLogger(__name__)
+
+Running = dict[str, "asyncio.Task[None]"]  # what is being drawn for each browser tab
 
 
 @dataclass
@@ -38,7 +35,6 @@ class Progress:
         done: Steps done of each picture.
         drawn: Pictures that are finished.
         revised: Its prompt as the enhancer rewrote it.
-        seconds: Wall time of the whole, once it is drawn.
     """
 
     request: DrawRequest
@@ -47,30 +43,58 @@ class Progress:
     done: dict[int, int] = field(default_factory=dict)
     drawn: int = 0
     revised: str | None = None
-    seconds: float | None = None
 
 
-async def follow(engine: Engine, request: DrawRequest, language: str) -> AsyncIterator[tuple[str, Picture | None]]:
-    """Draw a request. Closing the iterator drops it.
+async def follow(
+    engine: Engine, request: DrawRequest, language: str, running: Running, session: str
+) -> AsyncGenerator[tuple[str, Picture | None], None]:
+    """Draw a request. Closing the iterator, or cancelling the session's task, drops it.
+
+    Args:
+        engine: Draws.
+        request: What to draw.
+        language: To tell of it in.
+        running: Gets the session's task while it runs.
+        session: The browser tab that asks.
 
     Yields:
         The line of status as HTML, and the picture that has just been finished.
     """
     progress = Progress(request)
-    yield status(texts(language)["sending"]), None
+    events: asyncio.Queue[Event | None] = asyncio.Queue()
+    task = asyncio.create_task(_collect(engine, request, events))
+    task.add_done_callback(lambda _: events.put_nowait(None))
+    running[session] = task
     try:
-        async with aclosing(engine.draw(request)) as events:
-            async for event in events:
-                note(progress, event)
-                yield progress_line(progress, event, language), event if isinstance(event, Picture) else None
-    except ErnieImageNF4Error as error:
-        yield problem(message(error, language)), None
-    except Exception:  # whatever it is, the page must not stay in the middle of a draw
-        logger.exception("A draw asked for by the page failed")
-        yield problem(texts(language)["broken"]), None
-    else:
-        progress.seconds = time.perf_counter() - progress.started
-        yield done_line(progress, language), None
+        yield status(texts(language)["sending"]), None
+        while (event := await events.get()) is not None:
+            note(progress, event)
+            yield progress_line(progress, event, language), event if isinstance(event, Picture) else None
+        yield last_line(progress, task, language), None
+    finally:
+        task.cancel()
+        running.pop(session, None)
+
+
+async def _collect(engine: Engine, request: DrawRequest, events: asyncio.Queue[Event | None]) -> None:
+    async with aclosing(engine.draw(request)) as coming:
+        async for event in coming:
+            events.put_nowait(event)
+
+
+def last_line(progress: Progress, task: asyncio.Task[None], language: str) -> str:
+    """What is said at the end of a draw, as HTML."""
+    if task.cancelled():
+        return status(texts(language)["stopped"])
+    error = task.exception()
+    if error is None:
+        count, seconds = progress.request.count, time.perf_counter() - progress.started
+        line = texts(language)["done" if count == 1 else "done_many"]
+        return status(line.format(seconds=f"{seconds:.1f}", count=count))
+    if isinstance(error, ErnieImageNF4Error):
+        return problem(message(error, language))
+    logger.error("A draw that the page asked for failed", exc_info=error)
+    return problem(texts(language)["broken"])
 
 
 def note(progress: Progress, event: Event) -> None:
@@ -108,19 +132,10 @@ def progress_line(progress: Progress, event: Event, language: str) -> str:
         left = seconds_left(progress, time.perf_counter())
         if left is not None and left >= 1:
             line += f" · {words['left'].format(seconds=round(left))}"
-    bar = (
-        f'<div class="bar" role="progressbar" aria-label="{words["progress"]}" aria-valuemin="0"'
-        f' aria-valuemax="{in_all}" aria-valuenow="{done}"><span style="width: {100 * done / in_all:.1f}%"></span></div>'
-    )
+    values = f'aria-label="{words["progress"]}" aria-valuemin="0" aria-valuemax="{in_all}" aria-valuenow="{done}"'
+    bar = f'<div class="bar" role="progressbar" {values}><span style="width: {100 * done / in_all:.1f}%"></span></div>'
     revised = f'<p class="aside">{escape(words["enhanced"].format(prompt=progress.revised))}</p>'
     return f'<div class="status">{bar}<p role="status">{line}</p>{revised if progress.revised else ""}</div>'
-
-
-def done_line(progress: Progress, language: str) -> str:
-    """What is said of a finished draw, as HTML."""
-    count = progress.request.count
-    line = texts(language)["done" if count == 1 else "done_many"]
-    return status(line.format(seconds=f"{progress.seconds:.1f}", count=count))
 
 
 def status(line: str) -> str:

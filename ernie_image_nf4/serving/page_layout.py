@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import gradio as gr
 
@@ -18,6 +19,11 @@ from .requests import Limits
 WORDS = gr.I18n(en=TEXTS["en"], **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
 LORA_STRENGTHS = (0.0, 2.0)  # of the sliders, within what a request may ask for
 EXAMPLES = ("example_1", "example_2", "example_3")
+
+
+def word(key: str) -> Any:
+    """Stands for a text, in place of a string."""
+    return WORDS(key)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Parts:
 
     language: gr.Textbox
     switch: gr.Button
-    form: dict[str, gr.components.Component]
+    form: dict[str, Any]
     shape: gr.Radio
     swap: gr.Button
     dice: gr.Button
@@ -86,7 +92,7 @@ def lay_out(name: str, recommended: Recommended, limits: Limits, lora_names: Seq
         limits: What the server draws.
         lora_names: The adapters that the server offers.
     """
-    parts: dict = _head(name)
+    parts: dict[str, Any] = _head(name)
     with gr.Row(elem_id="columns"):
         with gr.Column(elem_id="ask"):
             parts |= _asking()
@@ -98,39 +104,39 @@ def lay_out(name: str, recommended: Recommended, limits: Limits, lora_names: Seq
     return Parts(**parts)
 
 
-def _head(name: str) -> dict:
+def _head(name: str) -> dict[str, Any]:
     with gr.Row(elem_id="head"):
         gr.HTML(f"<h1>ERNIE-Image</h1><p>{escape(name)}</p>", elem_id="title")
-        gr.Button(WORDS("theme"), elem_id="theme", size="sm", min_width=0)
-        switch = gr.Button(WORDS("other_language"), elem_id="switch", size="sm", min_width=0)
+        gr.Button(word("theme"), elem_id="theme", size="sm", min_width=0)
+        switch = gr.Button(word("other_language"), elem_id="switch", size="sm", min_width=0)
     return {"language": gr.Textbox("en", visible=False), "switch": switch}
 
 
-def _asking() -> dict:
+def _asking() -> dict[str, Any]:
     prompt = gr.Textbox(
-        label=WORDS("prompt"),
-        placeholder=WORDS("prompt_hint"),
+        label=word("prompt"),
+        placeholder=word("prompt_hint"),
         lines=4,
         max_lines=12,
         elem_id="prompt",
     )
-    negative = gr.Textbox(label=WORDS("negative"), placeholder=WORDS("negative_hint"), lines=1, elem_id="negative")
-    enhance = gr.Checkbox(True, label=WORDS("enhance"), info=WORDS("enhance_info"), elem_id="enhance")
-    draw = gr.Button(WORDS("draw"), variant="primary", size="lg", elem_id="draw")
-    stop = gr.Button(WORDS("stop"), variant="stop", size="lg", visible=False, elem_id="stop")
-    gr.HTML(WORDS("keys"), elem_id="keys")
+    negative = gr.Textbox(label=word("negative"), placeholder=word("negative_hint"), lines=1, elem_id="negative")
+    enhance = gr.Checkbox(True, label=word("enhance"), info=word("enhance_info"), elem_id="enhance")
+    draw = gr.Button(word("draw"), variant="primary", size="lg", elem_id="draw")
+    stop = gr.Button(word("stop"), variant="stop", size="lg", visible=False, elem_id="stop")
+    gr.HTML(word("keys"), elem_id="keys")
     texts = {"prompt": prompt, "negative_prompt": negative, "use_pe": enhance}
     return {"texts": texts, "draw": draw, "stop": stop}
 
 
-def _result() -> dict:
+def _result() -> dict[str, Any]:
     status = gr.HTML("", elem_id="status")
     with gr.Column(elem_id="empty") as empty:
-        gr.HTML(WORDS("empty"), elem_id="empty-line")
-        gr.HTML(WORDS("examples"), elem_id="examples-line")
-        examples = [gr.Button(WORDS(key), size="sm", elem_classes="example") for key in EXAMPLES]
+        gr.HTML(word("empty"), elem_id="empty-line")
+        gr.HTML(word("examples"), elem_id="examples-line")
+        examples = [gr.Button(word(key), size="sm", elem_classes="example") for key in EXAMPLES]
     picture = gr.Image(
-        label=WORDS("picture"),
+        label=word("picture"),
         show_label=False,
         visible=False,
         interactive=False,
@@ -139,7 +145,7 @@ def _result() -> dict:
     )
     # Without Gradio's own preview, which takes the focus from whoever is writing when a picture comes in
     gallery = gr.Gallery(
-        label=WORDS("gallery"),
+        label=word("gallery"),
         show_label=False,
         visible=False,
         interactive=False,
@@ -152,12 +158,17 @@ def _result() -> dict:
     with gr.Column(elem_id="details", visible=False) as details:
         with gr.Row(elem_id="picture-line"):
             line = gr.HTML("", elem_id="line")
-            download = gr.DownloadButton(WORDS("download"), size="sm", min_width=0, elem_id="download")
-            reuse = gr.Button(WORDS("reuse"), size="sm", min_width=0, elem_id="reuse")
+            download = gr.DownloadButton(word("download"), size="sm", min_width=0, elem_id="download")
+            reuse = gr.Button(word("reuse"), size="sm", min_width=0, elem_id="reuse")
         revised = gr.Textbox(
-            label=WORDS("revised"), info=WORDS("revised_info"), lines=2, max_lines=8, interactive=True, elem_id="revised"
+            label=word("revised"),
+            info=word("revised_info"),
+            lines=2,
+            max_lines=8,
+            interactive=True,
+            elem_id="revised",
         )
-        redraw = gr.Button(WORDS("redraw"), size="sm", elem_id="redraw")
+        redraw = gr.Button(word("redraw"), size="sm", elem_id="redraw")
     return {
         "status": status,
         "empty": empty,
@@ -175,26 +186,26 @@ def _result() -> dict:
     }
 
 
-def _settings(recommended: Recommended, limits: Limits, lora_names: Sequence[str]) -> dict:
-    size = {"precision": 0, "step": PIXELS_PER_PATCH, "min_width": 80}
+def _settings(recommended: Recommended, limits: Limits, lora_names: Sequence[str]) -> dict[str, Any]:
+    size: dict[str, Any] = {"precision": 0, "step": PIXELS_PER_PATCH, "min_width": 80}
     sizes = shape_sizes(recommended.width, recommended.height)
     now = next((shape for shape, its in sizes.items() if its == (recommended.width, recommended.height)), None)
-    shape = gr.Radio([*sizes], value=now, label=WORDS("shape"), elem_id="shape")
+    shape = gr.Radio([*sizes], value=now, label=word("shape"), elem_id="shape")
     with gr.Row(elem_id="size"):
-        width = gr.Number(recommended.width, label=WORDS("width"), elem_id="width", **size)
-        swap = gr.Button(WORDS("swap"), elem_id="swap", size="sm", min_width=0)
-        height = gr.Number(recommended.height, label=WORDS("height"), elem_id="height", **size)
+        width = gr.Number(recommended.width, label=word("width"), elem_id="width", **size)
+        swap = gr.Button(word("swap"), elem_id="swap", size="sm", min_width=0)
+        height = gr.Number(recommended.height, label=word("height"), elem_id="height", **size)
     with gr.Row(elem_id="seeds"):
-        seed = gr.Textbox(label=WORDS("seed"), placeholder=WORDS("seed_hint"), max_lines=1, elem_id="seed", min_width=80)
-        dice = gr.Button(WORDS("dice"), elem_id="dice", size="sm", min_width=0)
-        count = gr.Number(1, label=WORDS("count"), precision=0, step=1, elem_id="count", min_width=80)
+        seed = gr.Textbox(label=word("seed"), placeholder=word("seed_hint"), max_lines=1, elem_id="seed", min_width=80)
+        dice = gr.Button(word("dice"), elem_id="dice", size="sm", min_width=0)
+        count = gr.Number(1, label=word("count"), precision=0, step=1, elem_id="count", min_width=80)
     steps = gr.Slider(
         1,
         limits.max_steps,
         recommended.num_inference_steps,
         step=1,
-        label=WORDS("steps"),
-        info=WORDS("steps_info"),
+        label=word("steps"),
+        info=word("steps_info"),
         elem_id="steps",
     )
     guidance = gr.Slider(
@@ -202,21 +213,21 @@ def _settings(recommended: Recommended, limits: Limits, lora_names: Sequence[str
         MAX_GUIDANCE,
         recommended.guidance_scale,
         step=0.1,
-        label=WORDS("guidance"),
-        info=WORDS("guidance_info"),
+        label=word("guidance"),
+        info=word("guidance_info"),
         elem_id="guidance",
     )
     numbers = {"width": width, "height": height, "steps": steps, "guidance_scale": guidance, "seed": seed}
     numbers |= {"count": count} | _skipping()
     lora = gr.Dropdown(
-        [*lora_names], multiselect=True, label=WORDS("lora"), visible=bool(lora_names), value=[], elem_id="lora"
+        [*lora_names], multiselect=True, label=word("lora"), visible=bool(lora_names), value=[], elem_id="lora"
     )
     strengths = [
-        gr.Slider(*LORA_STRENGTHS, 1.0, step=0.05, label=each, info=WORDS("lora_strength"), visible=False)
+        gr.Slider(*LORA_STRENGTHS, 1.0, step=0.05, label=each, info=word("lora_strength"), visible=False)
         for each in lora_names
     ]
-    read = gr.UploadButton(WORDS("read"), size="sm", elem_id="read")
-    gr.HTML(WORDS("read_info"), elem_id="read-info")
+    read = gr.UploadButton(word("read"), size="sm", elem_id="read")
+    gr.HTML(word("read_info"), elem_id="read-info")
     return {
         "shape": shape,
         "swap": swap,
@@ -228,8 +239,11 @@ def _settings(recommended: Recommended, limits: Limits, lora_names: Sequence[str
     }
 
 
-def _skipping() -> dict:
+def _skipping() -> dict[str, Any]:
     """Sliders for the fields about skipping that requests have."""
-    return {}
-
-
+    return {
+        name: gr.Slider(
+            low, high, usual, step=step, label=word(name), info=word(f"{name}_info"), elem_id=name.replace("_", "-")
+        )
+        for name, (low, high, usual, step) in skipping_fields().items()
+    }

@@ -17,9 +17,11 @@ from .requests import DrawRequest, Limits, check_request
 MAX_GUIDANCE = 20.0  # of the slider
 SHAPES = {"1:1": 1.0, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "3:4": 3 / 4, "2:3": 2 / 3, "9:16": 9 / 16}
 MAX_SEED_DIGITS = 30
+# Fields that can be left blank by mistake -> key of their label
+NUMBERS = {"width": "width", "height": "height", "steps": "steps", "guidance_scale": "guidance", "count": "count"}
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")  # those that the package writes, by Pillow's names
-SKIPPING = ("guidance_until", "cache")  # fields of DrawRequest that not every version has
-WHOLE_NUMBERS = {"seed": "seed", "steps": "steps", "width": "width", "height": "height"}  # field -> key in the file
+# Fields of `DrawRequest` that not every version has: least, most, what skips nothing, and step of a slider
+SKIPPING = {"guidance_until": (0.0, 1.0, 1.0, 0.05), "cache": (1, 8, 1, 1)}
 
 
 def shape_sizes(width: int, height: int) -> dict[str, tuple[int, int]]:
@@ -45,7 +47,7 @@ def request_of(values: Mapping[str, Any], lora: Mapping[str, float]) -> DrawRequ
     """
     if not values["prompt"].strip():
         raise Refusal("no_prompt")
-    for field, key in (("width", "width"), ("height", "height"), ("steps", "steps"), ("guidance_scale", "guidance")):
+    for field, key in NUMBERS.items():
         if values[field] is None:
             raise Refusal("missing", field=key)
     seed = values["seed"].strip()
@@ -55,9 +57,10 @@ def request_of(values: Mapping[str, Any], lora: Mapping[str, float]) -> DrawRequ
     return DrawRequest(**{**values, **whole, "seed": int(seed) if seed else None, "lora": tuple(lora.items())})
 
 
-def skipping_fields() -> list[str]:
+def skipping_fields() -> dict[str, tuple[float, float, float, float]]:
     """Those of `SKIPPING` that requests have."""
-    return [field.name for field in fields(DrawRequest) if field.name in SKIPPING]
+    known = {field.name for field in fields(DrawRequest)}
+    return {name: slider for name, slider in SKIPPING.items() if name in known}
 
 
 def read_request(path: Path, name: str, limits: Limits, lora_names: Collection[str]) -> tuple[DrawRequest, str | None]:
@@ -113,22 +116,28 @@ def _parse(settings: Mapping[str, str]) -> DrawRequest:
     Raises:
         InvalidSettings: One is missing or no number.
     """
-    numbers: dict[str, int] = {}
-    for field, key in WHOLE_NUMBERS.items():
-        numbers[field] = int(_number(settings, key, int))
-    guidance = float(_number(settings, "guidance_scale", float))
+    guidance = _number(settings, "guidance_scale")
     if not 0 <= guidance <= MAX_GUIDANCE:
         raise InvalidSettings(f"guidance_scale {guidance} is out of range: use 0 to {MAX_GUIDANCE:g}.")
+    skipping = {
+        name: _number(settings, name, type(usual))
+        for name, (_, _, usual, _) in skipping_fields().items()
+        if name in settings
+    }
     return DrawRequest(
         prompt=str(settings["prompt"]),
         negative_prompt=str(settings.get("negative_prompt", "")),
+        width=_number(settings, "width", int),
+        height=_number(settings, "height", int),
+        steps=_number(settings, "steps", int),
         guidance_scale=guidance,
+        seed=_number(settings, "seed", int),
         use_pe="revised_prompt" in settings,
-        **numbers,
+        **skipping,
     )
 
 
-def _number(settings: Mapping[str, str], key: str, kind: type[int] | type[float]) -> int | float:
+def _number(settings: Mapping[str, str], key: str, kind: type = float) -> Any:
     if key not in settings:
         raise InvalidSettings(f"{key} is missing.")
     try:

@@ -12,7 +12,6 @@ LANGUAGES = ("en", "zh")
 
 ENGLISH = {
     "other_language": "中文",
-    "subtitle": "Draw what you write",
     "theme": "Switch between light and dark",
     "prompt": "Prompt",
     "prompt_hint": "What to draw, in English or Chinese",
@@ -37,12 +36,10 @@ ENGLISH = {
     "count": "Pictures",
     "lora": "LoRA",
     "lora_strength": "Strength",
-    "advanced": "Steps, guidance and more",
-    "skipping": "Skipping, for speed",
     "guidance_until": "Guidance until",
-    "guidance_until_info": "Part of the steps that are guided, from the first on; 1 for all of them",
-    "cache": "Reuse of similar steps",
-    "cache_info": "How much a step may differ from the last to be skipped; 0 skips none",
+    "guidance_until_info": "Share of the steps that are guided, the first ones; fewer is faster",
+    "cache": "Compute every",
+    "cache_info": "Steps of which one is computed and the others take over its change; more is faster and coarser",
     "read": "Settings from a picture …",
     "read_info": "Or drop a PNG drawn here anywhere on the page",
     "drop": "Drop the picture to draw with its settings",
@@ -83,16 +80,13 @@ ENGLISH = {
     "invalid": "{reason}",
     "full": "Too many people are waiting. Try again in {seconds} s.",
     "late": "It took longer than this server allows. Try fewer steps or pictures, or a smaller size.",
-    "memory": "The memory ran out. Try a smaller size or fewer pictures.",
     "lost": "The program that draws ended, and is started again. Draw once more in a moment.",
     "failed": "{reason}",
     "broken": "Something went wrong in the server; its log says what. Try again.",
-    "unreachable": "The server can't be reached. Is it still running?",
 }
 
 CHINESE = {
     "other_language": "English",
-    "subtitle": "写下来，画出来",
     "theme": "切换浅色与深色",
     "prompt": "提示词",
     "prompt_hint": "想画什么，中英文皆可",
@@ -117,12 +111,10 @@ CHINESE = {
     "count": "张数",
     "lora": "LoRA",
     "lora_strength": "强度",
-    "advanced": "步数、引导强度等",
-    "skipping": "跳步加速",
     "guidance_until": "引导截止",
-    "guidance_until_info": "从第一步起使用引导的步数比例；1 为全部",
-    "cache": "复用相近的步",
-    "cache_info": "与上一步相差多少以内可以跳过；0 为不跳过",
+    "guidance_until_info": "从第一步起使用引导的步数比例；越小越快",
+    "cache": "计算间隔",
+    "cache_info": "每几步计算一步，其余沿用其变化；越大越快，也越粗略",
     "read": "从图片读取设置…",
     "read_info": "也可以把在这里画的 PNG 拖到页面任意处",
     "drop": "松开即可使用这张图片的设置",
@@ -162,11 +154,9 @@ CHINESE = {
     "invalid": "设置有误：{reason}",
     "full": "排队的人太多，请在 {seconds} 秒后再试。",
     "late": "超过了服务器允许的时间。请减少步数或张数，或缩小尺寸。",
-    "memory": "内存不足。请缩小尺寸或减少张数。",
     "lost": "绘制程序已退出，正在重新启动。请稍后再画一次。",
     "failed": "出错了：{reason}",
     "broken": "服务器出错，原因见其日志。请再试一次。",
-    "unreachable": "无法连接服务器。它还在运行吗？",
 }
 
 TEXTS = {"en": ENGLISH, "zh": CHINESE}
