@@ -2,12 +2,9 @@
 logic.
 
 A command is a function with typer's annotations, in the module of its subject: `generate` draws, `build` makes
-repositories, `measure` evaluates and benchmarks, `inspect` says what a repository holds. `options` has the option types
-that commands share. To add a command, write its function and add it to ``COMMANDS`` in `app`. It imports what it needs
-when it runs, so that ``--help`` imports neither torch nor diffusers.
-
-A command that serves (a page, an endpoint) would be a module ``serve`` here, and its requests a room
-``ernie_image_nf4/serving/`` of its own, between cli and benchmarking.
+repositories, `measure` evaluates and benchmarks, `inspect` says what a repository holds, `serve` answers requests.
+`options` has the option types that commands share. To add a command, write its function and add it to ``COMMANDS`` in
+`app`. It imports what it needs when it runs, so that ``--help`` imports neither torch nor diffusers.
 
 Imports from all other rooms; none imports from here.
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,8 @@ from .options import (
     ProductsOption,
     RevisionOption,
 )
+
+logger = logging.getLogger(__name__)
 
 API_KEY = "ERNIE_IMAGE_NF4_API_KEY"
 
@@ -58,35 +61,39 @@ def serve(
     from ..serving.extra import check_installed
 
     check_installed()
+    from ..serving.requests import Limits
+
+    limits = Limits(max_pixels, max_steps, max_count, queue_length=queue_length, seconds=time_limit)
+    finding: dict[str, Any] = {"revision": revision, "local_files_only": offline, "prompt_enhancer": not no_pe}
+    loading = {"dtype": dtype, "memory": memory, "products": products, "fast": "exact" if exact else True}
+    options = {"devices": tuple(device or ()), "limits": limits, "log_prompts": log_prompts, **finding, **loading}
+    _run(model, options, lora or [], host, port, api_key, page, began)
+
+
+def _run(
+    model: str | None,
+    options: dict[str, Any],
+    loras: list[str],
+    host: str,
+    port: int,
+    api_key: str | None,
+    page: bool,
+    began: float,
+) -> None:
+    """Serve until a signal comes."""
     import asyncio
-    import logging
 
     from ..serving.application import make_app
     from ..serving.engine import Engine
     from ..serving.lora import named_loras
-    from ..serving.requests import Limits
     from ..serving.security import is_this_machine
     from ..serving.server import bind, run_server
 
-    limits = Limits(max_pixels, max_steps, max_count, queue_length=queue_length, seconds=time_limit)
-    loras = named_loras(lora or ())
+    named = named_loras(loras)
     bound = bind(host, port)
     local = is_this_machine(bound.getsockname()[0])
     if not local and api_key is None:
-        logging.getLogger(__name__).warning("Anybody who reaches %s can draw: set %s to ask for a key.", host, API_KEY)
-    engine = Engine(
-        model,
-        devices=tuple(device or ()),
-        loras=loras,
-        limits=limits,
-        revision=revision,
-        local_files_only=offline,
-        prompt_enhancer=not no_pe,
-        log_prompts=log_prompts,
-        dtype=dtype,
-        memory=memory,
-        products=products,
-        fast="exact" if exact else True,
-    )
+        logger.warning("Anybody who reaches %s can draw: set %s to ask for a key.", host, API_KEY)
+    engine = Engine(model, loras=named, **options)
     app = make_app(engine, api_key=api_key, page=page, local_only=local and api_key is None)
     asyncio.run(run_server(engine, app, bound, began=began))

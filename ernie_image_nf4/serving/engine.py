@@ -39,6 +39,7 @@ __all__ = ["Engine", "Event", "Picture", "Queued", "Revised", "Started", "Step"]
 logger = logging.getLogger(__name__)
 
 NO_WORKER = "No worker can be started, see the server's log: send the request again later."
+STALLED_SECONDS = 120.0  # of silence over a request, after which a worker is taken for stuck
 LONGEST_RETRY_AFTER = 120  # seconds that a client is told to wait at most
 
 
@@ -165,6 +166,11 @@ class Engine:
         return not self._draining and self._pool.ready
 
     @property
+    def workers(self) -> list[Worker]:
+        """The worker processes that are there, loading or drawing."""
+        return self._pool.workers
+
+    @property
     def waiting(self) -> int:
         """Pictures that wait."""
         return len(self._queue)
@@ -220,7 +226,7 @@ class Engine:
 
     def _retry_after(self) -> int:
         """Seconds after which there is room again, by the time that pictures took so far."""
-        seconds = self._seconds_a_picture * len(self._queue) / max(1, len(self._pool.workers))
+        seconds = self._seconds_a_picture * len(self._queue) / max(1, len(self.workers))
         return min(LONGEST_RETRY_AFTER, max(1, math.ceil(seconds)))
 
     def _accept(self, request: DrawRequest) -> _Job:
@@ -238,7 +244,7 @@ class Engine:
     def _forget(self, job: _Job) -> None:
         """Take a request out everywhere: finished, failed or dropped."""
         self._queue.remove(job.number)
-        for worker in self._pool.workers:
+        for worker in self.workers:
             worker.drop(job.number)
         if self._jobs.pop(job.number, None) is not None:
             self.metrics.finished("drawn" if not job.left else "dropped")
@@ -249,23 +255,23 @@ class Engine:
             return
         self.metrics.finished(type(error).__name__)
         self._queue.remove(job.number)
-        for worker in self._pool.workers:
+        for worker in self.workers:
             worker.drop(job.number)
         job.events.put_nowait(error)
 
     def _expire(self, job: _Job) -> None:
         """A request's time is over. A worker that said nothing for long holds it up, and will hold up the next."""
         now = asyncio.get_running_loop().time()
-        for worker in self._pool.workers:
+        for worker in self.workers:
             busy_with_it = any(each.owner == job.number for each in worker.batch.values())
-            if busy_with_it and now - max(worker.heard, worker.began) > self.limits.seconds / 2:
+            if busy_with_it and now - max(worker.heard, worker.began) > STALLED_SECONDS:
                 logger.warning("Worker %s doesn't answer: it is ended and started anew.", worker.process.pid)
                 worker.kill()
         self._fail(job, RequestTimedOut(f"The request took longer than {self.limits.seconds:g} s: ask for less."))
 
     def _dispatch(self) -> None:
         """Give idle workers what waits, the oldest first, and tell those who wait their place."""
-        idle = [worker for worker in self._pool.workers if worker.idle]
+        idle = [worker for worker in self.workers if worker.idle]
         while idle and len(self._queue):
             worker = idle.pop()
             share = math.ceil(len(self._queue) / (len(idle) + 1))  # leaves something for the other idle ones

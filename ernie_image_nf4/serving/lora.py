@@ -59,7 +59,8 @@ class Adapters:
         Raises:
             ErnieImageNF4Error: One can't be loaded.
         """
-        self._pipe, self._sources = pipe, sources
+        self._pipe = pipe
+        self._sources = sources
         self._used: tuple[tuple[str, float], ...] = ()
         for name in sources:
             self.use(((name, 1.0),))

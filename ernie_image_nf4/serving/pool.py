@@ -44,8 +44,10 @@ class WorkerPool:
         """
         self.workers: list[Worker] = []
         self.deaths = 0
-        self._options, self._devices = options, tuple(devices)
-        self._hear, self._lost = hear, lost
+        self._options = options
+        self._devices = tuple(devices)
+        self._hear = hear
+        self._lost = lost
         self._keepers: list[asyncio.Task[None]] = []
         self._failed_starts: dict[int, int] = {}
         self._first_ready: asyncio.Future[None] | None = None

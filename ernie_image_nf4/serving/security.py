@@ -17,6 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+API_KEY = "ERNIE_IMAGE_NF4_API_KEY"  # variable of the environment
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
