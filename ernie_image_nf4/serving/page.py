@@ -35,8 +35,11 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto 
 KEPT_PICTURES = 60  # in a gallery; older ones leave it
 SECONDS_OF_FILES = 24 * 3600  # after which a picture's file is removed, looked at every hour
 
-# Of all events: no limit on how many run, for the engine has its own, and nothing for Gradio's own API.
-LOCAL: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+# Of events that are over at once: answered by themselves, not through the stream that a draw needs for itself. A stream
+# that Gradio closes behind one event can take the messages of the next with it.
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Of draws: no limit on how many run, for the engine has its own
+DRAWN: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 Updates = dict[Any, Any]
 
@@ -153,8 +156,7 @@ def connect_form(parts: Parts) -> None:
             lambda chosen: [gr.update(visible=name in chosen) for name in names],
             parts.lora,
             parts.strengths,
-            queue=False,
-            **LOCAL,
+            **QUICK,
         )
 
 
@@ -199,9 +201,9 @@ def connect_drawing(parts: Parts, engine: Engine, folder: str) -> None:
     shown = [parts.status, parts.draw, parts.stop, parts.redraw, parts.empty, *_picture_parts(parts)]
     known, form = [parts.language, parts.paths], [*parts.form.values(), parts.lora, *parts.strengths]
     from_form = drawing(lambda paths, *values: form_request(parts, values))
-    parts.draw.click(from_form, [*known, *form], shown, **LOCAL)
-    parts.redraw.click(drawing(edited_request), [*known, parts.selected, parts.revised], shown, **LOCAL)
-    parts.stop.click(stop, queue=False, **LOCAL)
+    parts.draw.click(from_form, [*known, *form], shown, **DRAWN)
+    parts.redraw.click(drawing(edited_request), [*known, parts.selected, parts.revised], shown, **DRAWN)
+    parts.stop.click(stop, **QUICK)
 
 
 def form_request(parts: Parts, values: Sequence[Any]) -> DrawRequest:
@@ -282,10 +284,10 @@ def connect_pictures(parts: Parts, engine: Engine) -> None:
         return take(paths[selected], Path(paths[selected]).name, language)
 
     shown = [part for part in _picture_parts(parts) if part not in (parts.gallery, parts.paths)]
-    parts.gallery.select(look_at, [parts.language, parts.paths], shown, **LOCAL)
+    parts.gallery.select(look_at, [parts.language, parts.paths], shown, **QUICK)
     form = [parts.status, *parts.form.values(), parts.lora, *parts.strengths]
-    parts.read.upload(take_dropped, [parts.read, parts.language], [*form, parts.read], **LOCAL)
-    parts.reuse.click(take_selected, [parts.paths, parts.selected, parts.language], form, **LOCAL)
+    parts.read.upload(take_dropped, [parts.read, parts.language], [*form, parts.read], **QUICK)
+    parts.reuse.click(take_selected, [parts.paths, parts.selected, parts.language], form, **QUICK)
 
 
 def fill_form(parts: Parts, request: DrawRequest) -> Updates:
@@ -312,8 +314,8 @@ def connect_language(page: gr.Blocks, parts: Parts) -> None:
         return [language, *(gr.update(**properties) for properties in said)]
 
     shown = [parts.language, *worded]
-    page.load(say, parts.language, shown, js="window.ernie.language", **LOCAL)
-    parts.switch.click(say, parts.language, shown, js="window.ernie.otherLanguage", **LOCAL)
+    page.load(say, parts.language, shown, js="window.ernie.language", **QUICK)
+    parts.switch.click(say, parts.language, shown, js="window.ernie.otherLanguage", **QUICK)
 
 
 def translated_parts(page: gr.Blocks) -> dict[Any, dict[str, str]]:
