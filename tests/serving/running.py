@@ -71,10 +71,12 @@ def running_engine(loop: Loop, repository: Path, **options: Any) -> Iterator[Eng
 
 @contextmanager
 def serving(loop: Loop, engine: Engine, **options: Any) -> Iterator[str]:
-    """The engine's application at a free port of this machine: its address."""
+    """The engine's application at a free port of this machine: its address. Without a page unless it is asked for."""
     bound = bind("127.0.0.1", 0)
-    app = make_app(engine, page=False, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    app = make_app(engine, **{"page": False, **options})
+    # A page has a queue of its own to start. With it, the engine ends with the server.
+    lifespan: Any = "on" if options.get("page") else "off"
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan=lifespan))
     running = loop.start(server.serve([bound]))
     while not server.started:
         time.sleep(0.01)

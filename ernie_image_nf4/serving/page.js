@@ -1,0 +1,89 @@
+() => {
+  const SIZES = /* SIZES */ {};
+  const LANGUAGES = ["en", "zh"];
+
+  // What is remembered in this browser; without storage (private windows) nothing is
+  const recall = (key) => {
+    try { return localStorage.getItem(`ernie-image-${key}`); } catch { return null; }
+  };
+  const remember = (key, value) => {
+    try { localStorage.setItem(`ernie-image-${key}`, value); } catch { /* next time the browser's own again */ }
+    return value;
+  };
+  const speak = (language) => {
+    document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+    return language;
+  };
+
+  // What Gradio leaves to be said: which files its button is for, and what its group of shapes is called
+  const describe = () => {
+    document.querySelector("input[type=file]")?.setAttribute("accept", ".png,.jpg,.jpeg,.webp");
+    const shapes = document.querySelector("#shape");
+    const name = shapes?.querySelector("[data-testid=block-info]");
+    if (name) {
+      name.id = "shape-name";
+      shapes.setAttribute("aria-labelledby", name.id);
+    }
+  };
+
+  window.ernie = {
+    size: (shape, width, height) => SIZES[shape] ?? [width, height],
+    shape: (width, height) =>
+      Object.keys(SIZES).find((name) => SIZES[name][0] === width && SIZES[name][1] === height) ?? null,
+    roll: () => String(crypto.getRandomValues(new Uint32Array(1))[0]),
+    language: () => {
+      describe();
+      const chosen = recall("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+      return speak(LANGUAGES.includes(chosen) ? chosen : "en");
+    },
+    otherLanguage: (language) => speak(remember("language", language === "zh" ? "en" : "zh")),
+  };
+
+  // A picture is named by its prompt, for those who can't see it
+  new MutationObserver(() => {
+    const image = document.querySelector("#picture img");
+    const prompt = document.querySelector("#revised textarea")?.value;
+    if (image && prompt && image.alt !== prompt) image.alt = prompt;
+  }).observe(document.body, { childList: true, subtree: true });
+
+  // Light and dark: the system's, unless it was chosen here
+  const looks = recall("looks");
+  if (looks) document.body.classList.toggle("dark", looks === "dark");
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("#theme")) {
+      remember("looks", document.body.classList.toggle("dark") ? "dark" : "light");
+    }
+  });
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      document.querySelector("#draw")?.click();
+    }
+  });
+
+  // A file dropped anywhere goes the way of the button that reads settings
+  const bringsFiles = (event) => event.dataTransfer?.types.includes("Files");
+  const show = (held) => document.querySelector("#drop")?.classList.toggle("shown", held);
+  document.addEventListener("dragover", (event) => {
+    if (!bringsFiles(event)) return;
+    event.preventDefault();
+    show(true);
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) show(false);
+  });
+  document.addEventListener("drop", (event) => {
+    show(false);
+    if (!bringsFiles(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const [file] = event.dataTransfer.files;
+    const input = document.querySelector("input[type=file]");
+    if (!file || !input) return;
+    const one = new DataTransfer();
+    one.items.add(file);
+    input.files = one.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  }, true);
+}
