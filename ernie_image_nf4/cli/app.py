@@ -14,6 +14,7 @@ from .build import quantize, synthesize
 from .generate import generate
 from .inspect import info, verify
 from .measure import benchmark, evaluate
+from .options import CalibratingCommand
 
 COMMANDS = (generate, quantize, verify, synthesize, evaluate, benchmark, info)  # In the order of --help
 INTERRUPTED = 130  # Exit status of shells after Ctrl-C, 128 + SIGINT
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=CalibratingCommand if command is quantize else None)(command)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 from ..errors import DeviceUnavailable, DiskFull, InvalidSettings
-from ..generation.prompt_file import read_prompts
 from ..memory.placement import find_device
 from ..repository.components import METADATA, MODEL_INDEX
 from ..repository.metadata import ComponentRecord, Metadata, Recommended, Source, installed_versions, to_json
@@ -28,6 +27,7 @@ from ..repository.safetensors_io import file_bytes
 from ..repository.security import WEIGHTS
 from ..repository.upload import create_repository, upload
 from .calibration import calibrate_transformer
+from .calibration_prompts import CalibrationPrompts, find_prompts
 from .layer_selection import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
 from .model_card import CARD, LICENSE, describe_source, license_file, model_card
 from .resumable_output import ResumableOutput, folder_records, resumable_output
@@ -59,7 +59,7 @@ class Conversion:
     keep: list[str]
     device: torch.device
     scale_search: bool
-    prompts: list[str]
+    prompts: CalibrationPrompts
     recommended: Recommended
 
 
@@ -71,7 +71,7 @@ def quantize(
     scale_search: bool = True,
     keep: Sequence[str] = (),
     default_keep: bool = True,
-    calibrate: str | Path | Sequence[str] | None = None,
+    calibrate: bool | str | Path | Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -93,9 +93,9 @@ def quantize(
         keep: Globs over the full names of linear layers, the component first: ``"transformer.final_linear"``,
             ``"*.self_attention.to_out.0"``. Matching layers, and all below a matching module, keep their precision.
         default_keep: Whether the layers of `layer_selection.DEFAULT_KEEP` keep their precision as well.
-        calibrate: Prompt file, as for `read_prompts`, or prompts: the original draws them, and the transformer's codes
-            are rounded for what its layers need then (see `calibration`). This takes the memory of drawing with the
-            original while components are offloaded. A few dozen prompts, of all kinds that matter, are enough.
+        calibrate: Prompt file, as for `read_prompts`, or prompts, or True for 64 that come with the package: the
+            original draws them, and the transformer's codes are rounded for what its layers need then (see
+            `calibration`). A few dozen prompts, of all kinds that matter, are enough.
         revision: Branch, tag or commit of a Hub source.
         token: Hub token, or True for the stored one.
         push_to_hub: Hub id to upload the result to.
@@ -119,7 +119,7 @@ def quantize(
         DeviceUnavailable: There is no such device, or its memory is too small.
     """
     output = Path(output)
-    prompts = _calibration_prompts(calibrate, scale_search)
+    prompts = find_prompts(calibrate, scale_search)
     target = find_device(device)
     folder = find_repository(source, revision=revision, token=token)
     if output.resolve().is_relative_to(folder.resolve()):
@@ -146,18 +146,6 @@ def quantize(
 # Before a weight is read
 
 
-def _calibration_prompts(calibrate: str | Path | Sequence[str] | None, scale_search: bool) -> list[str]:
-    """The prompts to calibrate with, none without calibration."""
-    if calibrate is None:
-        return []
-    if not scale_search:
-        raise InvalidSettings("Calibration starts from searched scales: leave the scale search on, or don't calibrate.")
-    prompts = [row.prompt for row in read_prompts(calibrate)] if isinstance(calibrate, str | Path) else list(calibrate)
-    if not prompts:
-        raise InvalidSettings("There are no prompts to calibrate with: name some, of every kind that matters.")
-    return prompts
-
-
 def _check_patterns(keep: Sequence[str], plans: dict[str, WeightPlan]) -> None:
     kept = [f"{component}.{module}" for component, plan in plans.items() for module in plan.kept_modules]
     for pattern in keep:
@@ -175,7 +163,7 @@ def _recommended(repository: Repository) -> Recommended:
 
 def _job(conversion: Conversion) -> dict[str, Any]:
     """Everything that shapes the components: an unfinished output is only continued if all of it is the same."""
-    source, prompts = conversion.source, conversion.prompts
+    source, prompts = conversion.source, conversion.prompts.texts
     folders = [part.folder for part in source.components.values()]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     stats = [(path.relative_to(source.folder).as_posix(), path.stat()) for path in files]
@@ -238,11 +226,11 @@ def _write_component(work: Path, conversion: Conversion, part: StoredComponent, 
         return None
     save_configs(plan.model, work)
     calibrated = {}
-    if conversion.prompts and component.streamed:
+    if conversion.prompts.texts and component.streamed:
         calibrated = calibrate_transformer(
             conversion.source,
             plan,
-            conversion.prompts,
+            conversion.prompts.texts,
             conversion.recommended,
             device=conversion.device,
             progress=not bar.disable,
@@ -288,11 +276,16 @@ def _output_bytes(part: StoredComponent, plan: WeightPlan | None) -> int:
 
 
 def _metadata(made: ResumableOutput, conversion: Conversion, name: str, source: Source) -> Metadata:
-    scale_search, prompts = conversion.scale_search, len(conversion.prompts)
+    quantization = replace(
+        QUANTIZATION,
+        scale_search=conversion.scale_search,
+        calibration_prompts=len(conversion.prompts.texts),
+        calibration_source=conversion.prompts.source,
+    )
     return Metadata(
         name=name,
         source=source,
-        quantization=replace(QUANTIZATION, scale_search=scale_search, calibration_prompts=prompts),
+        quantization=quantization,
         components={name: made.records[name] for name in conversion.source.components},
         recommended=conversion.recommended,
         versions=installed_versions(),

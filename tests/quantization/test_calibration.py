@@ -17,7 +17,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import diffusers_nf4_on_cpus, skeleton, stored
+from conftest import CHECKOUT, diffusers_nf4_on_cpus, skeleton, stored
 from diffusers import ErnieImageTransformer2DModel
 from safetensors.torch import load_file
 
@@ -27,8 +27,10 @@ from ernie_image_nf4.loading.from_pretrained import DTYPE_ARGUMENT
 from ernie_image_nf4.quantization import calibration_data
 from ernie_image_nf4.quantization.calibration import LayerRounding, calibrate_transformer, round_layers
 from ernie_image_nf4.quantization.calibration_data import Sample, conditions, record_samples
+from ernie_image_nf4.quantization.calibration_prompts import BUILT_IN, find_prompts
 from ernie_image_nf4.quantization.convert import quantize
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights
+from ernie_image_nf4.quantization.model_card import model_card
 from ernie_image_nf4.repository.components import COMPONENT
 from ernie_image_nf4.repository.metadata import Recommended, read_metadata
 from ernie_image_nf4.repository.nf4_format import QUANT_STATE, stored_specs
@@ -170,9 +172,43 @@ def test_a_run_of_the_command_line_gives_the_same_bytes(
     output = tmp_path / "output"
     options = ("--device", "cpu", "--calibrate", tmp_path / "prompts.txt", "--quiet")
     assert command("quantize", original, output, *options).code == 0
+    assert read_metadata(output).quantization.calibration_source == "prompts.txt"
     expected = quantize(original, tmp_path / "expected", device="cpu", calibrate=PROMPTS, progress=False)
     file = Path("transformer", TRANSFORMER.weights)
     assert filecmp.cmp(output / file, expected / file, shallow=False)
+
+
+def test_prompts_are_built_in() -> None:
+    prompts = find_prompts(True, scale_search=True)
+    assert prompts.source == BUILT_IN
+    assert len(prompts.texts) == len(set(prompts.texts)) == 64
+    assert sum(any("\u4e00" <= character <= "\u9fff" for character in text) for text in prompts.texts) == 32
+    assert max(map(len, prompts.texts)) < 200  # far from what a tokenizer cuts off
+
+
+def test_the_command_takes_them_without_a_file(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
+) -> None:
+    """Wherever the option stands, but before an argument, which it would take for its file."""
+    taken = []
+    convert = importlib.import_module("ernie_image_nf4.quantization.convert")
+    monkeypatch.setattr(convert, "quantize", lambda *_, calibrate, **__: taken.append(calibrate))
+    for arguments in (("--calibrate",), ("--calibrate", "--quiet"), ("--calibrate", "-")):
+        assert command("quantize", original, tmp_path / "output", *arguments).code == 0
+    assert taken == [True, True, "-"]
+    assert command("quantize", "--calibrate", original, tmp_path / "output").code != 0
+
+
+def test_metadata_and_card_say_which_prompts(original: Path, repository: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(repository)
+    for source, text in (
+        (BUILT_IN, "while 64 prompts (`ernie_image_nf4/quantization/calibration_prompts.txt`) are drawn"),
+        ("mine.txt", "while 64 prompts of `mine.txt` are drawn"),
+        (None, "while 64 prompts are drawn"),
+    ):
+        quantization = replace(metadata.quantization, calibration_prompts=64, calibration_source=source)
+        assert text in model_card(replace(metadata, quantization=quantization))
+    assert (CHECKOUT / "ernie_image_nf4" / "quantization" / "calibration_prompts.txt").is_file()
 
 
 def test_prompts_that_cannot_be_used(original: Path, tmp_path: Path, command: Callable[..., object]) -> None:
