@@ -31,7 +31,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="[PROMPTS]",
-            help="Round the transformer for what pictures need: of the prompts in a file, as for generate, or of 64 that "
+            help="Round the transformer for what pictures need: of a file of prompts, as for generate, or of 64 that "
             "are built in.",
         ),
     ] = None,

@@ -1,6 +1,7 @@
 """`quantize`: an original-precision ERNIE-Image repository becomes an NF4 repository, streamed one tensor at a time.
 
-Memory holds a few tensors. Killed at any moment it leaves whole components, or nothing, and goes on from there.
+Memory holds a few tensors. Killed at any moment it leaves whole components, or nothing, and goes on from there; of a
+calibration it leaves each block.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from ..repository.components import METADATA, MODEL_INDEX
 from ..repository.metadata import ComponentRecord, Metadata, Recommended, Source, installed_versions, to_json
 from ..repository.record import Repository, StoredComponent, open_repository
 from ..repository.resolve import CONFIG_PATTERNS, find_repository
-from ..repository.safetensors_io import file_bytes
+from ..repository.safetensors_io import StoredTensor, file_bytes
 from ..repository.security import WEIGHTS
 from ..repository.upload import create_repository, upload
-from .calibration import calibrate_transformer
+from .calibration import Calibration, calibrate_transformer, plan_calibration
 from .calibration_prompts import CalibrationPrompts, find_prompts
 from .layer_selection import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
 from .model_card import CARD, LICENSE, describe_source, license_file, model_card
@@ -197,7 +198,12 @@ def _write_components(made: ResumableOutput, conversion: Conversion, progress: b
     """Write all components that aren't finished, after checking that the disk has room for them."""
     parts, plans = conversion.source.components, conversion.plans
     missing = [part for name, part in parts.items() if not made.is_finished(name)]
-    _check_space(made.output, sum(_output_bytes(part, plans.get(part.name)) for part in missing))
+    needed = sum(_output_bytes(part, plans.get(part.name)) for part in missing)
+    calibrated: dict[str, StoredTensor] = {}
+    if calibration := _calibration(conversion, missing):
+        _check_space(made.output, needed + calibration.disk_bytes - made.checkpoints.bytes)
+        calibrated = calibrate_transformer(calibration, made.checkpoints, progress=progress)
+    _check_space(made.output, needed)
     sizes = {name: _read_bytes(part, plans.get(name)) for name, part in parts.items()}
     total, left = sum(sizes.values()), sum(sizes[part.name] for part in missing)
     with (
@@ -209,14 +215,25 @@ def _write_components(made: ResumableOutput, conversion: Conversion, progress: b
         finishing = []
         for part in missing:
             bar.set_postfix_str(part.name)
-            error = _write_component(made.work / part.name, conversion, part, bar)
+            error = _write_component(made.work / part.name, conversion, part, calibrated, bar)
             # The next component doesn't wait for this one's digests.
             finishing.append(finisher.submit(_finish, made, conversion, part, error))
         for finished in finishing:
             finished.result()
 
 
-def _write_component(work: Path, conversion: Conversion, part: StoredComponent, bar: tqdm) -> float | None:
+def _calibration(conversion: Conversion, missing: Sequence[StoredComponent]) -> Calibration | None:
+    """How to calibrate, if that is asked for and not done yet."""
+    part = next((part for part in missing if part.component.streamed), None)
+    if part is None or not conversion.prompts.texts:
+        return None
+    plan, texts = conversion.plans[part.name], conversion.prompts.texts
+    return plan_calibration(conversion.source, plan, texts, conversion.recommended, conversion.device)
+
+
+def _write_component(
+    work: Path, conversion: Conversion, part: StoredComponent, calibrated: dict[str, StoredTensor], bar: tqdm
+) -> float | None:
     """Write one component to its work folder. Returns its relative weight error if it is quantized."""
     plan, component = conversion.plans.get(part.name), part.component
     work.mkdir()
@@ -225,17 +242,8 @@ def _write_component(work: Path, conversion: Conversion, part: StoredComponent, 
         copy_component(part, configs, work, bar)
         return None
     save_configs(plan.model, work)
-    calibrated = {}
-    if conversion.prompts.texts and component.streamed:
-        calibrated = calibrate_transformer(
-            conversion.source,
-            plan,
-            conversion.prompts.texts,
-            conversion.recommended,
-            device=conversion.device,
-            progress=not bar.disable,
-        )
-    return write_quantized(plan, work / component.weights, conversion.device, conversion.scale_search, calibrated, bar)
+    found = calibrated if component.streamed else {}
+    return write_quantized(plan, work / component.weights, conversion.device, conversion.scale_search, found, bar)
 
 
 def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent, error: float | None) -> None:
@@ -251,6 +259,8 @@ def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent
         relative_weight_error=error,
     )
     made.finish(part.name, record)
+    if part.component.streamed:
+        made.checkpoints.discard()
 
 
 def _check_space(output: Path, needed: int) -> None:
