@@ -14,6 +14,7 @@ from .build import quantize, synthesize
 from .generate import generate
 from .inspect import info, verify
 from .measure import benchmark, evaluate
+from .options import CalibratingCommand
 from .serve import serve
 
 COMMANDS = (generate, quantize, verify, synthesize, evaluate, benchmark, info, serve)  # In the order of --help
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=CalibratingCommand if command is quantize else None)(command)
 
 
 def main() -> None:

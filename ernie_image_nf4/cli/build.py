@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import QuietOption
+from .options import BUILT_IN, QuietOption
 
 # The presets of `quantization.synthetic`, which imports torch; a test compares them.
 Preset = Literal["full", "turbo", "tiny"]
@@ -28,9 +28,11 @@ def quantize(
         bool, typer.Option(help="Keep the few layers unquantized that pictures depend on most.")
     ] = True,
     calibrate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="PROMPTS", help="Prompt file, as for generate: round the transformer for what these prompts need."
+            metavar="[PROMPTS]",
+            help="Round the transformer for what pictures need: of a file of prompts, as for generate, or of 64 that "
+            "are built in.",
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
@@ -38,9 +40,10 @@ def quantize(
     quiet: QuietOption = False,
 ) -> None:
     """Make an NF4 repository from an original one."""
-    from ..generation.prompt_file import read_prompts
+    from ..generation.prompt_file import STANDARD_INPUT, read_prompts
 
-    prompts = [row.prompt for row in read_prompts(calibrate)] if calibrate else None
+    if calibrate not in (None, BUILT_IN, STANDARD_INPUT):
+        read_prompts(calibrate)  # its mistakes are told before torch is imported
     from ..quantization.convert import quantize
 
     folder = quantize(
@@ -50,7 +53,7 @@ def quantize(
         scale_search=scale_search,
         keep=tuple(keep or ()),
         default_keep=default_keep,
-        calibrate=prompts,
+        calibrate=True if calibrate == BUILT_IN else calibrate,
         revision=revision,
         push_to_hub=push_to_hub,
         progress=not quiet,

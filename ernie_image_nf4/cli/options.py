@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 # Spelled out here because the modules that know them import torch, which ``--help`` does without; a test compares them.
 Memory = Literal["auto", "resident", "offload", "stream"]
@@ -55,3 +56,18 @@ OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Take what the Hub cache holds, without any network call.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+CALIBRATE, BUILT_IN = "--calibrate", "built-in"
+
+
+class CalibratingCommand(TyperCommand):
+    """A command whose option ``--calibrate`` may stand without a value, which typer has no way to say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click's, after writing out the value of an option ``--calibrate`` that no file follows."""
+        written: list[str] = []
+        for argument, following in zip(args, [*args[1:], None], strict=True):
+            written.append(argument)
+            if argument == CALIBRATE and (following is None or (following.startswith("-") and following != "-")):
+                written.append(BUILT_IN)
+        return super().parse_args(ctx, written)

@@ -2,338 +2,313 @@
 
 A few prompts are drawn with the original (`calibration_data`). They give each linear layer's inputs in the original, x,
 and how much the prediction depends on each token of its output, the sensitivity g. The layer's inputs y in the
-quantized model are found block by block, each block after the blocks before it are quantized. An error of the weight W
-costs the squares of (W x - Q y) g, for which `gptq` rounds it.
+quantized model are found block by block, each block after the blocks before it are quantized (`block_rounding`). An
+error of the weight W costs the squares of (W x - Q y) g, for which `gptq` rounds it.
 
 The text encoder isn't calibrated: its share of the error of pictures is small.
 
-On the device are one block of the original, the same block quantized, and the sums over x and y of a few layers. The
-inputs of blocks wait in host memory.
+The original is never on the device as a whole (`streamed_original`). Whatever took long is kept at once, so that a run
+that was killed goes on from there: embeddings of the texts, each step of the pictures, sensitivities, each block. All
+of it is the same in every run on a machine, and so is what a run that goes on makes of it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from diffusers import ErnieImageTransformer2DModel
-from torch import nn
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
-from ..repository.meta_model import meta_model
+from ..loading.text_encoder import count_tokens, encode_texts
+from ..memory.placement import find_dtype
+from ..repository.components import PIXELS_PER_PATCH
 from ..repository.metadata import Recommended
-from ..repository.nf4_format import NF4Weight
+from ..repository.nf4_format import stored_specs
 from ..repository.record import Repository, StoredComponent
-from ..repository.safetensors_io import read_tensor
-from .calibration_data import Sample, conditions, record_samples
-from .gptq import PERCDAMP, round_weight
-from .layer_selection import WeightPlan
-from .scale_search import quantize_nf4
-
-TIMESTEPS = 201  # from 0 to 1000, for the layers whose input is the timestep alone
-# For these layers: inputs that depend on a single number leave little to fit and nothing to overfit.
-TIMESTEP_PERCDAMP = 1e-4
-# The layers of a block in the order of rounding; those of a stage get the same input.
-STAGES = (
-    ("self_attention.to_q", "self_attention.to_k", "self_attention.to_v"),
-    ("self_attention.to_out.0",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.linear_fc2",),
+from ..repository.safetensors_io import DTYPES, StoredTensor, find_tensors
+from .block_rounding import AFTER, BEFORE, ROUNDING, block_name, round_layers
+from .calibration_data import (
+    BACKWARD,
+    Drawing,
+    Sample,
+    draw_step,
+    find_sensitivities,
+    first_latents,
+    layer_names,
+    picture_size,
+    plan_drawings,
+    schedule,
 )
+from .calibration_needs import Shapes, chunk_samples, disk_needs, find_segment, find_shapes, tokens_on_host
+from .layer_selection import WeightPlan
+from .resumable_output import Checkpoints
+from .streamed_original import HostMemory, StreamedOriginal
+
+TEXTS = "texts"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
-@torch.no_grad()
-def calibrate_transformer(
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration, decided before a weight is read.
+
+    Attributes:
+        source: The original repository.
+        plan: What becomes of the transformer.
+        prompts: What to draw.
+        settings: Size (at most 512 pixels a side are drawn), steps and guidance scale that the model is for.
+        device: Where to compute.
+        dtype: Of the computation.
+        drawings: Which steps of each prompt's picture are taken.
+        shapes: What the needs depend on.
+        segment: Blocks of which gradients are found at once.
+    """
+
+    source: Repository
+    plan: WeightPlan
+    prompts: Sequence[str]
+    settings: Recommended
+    device: torch.device
+    dtype: torch.dtype
+    drawings: list[Drawing]
+    shapes: Shapes
+    segment: int
+
+    @property
+    def transformer(self) -> StoredComponent:
+        return self.source.components["transformer"]
+
+    @property
+    def guided(self) -> bool:
+        return self.settings.guidance_scale > 1
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the checkpoints."""
+        specs = [self.plan.tensors[name].spec for name in self.plan.quantized]
+        parts = [stored_specs(spec.shape, DTYPES[spec.dtype]) for spec in specs]
+        quantized = sum(each.bytes for part in parts for each in part.values())
+        height, width = picture_size(self.settings)
+        latents = self.transformer.config["in_channels"] * height * width // PIXELS_PER_PATCH**2 * self.dtype.itemsize
+        steps = max(len(drawing.steps) for drawing in self.drawings)
+        return disk_needs(self.shapes, quantized, steps * len(self.prompts) * latents)
+
+
+def plan_calibration(
     source: Repository,
     plan: WeightPlan,
     prompts: Sequence[str],
     settings: Recommended,
-    *,
     device: torch.device,
-    progress: bool = True,
-) -> dict[str, NF4Weight]:
-    """NF4 of the transformer's linear layers, rounded for what a few prompts need.
+    dtype: torch.dtype | None = None,
+) -> Calibration:
+    """Decide how to calibrate, and whether the machine has the memory for it.
 
     Args:
         source: The original repository.
-        plan: What becomes of the transformer.
-        prompts: What to draw, eight or more: those unlike each other calibrate best.
-        settings: Size (at most 512 pixels a side are drawn), steps and guidance scale that the model is for.
+        plan: What becomes of its transformer.
+        prompts: What to draw.
+        settings: Size, steps and guidance scale that the model is for.
         device: Where to compute.
-        progress: Whether to show progress bars.
-
-    Returns:
-        Name of a weight in `plan` -> codes and quantization state, on the CPU. The scale search alone chooses the codes
-        of layers whose rows aren't whole blocks, or on which no picture depends.
+        dtype: Of the computation; None for what suits the device.
 
     Raises:
-        torch.OutOfMemoryError: The device is too small to draw with the original.
+        DeviceUnavailable: It hasn't.
     """
-    samples = record_samples(source, prompts, settings, device, progress)
-    return round_layers(_transformer(source), plan, samples, device, progress)
-
-
-def _transformer(source: Repository) -> StoredComponent:
-    return next(part for part in source.components.values() if part.component.streamed)
-
-
-@torch.no_grad()
-def round_layers(
-    part: StoredComponent,
-    plan: WeightPlan,
-    samples: Sequence[Sample],
-    device: torch.device,
-    progress: bool = True,
-) -> dict[str, NF4Weight]:
-    """Round every layer that `plan` quantizes, each given what the layers before it have become."""
-    dtype = samples[0].latents.dtype
-    rounding = LayerRounding(plan, device, dtype)
-    model: ErnieImageTransformer2DModel = meta_model(part.component, part.settings)
-    blocks, model.layers = model.layers, nn.ModuleList()
-    rounding.read_weights(model, "")
-    original = copy.deepcopy(model)
-    with tqdm(total=len(blocks) + 1, desc="calibrate", unit="block", disable=not progress) as bar:
-        exact = [embed(original, sample, device, dtype) for sample in samples]
-        _round_condition_layers(rounding, original, model, samples)
-        quantized = [embed(model, sample, device, dtype) for sample in samples]
-        bar.update()
-        for number in range(len(blocks)):
-            _round_block(rounding, blocks[number], f"layers.{number}.", exact, quantized, samples)
-            blocks[number] = nn.Identity()  # frees the block
-            bar.update()
-    _round_final_linear(rounding, original, model, exact, quantized, samples)
-    return rounding.rounded
-
-
-class LayerRounding:
-    """Reads original weights of the transformer, and replaces those of single layers by their NF4.
-
-    Attributes:
-        plan: What becomes of the transformer.
-        device: Where to compute.
-        dtype: Of the computation.
-        rounded: Name of a weight -> its NF4, on the CPU.
-    """
-
-    def __init__(self, plan: WeightPlan, device: torch.device, dtype: torch.dtype) -> None:
-        self.plan, self.device, self.dtype = plan, device, dtype
-        self.rounded: dict[str, NF4Weight] = {}
-
-    def read_weights(self, module: nn.Module, prefix: str) -> nn.Module:
-        """Give a module without storage the original's weights. Their names begin with `prefix`."""
-        for name in dict(module.named_parameters()):
-            owner = module.get_submodule(name.rpartition(".")[0])
-            value = read_tensor(self.plan.tensors[prefix + name]).to(self.device, self.dtype)
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-        return module
-
-    def round_layer(
-        self,
-        owner: nn.Module,
-        prefix: str,
-        name: str,
-        hessian: torch.Tensor,
-        cross: torch.Tensor,
-        percdamp: float = PERCDAMP,
-    ) -> None:
-        """Replace the weight of layer `name` in `owner` by what its NF4 is read as, and keep the NF4."""
-        key = f"{prefix}{name}.weight"
-        weight = read_tensor(self.plan.tensors[key]).to(self.device)
-        made = round_weight(weight, hessian, cross, percdamp=percdamp) or quantize_nf4(weight)
-        owner.get_parameter(f"{name}.weight").data = dequantize_4bit(*made).to(self.dtype)
-        self.rounded[key] = move_weight(made, "cpu")
-
-
-def move_weight(weight: NF4Weight, device: torch.device | str) -> NF4Weight:
-    """Codes and quantization state on another device; the state itself is changed."""
-    packed, state = weight
-    state.to(device)
-    return packed.to(device), state
-
-
-# The layers before the blocks
-
-
-def _round_condition_layers(
-    rounding: LayerRounding,
-    original: ErnieImageTransformer2DModel,
-    model: ErnieImageTransformer2DModel,
-    samples: Sequence[Sample],
-) -> None:
-    """Round the projection of the text, and the layers that see the timestep alone."""
-    for name, x, quantized_input in _condition_layers(original, model, samples, rounding.device, rounding.dtype):
-        if f"{name}.weight" in rounding.plan.quantized:
-            x, y = x.flatten(0, -2).double(), quantized_input().flatten(0, -2).double()
-            percdamp = PERCDAMP if name == "text_proj" else TIMESTEP_PERCDAMP
-            rounding.round_layer(model, "", name, y.T @ y, x.T @ y, percdamp)
-
-
-def _condition_layers(
-    original: ErnieImageTransformer2DModel,
-    model: ErnieImageTransformer2DModel,
-    samples: Sequence[Sample],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]]:
-    """Each linear layer before the blocks: name, input in the original, and a function for that in the quantized model.
-
-    All inputs but the text are functions of the timestep, and taken at `TIMESTEPS` of them beside the samples'.
-    """
-    steps = torch.tensor([sample.timestep for sample in samples])
-    timesteps = torch.cat([steps, torch.linspace(0, 1000, TIMESTEPS)]).to(device, dtype)
-    waves = model.time_proj(timesteps).to(dtype)
-    texts = torch.cat([sample.text for sample in samples]).to(device, dtype)
-
-    def hidden(of: ErnieImageTransformer2DModel) -> torch.Tensor:
-        return of.time_embedding.act(of.time_embedding.linear_1(waves))
-
-    def condition(of: ErnieImageTransformer2DModel) -> torch.Tensor:
-        return of.time_embedding.linear_2(hidden(of))
-
-    def activated(of: ErnieImageTransformer2DModel) -> torch.Tensor:
-        return of.adaLN_modulation[0](condition(of))
-
-    yield "text_proj", texts, lambda: texts
-    yield "time_embedding.linear_1", waves, lambda: waves
-    yield "time_embedding.linear_2", hidden(original), lambda: hidden(model)
-    yield "adaLN_modulation.1", activated(original), lambda: activated(model)
-    yield "final_norm.linear", condition(original), lambda: condition(model)
-
-
-# Block by block
-
-
-@dataclass
-class BlockInput:
-    """What goes into a block for one sample. It waits in host memory.
-
-    Attributes:
-        tokens: (image and text tokens, 1, hidden_size).
-        rotary: Rotary embedding of the tokens' positions.
-        modulation: Shift, scale and gate of attention and of feed-forward, six of (1, 1, hidden_size).
-        condition: Embedding of the timestep, (1, hidden_size).
-    """
-
-    tokens: torch.Tensor
-    rotary: torch.Tensor
-    modulation: tuple[torch.Tensor, ...]
-    condition: torch.Tensor
-
-
-def embed(model: ErnieImageTransformer2DModel, sample: Sample, device: torch.device, dtype: torch.dtype) -> BlockInput:
-    """The input of the first block, found with a model that has no blocks."""
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        model.final_norm.register_forward_pre_hook(lambda _, given: seen.update(tokens=given[0], condition=given[1])),
-        model.pos_embed.register_forward_hook(lambda _, given, output: seen.update(rotary=output)),
-        model.adaLN_modulation.register_forward_hook(lambda _, given, output: seen.update(modulation=output)),
+    dtype = find_dtype(dtype, device, scaled=False)
+    guided = settings.guidance_scale > 1
+    drawings = plan_drawings(len(prompts), settings.num_inference_steps, guided)
+    counts, empty = count_tokens(source, prompts), count_tokens(source, [""])
+    texts = [
+        tokens
+        for count, drawing in zip(counts, drawings, strict=True)
+        for _ in drawing.recorded
+        for tokens in (*(empty if guided else ()), count)
     ]
-    try:
-        model(sample.latents.to(device, dtype), *conditions(sample, device, dtype), return_dict=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    modulation = tuple(part[None].cpu() for part in seen["modulation"].chunk(6, dim=-1))
-    return BlockInput(seen["tokens"].cpu(), seen["rotary"].cpu(), modulation, seen["condition"].cpu())
+    height, width = picture_size(settings)
+    rows = len(prompts) * (2 if guided else 1)
+    shapes = find_shapes(source, dtype, height * width // PIXELS_PER_PATCH**2, texts, rows)
+    segment = find_segment(shapes, device)
+    return Calibration(source, plan, prompts, settings, device, dtype, drawings, shapes, segment)
 
 
-def _round_block(
-    rounding: LayerRounding,
-    block: nn.Module,
-    prefix: str,
-    exact: Sequence[BlockInput],
-    quantized: Sequence[BlockInput],
+def calibrate_transformer(
+    calibration: Calibration, kept: Checkpoints, *, progress: bool = True
+) -> dict[str, StoredTensor]:
+    """NF4 of the transformer's linear layers, rounded for what a few prompts need.
+
+    Args:
+        calibration: As of `plan_calibration`.
+        kept: Where what is found is kept, and what an earlier run of the same calibration found.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Name of a tensor -> where it is, those that the NF4 of each layer is stored as. The scale search alone chooses
+        the codes of layers whose rows aren't whole blocks, or on which no picture depends.
+
+    Raises:
+        torch.OutOfMemoryError: The device is too small all the same.
+        DiskFull: The disk is.
+    """
+    blocks = calibration.shapes.blocks
+    files = [BEFORE, *map(block_name, range(blocks)), AFTER]
+    if not all(map(kept.is_kept, files)):
+        with _bar(calibration, progress) as bar:
+            texts = find_texts(calibration, kept, bar)
+            original, memory = open_original(calibration)
+            samples = find_samples(calibration, original, texts, kept, memory, bar)
+            bar.set_postfix_str("rounding")
+            round_layers(original, calibration.plan, samples, kept, memory, bar.update)
+        del original, memory, samples
+        clear_device_cache(garbage_collection=True)
+    return find_tensors(map(kept.file, files))
+
+
+def open_original(calibration: Calibration) -> tuple[StreamedOriginal, HostMemory]:
+    """The original's transformer without its blocks on the device, and host memory for its tokens."""
+    part, device = calibration.transformer, calibration.device
+    original = StreamedOriginal(part, calibration.plan.tensors, device, calibration.dtype)
+    return original, HostMemory(tokens_on_host(calibration.shapes, calibration.segment), device)
+
+
+def find_samples(
+    calibration: Calibration,
+    original: StreamedOriginal,
+    texts: Sequence[Sequence[torch.Tensor]],
+    kept: Checkpoints,
+    memory: HostMemory,
+    bar: tqdm,
+) -> list[Sample]:
+    """Draw all prompts, and find the sensitivities of the predictions that were asked for."""
+    samples = _draw(calibration, original, texts, kept, memory, bar)
+    _add_sensitivities(calibration, original, samples, kept, memory, bar)
+    return samples
+
+
+@contextmanager
+def _bar(calibration: Calibration, progress: bool) -> Iterator[tqdm]:
+    """A progress bar over the time of all phases, in passes of a sample through a block."""
+    shapes, guided = calibration.shapes, 2 if calibration.guided else 1
+    drawn = sum(guided * (len(drawing.steps) - 1) for drawing in calibration.drawings)
+    total = shapes.blocks * (drawn + (1 + BACKWARD + ROUNDING) * len(shapes.tokens))
+    with tqdm(total=total, desc="calibrate", bar_format=BAR, disable=not progress) as bar:
+        yield bar
+
+
+def _keep_or_find(
+    kept: Checkpoints, name: str, make: Callable[[], dict[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors of a checkpoint, made if there is none, and whether there was one."""
+    found = kept.find(name)
+    if found is not None:
+        return found, True
+    made = make()
+    kept.keep(name, made)
+    return made, False
+
+
+def find_texts(calibration: Calibration, kept: Checkpoints, bar: tqdm) -> list[list[torch.Tensor]]:
+    """For each prompt the texts of a step: the prompt's embedding, after that of the empty one with guidance."""
+    bar.set_postfix_str("texts")
+    wanted = ["", *calibration.prompts] if calibration.guided else list(calibration.prompts)
+
+    def encode() -> dict[str, torch.Tensor]:
+        found = encode_texts(calibration.source, wanted, calibration.device, calibration.dtype)
+        clear_device_cache(garbage_collection=True)
+        return {str(number): text for number, text in enumerate(found)}
+
+    found, _ = _keep_or_find(kept, TEXTS, encode)
+    texts = [found[str(number)] for number in range(len(wanted))]
+    return [[texts[0], text] for text in texts[1:]] if calibration.guided else [[text] for text in texts]
+
+
+def _draw(
+    calibration: Calibration,
+    original: StreamedOriginal,
+    texts: Sequence[Sequence[torch.Tensor]],
+    kept: Checkpoints,
+    memory: HostMemory,
+    bar: tqdm,
+) -> list[Sample]:
+    """Draw all prompts, step by step. The samples are those of the first prompt, of the second, and so on."""
+    bar.set_postfix_str("drawing")
+    settings, drawings = calibration.settings, calibration.drawings
+    config = calibration.source.components["scheduler"].config
+    timesteps, sigmas = schedule(config, settings.num_inference_steps)
+    rounded = torch.tensor(timesteps, dtype=calibration.dtype).tolist()  # as the transformer gets them
+    channels, count = original.model.config.in_channels, len(drawings)
+    latents = [first_latents(channels, settings, seed, calibration.dtype) for seed in range(count)]
+    weights = (1 - settings.guidance_scale, settings.guidance_scale) if calibration.guided else (1.0,)
+    samples: list[list[Sample]] = [[] for _ in drawings]
+    for place in range(max(len(drawing.steps) for drawing in drawings)):
+        steps = [drawing.steps[min(place, len(drawing.steps) - 1)] for drawing in drawings]
+        for number, drawing in enumerate(drawings):
+            if place < len(drawing.steps) and steps[number] in drawing.recorded:
+                for text, weight in zip(texts[number], weights, strict=True):
+                    samples[number].append(Sample(latents[number], rounded[steps[number]], text, weight, {}))
+        # The prediction of the last recorded step isn't needed.
+        moves = [
+            (sigmas[drawing.steps[place]], sigmas[drawing.steps[place + 1]]) if place + 1 < len(drawing.steps) else None
+            for drawing in drawings
+        ]
+        if any(moves):
+            given = [rounded[step] for step in steps]
+            latents = _draw_step(calibration, original, place, latents, texts, moves, given, kept, memory, bar)
+    return [sample for of_prompt in samples for sample in of_prompt]
+
+
+def _draw_step(
+    calibration: Calibration,
+    original: StreamedOriginal,
+    place: int,
+    latents: list[torch.Tensor],
+    texts: Sequence[Sequence[torch.Tensor]],
+    moves: Sequence[tuple[float, float] | None],
+    timesteps: Sequence[float],
+    kept: Checkpoints,
+    memory: HostMemory,
+    bar: tqdm,
+) -> list[torch.Tensor]:
+    """The latents after the step of this place, kept or found."""
+
+    def draw() -> dict[str, torch.Tensor]:
+        guidance = calibration.settings.guidance_scale
+        return {
+            "latents": torch.cat(draw_step(original, latents, texts, moves, timesteps, guidance, memory, bar.update))
+        }
+
+    found, before = _keep_or_find(kept, f"drawing-{place:02d}", draw)
+    if before:
+        rows = sum(len(of_picture) for of_picture, move in zip(texts, moves, strict=True) if move)
+        bar.update(rows * calibration.shapes.blocks)
+    return list(found["latents"].split(1))
+
+
+def _add_sensitivities(
+    calibration: Calibration,
+    original: StreamedOriginal,
     samples: Sequence[Sample],
+    kept: Checkpoints,
+    memory: HostMemory,
+    bar: tqdm,
 ) -> None:
-    """Round the layers of one block, and take all inputs, the original's and the quantized model's, through it."""
-    original = rounding.read_weights(block, prefix)
-    block = copy.deepcopy(original)
-    for stage in STAGES:
-        names = [name for name in stage if f"{prefix}{name}.weight" in rounding.plan.quantized]
-        sums = _layer_sums(original, block, stage[0], names, prefix, exact, quantized, samples)
-        for name in names:
-            rounding.round_layer(block, prefix, name, *sums[name])
-    for module, inputs in ((original, exact), (block, quantized)):
-        for each in inputs:
-            each.tokens = _run(module, each).cpu()
+    """Find the sensitivities of all samples, as many at once as their tokens have room for."""
+    bar.set_postfix_str("sensitivities")
+    segment, blocks = calibration.segment, calibration.shapes.blocks
+    chunk = chunk_samples(calibration.shapes, segment)
+    for start in range(0, len(samples), chunk):
+        seeds = range(start, min(start + chunk, len(samples)))
+        some = [samples[seed] for seed in seeds]
 
+        def find(some: Sequence[Sample] = some, seeds: range = seeds) -> dict[str, torch.Tensor]:
+            rows = find_sensitivities(original, some, seeds, segment, memory, bar.update)
+            return {str(seed): each for seed, each in zip(seeds, rows, strict=True)}
 
-def _layer_sums(
-    original: nn.Module,
-    block: nn.Module,
-    layer: str,
-    names: Sequence[str],
-    prefix: str,
-    exact: Sequence[BlockInput],
-    quantized: Sequence[BlockInput],
-    samples: Sequence[Sample],
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """For layers with the same input, the sums of y y' and x y' over all tokens, each times its sensitivity."""
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    if not names:
-        return sums
-    for before, after, sample in zip(exact, quantized, samples, strict=True):
-        x, y = _input_of(original, layer, before), _input_of(block, layer, after)
-        for name in names:
-            weighted = y * sample.sensitivity[prefix + name].to(y.device)[:, None]
-            hessian, cross = sums.get(name, (torch.zeros(()), torch.zeros(())))
-            sums[name] = hessian + weighted.T @ y, cross + x.T @ weighted
-    return sums
-
-
-class _Reached(Exception):
-    """A pass through a block came to the layer in question."""
-
-
-def _input_of(block: nn.Module, layer: str, given: BlockInput) -> torch.Tensor:
-    """What one of a block's layers gets, float32 (tokens, in_features)."""
-    seen = []
-
-    def stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(inputs[0].flatten(0, -2).float())
-        raise _Reached
-
-    hook = block.get_submodule(layer).register_forward_pre_hook(stop)
-    try:
-        _run(block, given)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def _run(block: nn.Module, given: BlockInput) -> torch.Tensor:
-    device = next(block.parameters()).device
-    modulation = [part.to(device) for part in given.modulation]
-    return block(given.tokens.to(device), given.rotary.to(device), modulation, None)
-
-
-# The layer after the blocks
-
-
-def _round_final_linear(
-    rounding: LayerRounding,
-    original: ErnieImageTransformer2DModel,
-    model: ErnieImageTransformer2DModel,
-    exact: Sequence[BlockInput],
-    quantized: Sequence[BlockInput],
-    samples: Sequence[Sample],
-) -> None:
-    """Round the projection to the prediction, for the image's tokens alone; the text's are dropped after it."""
-    if "final_linear.weight" not in rounding.plan.quantized:
-        return
-    hessian = cross = torch.zeros(())
-    for before, after, sample in zip(exact, quantized, samples, strict=True):
-        image = sample.latents.shape[-2:].numel()
-        x = _final_input(original, before, rounding.device)[:image].double()
-        y = _final_input(model, after, rounding.device)[:image].double()
-        hessian, cross = hessian + y.T @ y * sample.weight**2, cross + x.T @ y * sample.weight**2
-    rounding.round_layer(model, "", "final_linear", hessian, cross)
-
-
-def _final_input(model: ErnieImageTransformer2DModel, given: BlockInput, device: torch.device) -> torch.Tensor:
-    return model.final_norm(given.tokens.to(device), given.condition.to(device)).flatten(0, 1)
+        found, before = _keep_or_find(kept, f"sensitivity-{start:03d}-{len(some):03d}", find)
+        if before:
+            bar.update((1 + BACKWARD) * len(some) * blocks)
+        for seed, sample in zip(seeds, some, strict=True):
+            sample.sensitivity = dict(zip(layer_names(blocks), found[str(seed)], strict=True))

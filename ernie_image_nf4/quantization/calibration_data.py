@@ -1,26 +1,47 @@
 """What calibration needs of the original: predictions for a few pictures, and how sensitive they are to each layer.
 
-The whole transformer is on the device for this, as in drawing with offloading.
+All prompts are drawn at once, each along a schedule of its own: the steps whose predictions are wanted, and as few
+between them as the way there needs. A pass of the transformer's blocks (`streamed_original`) takes a step of every
+picture. The sensitivities are the gradients of predictions, found with one pass forward and one back for many of them:
+every few blocks the tokens are kept, and the blocks between are computed anew on the way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils.memory import clear_device_cache
-from diffusers import ErnieImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
-from tqdm import tqdm
 
-from ..loading.pipeline import load_opened
 from ..repository.metadata import Recommended
-from ..repository.record import Repository
-from ..upstream.pipelines import execution_device
+from ..upstream.models import use_math_attention
+from .streamed_original import BlockInput, HostMemory, StreamedOriginal, TokenPool, enter_blocks, predict
 
-SAMPLES = 128  # pairs of predictions, with the prompt and with the empty one: 280,000 tokens at 512x512
+PREDICTIONS = 256  # 280,000 tokens at 512x512. With guidance in pairs: with the prompt and with the empty one
 MAX_SIZE = 512  # pixels a side: enough tokens, at a quarter of the time that 1024 takes
+# Steps in which a whole picture is drawn; those whose predictions are wanted come on top.
+DRAW_STEPS = 10
+BACKWARD = 3  # time of a pass back through a block, forward passes included, in that of one without gradients
+LAYERS = (
+    "self_attention.to_q",
+    "self_attention.to_k",
+    "self_attention.to_v",
+    "self_attention.to_out.0",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.linear_fc2",
+)
+
+
+Advance = Callable[[int], object]
+"""Told how many samples went through a block since the last call, or did what takes as long."""
+
+
+def ignore(_: int) -> None:
+    """Show no progress."""
 
 
 @dataclass
@@ -43,115 +64,217 @@ class Sample:
     sensitivity: dict[str, torch.Tensor]
 
 
-@torch.no_grad()
-def record_samples(
-    source: Repository, prompts: Sequence[str], settings: Recommended, device: torch.device, progress: bool
-) -> list[Sample]:
-    """Predictions on the way to the prompts' pictures, at timesteps that take turns from prompt to prompt.
+@dataclass(frozen=True)
+class Drawing:
+    """How one prompt is drawn.
+
+    Attributes:
+        steps: Steps of the full schedule that are taken, rising.
+        recorded: Those whose predictions are samples.
+    """
+
+    steps: tuple[int, ...]
+    recorded: tuple[int, ...]
+
+
+def plan_drawings(prompts: int, steps: int, guided: bool) -> list[Drawing]:
+    """Which steps of each prompt's picture are taken. The recorded ones take turns from prompt to prompt.
 
     Args:
-        source: The original repository.
-        prompts: What to draw.
-        settings: Size (at most `MAX_SIZE` pixels a side are drawn), steps and guidance scale.
-        device: Where to draw.
-        progress: Whether to show progress bars.
+        prompts: How many.
+        steps: Of a picture, as the model recommends.
+        guided: Whether a step takes two predictions.
     """
-    pipe = _load_original(source, device)
-    guidance = settings.guidance_scale
-    weights = (1 - guidance, guidance) if guidance > 1 else (1.0,)
-    each = min(-(-SAMPLES // len(prompts)), settings.num_inference_steps)
-    samples = []
-    with tqdm(prompts, desc="draw", unit="prompt", disable=not progress) as bar:
-        for number, prompt in enumerate(bar):
-            steps = [number + place * settings.num_inference_steps // each for place in range(each)]
-            steps = sorted(step % settings.num_inference_steps for step in steps)
-            for latents, timestep, texts in _record_steps(pipe, prompt, settings, number, steps):
-                for text, weight in zip(texts, weights, strict=True):
-                    samples.append(Sample(latents, timestep, text, weight, {}))
-    with tqdm(samples, desc="sensitivity", unit="pass", disable=not progress) as bar:
-        for number, sample in enumerate(bar):
-            sample.sensitivity = _sensitivity(pipe, sample, number)
-    del pipe
-    clear_device_cache(garbage_collection=True)
-    return samples
+    each = min(-(-PREDICTIONS // (2 * prompts if guided else prompts)), steps)
+    stride = max(steps // DRAW_STEPS, 1)
+    drawings = []
+    for number in range(prompts):
+        recorded = sorted((number + place * steps // each) % steps for place in range(each))
+        taken = {start + offset for start, end in _stretches(recorded) for offset in range(0, end - start, stride)}
+        drawings.append(Drawing(tuple(sorted({*taken, recorded[-1]})), tuple(recorded)))
+    return drawings
 
 
-def conditions(
-    sample: Sample, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Timestep (1,), text (1, tokens, text_in_dim) and its length (1,), as the transformer takes them."""
-    timestep = torch.tensor([sample.timestep], device=device, dtype=dtype)
-    return timestep, sample.text[None].to(device, dtype), torch.tensor([len(sample.text)], device=device)
+def _stretches(recorded: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """From the first step to the first recorded one, and from each of these to the next."""
+    return itertools.pairwise([0, *recorded])
 
 
-def _load_original(source: Repository, device: torch.device) -> ErnieImagePipeline:
-    memory = "resident" if device.type == "cpu" else "offload"
-    pipe = load_opened(source.without_prompt_enhancer(), device=device, memory=memory)
-    pipe.transformer.requires_grad_(False)
-    pipe.transformer.enable_gradient_checkpointing()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def schedule(config: dict, steps: int) -> tuple[list[float], list[float]]:
+    """Timesteps, and sigmas with the last one, 0, as ``ErnieImagePipeline`` sets them."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, steps + 1)[:-1], device="cpu")
+    return scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
 
 
-def _record_steps(
-    pipe: ErnieImagePipeline, prompt: str, settings: Recommended, seed: int, steps: Sequence[int]
-) -> list[tuple[torch.Tensor, float, list[torch.Tensor]]]:
-    """Latents, timestep and texts (with guidance the empty one first) of the transformer at some steps of a picture."""
-    passes = []
-
-    def record(module: nn.Module, arguments: tuple, inputs: dict[str, torch.Tensor]) -> None:
-        texts = [text[:length].cpu() for text, length in zip(inputs["text_bth"], inputs["text_lens"], strict=True)]
-        passes.append((inputs["hidden_states"][:1].cpu(), inputs["timestep"][0].item(), texts))
-
-    height, width = (min(size, MAX_SIZE) for size in (settings.height, settings.width))
-    shape = (1, pipe.transformer.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    latents = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
-    hook = pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        pipe(
-            prompt,
-            height=height,
-            width=width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            latents=latents.to(execution_device(pipe), pipe.transformer.dtype),
-            use_pe=False,
-            output_type="latent",
-        )
-    finally:
-        hook.remove()
-    return [passes[step] for step in steps]
+def first_latents(channels: int, settings: Recommended, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Noise to begin a picture with, (1, channels, height / 16, width / 16)."""
+    height, width = picture_size(settings)
+    noise = torch.randn((1, channels, height // 16, width // 16), generator=torch.Generator("cpu").manual_seed(seed))
+    return noise.to(dtype)
 
 
-def _sensitivity(pipe: ErnieImagePipeline, sample: Sample, seed: int) -> dict[str, torch.Tensor]:
-    """Layer -> mean square, for each token, of the derivatives of the prediction's product with a random direction.
+def picture_size(settings: Recommended) -> tuple[int, int]:
+    """Height and width in pixels at which prompts are drawn."""
+    return min(settings.height, MAX_SIZE), min(settings.width, MAX_SIZE)
 
-    On average over directions it is that of the whole prediction.
+
+@torch.no_grad()
+def predict_all(
+    original: StreamedOriginal,
+    inputs: Sequence[tuple[torch.Tensor, float, torch.Tensor]],
+    memory: HostMemory,
+    advance: Advance = ignore,
+) -> list[torch.Tensor]:
+    """Predictions for latents, timesteps and texts, in one pass of the blocks."""
+    memory.clear()
+    given, pool = enter_blocks(original.model, inputs, memory)
+    for (block,) in original.stream([number] for number in range(len(original.blocks))):
+        for number, each in enumerate(given):
+            pool[number] = each.through(block, pool[number])
+        del block
+        advance(len(given))
+    return [predict(original.model, pool[number], *each) for number, each in enumerate(inputs)]
+
+
+@torch.no_grad()
+def draw_step(
+    original: StreamedOriginal,
+    latents: Sequence[torch.Tensor],
+    texts: Sequence[Sequence[torch.Tensor]],
+    moves: Sequence[tuple[float, float] | None],
+    timesteps: Sequence[float],
+    guidance: float,
+    memory: HostMemory,
+    advance: Advance = ignore,
+) -> list[torch.Tensor]:
+    """One step of every picture that isn't done: the latents after it, the same where there is nothing to do.
+
+    Args:
+        original: The transformer.
+        latents: Of each picture, on the CPU.
+        texts: Of each picture: the prompt's embedding, after that of the empty one with guidance.
+        moves: Sigma before and after the step, None for a picture that is done.
+        timesteps: Of each picture.
+        guidance: Guidance scale.
+        memory: For the tokens.
+        advance: Told of samples that went through a block.
     """
-    model, device = pipe.transformer, execution_device(pipe)
-    found: dict[str, torch.Tensor] = {}
+    going = [number for number, move in enumerate(moves) if move is not None]
+    inputs = [(latents[number], timesteps[number], text) for number in going for text in texts[number]]
+    predictions = iter(predict_all(original, inputs, memory, advance))
+    after = list(latents)
+    for number in going:
+        parts = [next(predictions) for _ in texts[number]]
+        guided = parts[0] + guidance * (parts[1] - parts[0]) if len(parts) > 1 else parts[0]
+        begin, end = moves[number] or (0.0, 0.0)
+        moved = latents[number].to(original.device).float() + (end - begin) * guided.float()
+        after[number] = moved.to(original.dtype).cpu()
+    return after
+
+
+def find_sensitivities(
+    original: StreamedOriginal,
+    samples: Sequence[Sample],
+    seeds: Sequence[int],
+    segment: int,
+    memory: HostMemory,
+    advance: Advance = ignore,
+) -> list[torch.Tensor]:
+    """For each sample the sensitivities of all blocks' `LAYERS`, float32 (layers, tokens).
+
+    Per layer and token it is the mean square of the derivatives of the prediction's product with a random direction. On
+    average over directions it is that of the whole prediction.
+
+    Args:
+        original: The transformer.
+        samples: The predictions.
+        seeds: Of the directions.
+        segment: Blocks that are on the device at once, and computed anew from the tokens before them.
+        memory: For the tokens.
+        advance: Told of samples that went through a block.
+    """
+    memory.clear()
+    numbers = range(len(original.blocks))
+    segments = [list(numbers[start : start + segment]) for start in numbers[::segment]]
+    with torch.no_grad():
+        inputs = [(each.latents, each.timestep, each.text) for each in samples]
+        given, first = enter_blocks(original.model, inputs, memory)
+        pools, shapes = [first], [first[number].shape for number in range(len(samples))]
+        for blocks in original.stream(segments):
+            pools.append(TokenPool(shapes, original.dtype, memory))
+            for number, each in enumerate(given):
+                tokens = pools[-2][number]
+                for block in blocks:
+                    tokens = each.through(block, tokens)
+                pools[-1][number] = tokens
+            advance(len(blocks) * len(samples))
+            del block, blocks
+    gradients = pools[-1]
+    for number, (sample, seed) in enumerate(zip(samples, seeds, strict=True)):
+        gradients[number] = _gradient_of_prediction(original, gradients[number], sample, seed)
+    pools.pop()
+    found: list[list[torch.Tensor]] = [[] for _ in samples]
+    for blocks in original.stream(reversed(segments)):
+        tokens_before = pools.pop()
+        if original.device.type == "cuda":  # whose other backward passes of attention add up in any order
+            for block in blocks:
+                use_math_attention(block.self_attention)
+        squares = []
+        for number, each in enumerate(given):
+            gradient, rows = _backward(blocks, each, tokens_before[number], gradients[number])
+            gradients[number] = gradient
+            squares.append(rows)
+        for rows, of_sample in zip(squares, found, strict=True):
+            of_sample.insert(0, rows.cpu())
+        advance(BACKWARD * len(blocks) * len(samples))
+        del blocks
+    return [torch.cat(rows) for rows in found]
+
+
+def _gradient_of_prediction(
+    original: StreamedOriginal, tokens: torch.Tensor, sample: Sample, seed: int
+) -> torch.Tensor:
+    """Of the prediction's product with a random direction, by the last block's output."""
+    tokens = tokens.clone().requires_grad_()
+    with torch.enable_grad():
+        prediction = predict(original.model, tokens, sample.latents, sample.timestep, sample.text)
+        direction = torch.randn(prediction.shape, generator=torch.Generator("cpu").manual_seed(seed))
+        prediction.backward(sample.weight * direction.to(prediction))
+    assert tokens.grad is not None
+    return tokens.grad
+
+
+def _backward(
+    blocks: Sequence[nn.Module], given: BlockInput, tokens: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient by the tokens before some blocks, given that by those after them, and the layers' sensitivities."""
+    squares: dict[str, torch.Tensor] = {}
 
     def watch(name: str, output: torch.Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: found.__setitem__(name, gradient.float().square().mean(-1).view(-1)))
+        output.register_hook(lambda by_output: squares.__setitem__(name, by_output.float().square().mean(-1).view(-1)))
 
+    watched = [
+        (f"{number}.{name}", block.get_submodule(name)) for number, block in enumerate(blocks) for name in LAYERS
+    ]
     hooks = [
         layer.register_forward_hook(lambda module, inputs, output, name=name: watch(name, output))
-        for name, layer in _block_layers(model)
+        for name, layer in watched
     ]
+    before = tokens.clone().requires_grad_()
     try:
         with torch.enable_grad():
-            latents = sample.latents.to(device, model.dtype).requires_grad_()
-            prediction = model(latents, *conditions(sample, device, model.dtype), return_dict=False)[0]
-            direction = torch.randn(prediction.shape, generator=torch.Generator("cpu").manual_seed(seed))
-            prediction.backward(sample.weight * direction.to(prediction))
+            after = before
+            for block in blocks:
+                after = given.through(block, after)
+            after.backward(gradient)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: value.cpu() for name, value in found.items()}
+    assert before.grad is not None
+    return before.grad, torch.stack([squares[name] for name, _ in watched])
 
 
-def _block_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, layer in model.named_modules():
-        if name.startswith("layers.") and isinstance(layer, nn.Linear):
-            yield name, layer
+def layer_names(blocks: int) -> list[str]:
+    """The names of the rows of `find_sensitivities`."""
+    return [f"layers.{number}.{name}" for number in range(blocks) for name in LAYERS]

@@ -1,6 +1,7 @@
 """`quantize`: an original-precision ERNIE-Image repository becomes an NF4 repository, streamed one tensor at a time.
 
-Memory holds a few tensors. Killed at any moment it leaves whole components, or nothing, and goes on from there.
+Memory holds a few tensors. Killed at any moment it leaves whole components, or nothing, and goes on from there; of a
+calibration it leaves each block.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import torch
 from tqdm import tqdm
 
 from ..errors import DeviceUnavailable, DiskFull, InvalidSettings
-from ..generation.prompt_file import read_prompts
 from ..memory.placement import find_device
 from ..repository.components import METADATA, MODEL_INDEX
 from ..repository.metadata import ComponentRecord, Metadata, Recommended, Source, installed_versions, to_json
 from ..repository.record import Repository, StoredComponent, open_repository
 from ..repository.resolve import CONFIG_PATTERNS, find_repository
-from ..repository.safetensors_io import file_bytes
+from ..repository.safetensors_io import StoredTensor, file_bytes
 from ..repository.security import WEIGHTS
 from ..repository.upload import create_repository, upload
-from .calibration import calibrate_transformer
+from .calibration import Calibration, calibrate_transformer, plan_calibration
+from .calibration_prompts import CalibrationPrompts, find_prompts
 from .family import recommended_for
 from .layer_selection import DEFAULT_KEEP, QUANTIZATION, WeightPlan, matches, plan_weights, save_configs
 from .model_card import CARD, LICENSE, describe_source, license_file, model_card
@@ -58,7 +59,7 @@ class Conversion:
     keep: list[str]
     device: torch.device
     scale_search: bool
-    prompts: list[str]
+    prompts: CalibrationPrompts
     recommended: Recommended
 
 
@@ -70,7 +71,7 @@ def quantize(
     scale_search: bool = True,
     keep: Sequence[str] = (),
     default_keep: bool = True,
-    calibrate: str | Path | Sequence[str] | None = None,
+    calibrate: bool | str | Path | Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     push_to_hub: str | None = None,
@@ -92,9 +93,9 @@ def quantize(
         keep: Globs over the full names of linear layers, the component first: ``"transformer.final_linear"``,
             ``"*.self_attention.to_out.0"``. Matching layers, and all below a matching module, keep their precision.
         default_keep: Whether the layers of `layer_selection.DEFAULT_KEEP` keep their precision as well.
-        calibrate: Prompt file, as for `read_prompts`, or prompts: the original draws them, and the transformer's codes
-            are rounded for what its layers need then (see `calibration`). This takes the memory of drawing with the
-            original while components are offloaded. A few dozen prompts, of all kinds that matter, are enough.
+        calibrate: Prompt file, as for `read_prompts`, or prompts, or True for 64 that come with the package: the
+            original draws them, and the transformer's codes are rounded for what its layers need then (see
+            `calibration`). A few dozen prompts, of all kinds that matter, are enough.
         revision: Branch, tag or commit of a Hub source.
         token: Hub token, or True for the stored one.
         push_to_hub: Hub id to upload the result to.
@@ -118,7 +119,7 @@ def quantize(
         DeviceUnavailable: There is no such device, or its memory is too small.
     """
     output = Path(output)
-    prompts = _calibration_prompts(calibrate, scale_search)
+    prompts = find_prompts(calibrate, scale_search)
     target = find_device(device)
     folder = find_repository(source, revision=revision, token=token)
     if output.resolve().is_relative_to(folder.resolve()):
@@ -145,18 +146,6 @@ def quantize(
 # Before a weight is read
 
 
-def _calibration_prompts(calibrate: str | Path | Sequence[str] | None, scale_search: bool) -> list[str]:
-    """The prompts to calibrate with, none without calibration."""
-    if calibrate is None:
-        return []
-    if not scale_search:
-        raise InvalidSettings("Calibration starts from searched scales: leave the scale search on, or don't calibrate.")
-    prompts = [row.prompt for row in read_prompts(calibrate)] if isinstance(calibrate, str | Path) else list(calibrate)
-    if not prompts:
-        raise InvalidSettings("There are no prompts to calibrate with: name some, of every kind that matters.")
-    return prompts
-
-
 def _check_patterns(keep: Sequence[str], plans: dict[str, WeightPlan]) -> None:
     kept = [f"{component}.{module}" for component, plan in plans.items() for module in plan.kept_modules]
     for pattern in keep:
@@ -168,7 +157,7 @@ def _check_patterns(keep: Sequence[str], plans: dict[str, WeightPlan]) -> None:
 
 def _job(conversion: Conversion) -> dict[str, Any]:
     """Everything that shapes the components: an unfinished output is only continued if all of it is the same."""
-    source, prompts = conversion.source, conversion.prompts
+    source, prompts = conversion.source, conversion.prompts.texts
     folders = [part.folder for part in source.components.values()]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     stats = [(path.relative_to(source.folder).as_posix(), path.stat()) for path in files]
@@ -202,7 +191,12 @@ def _write_components(made: ResumableOutput, conversion: Conversion, progress: b
     """Write all components that aren't finished, after checking that the disk has room for them."""
     parts, plans = conversion.source.components, conversion.plans
     missing = [part for name, part in parts.items() if not made.is_finished(name)]
-    _check_space(made.output, sum(_output_bytes(part, plans.get(part.name)) for part in missing))
+    needed = sum(_output_bytes(part, plans.get(part.name)) for part in missing)
+    calibrated: dict[str, StoredTensor] = {}
+    if calibration := _calibration(conversion, missing):
+        _check_space(made.output, needed + calibration.disk_bytes - made.checkpoints.bytes)
+        calibrated = calibrate_transformer(calibration, made.checkpoints, progress=progress)
+    _check_space(made.output, needed)
     sizes = {name: _read_bytes(part, plans.get(name)) for name, part in parts.items()}
     total, left = sum(sizes.values()), sum(sizes[part.name] for part in missing)
     with (
@@ -214,14 +208,25 @@ def _write_components(made: ResumableOutput, conversion: Conversion, progress: b
         finishing = []
         for part in missing:
             bar.set_postfix_str(part.name)
-            error = _write_component(made.work / part.name, conversion, part, bar)
+            error = _write_component(made.work / part.name, conversion, part, calibrated, bar)
             # The next component doesn't wait for this one's digests.
             finishing.append(finisher.submit(_finish, made, conversion, part, error))
         for finished in finishing:
             finished.result()
 
 
-def _write_component(work: Path, conversion: Conversion, part: StoredComponent, bar: tqdm) -> float | None:
+def _calibration(conversion: Conversion, missing: Sequence[StoredComponent]) -> Calibration | None:
+    """How to calibrate, if that is asked for and not done yet."""
+    part = next((part for part in missing if part.component.streamed), None)
+    if part is None or not conversion.prompts.texts:
+        return None
+    plan, texts = conversion.plans[part.name], conversion.prompts.texts
+    return plan_calibration(conversion.source, plan, texts, conversion.recommended, conversion.device)
+
+
+def _write_component(
+    work: Path, conversion: Conversion, part: StoredComponent, calibrated: dict[str, StoredTensor], bar: tqdm
+) -> float | None:
     """Write one component to its work folder. Returns its relative weight error if it is quantized."""
     plan, component = conversion.plans.get(part.name), part.component
     work.mkdir()
@@ -230,17 +235,8 @@ def _write_component(work: Path, conversion: Conversion, part: StoredComponent, 
         copy_component(part, configs, work, bar)
         return None
     save_configs(plan.model, work)
-    calibrated = {}
-    if conversion.prompts and component.streamed:
-        calibrated = calibrate_transformer(
-            conversion.source,
-            plan,
-            conversion.prompts,
-            conversion.recommended,
-            device=conversion.device,
-            progress=not bar.disable,
-        )
-    return write_quantized(plan, work / component.weights, conversion.device, conversion.scale_search, calibrated, bar)
+    found = calibrated if component.streamed else {}
+    return write_quantized(plan, work / component.weights, conversion.device, conversion.scale_search, found, bar)
 
 
 def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent, error: float | None) -> None:
@@ -256,6 +252,8 @@ def _finish(made: ResumableOutput, conversion: Conversion, part: StoredComponent
         relative_weight_error=error,
     )
     made.finish(part.name, record)
+    if part.component.streamed:
+        made.checkpoints.discard()
 
 
 def _check_space(output: Path, needed: int) -> None:
@@ -281,11 +279,16 @@ def _output_bytes(part: StoredComponent, plan: WeightPlan | None) -> int:
 
 
 def _metadata(made: ResumableOutput, conversion: Conversion, name: str, source: Source) -> Metadata:
-    scale_search, prompts = conversion.scale_search, len(conversion.prompts)
+    quantization = replace(
+        QUANTIZATION,
+        scale_search=conversion.scale_search,
+        calibration_prompts=len(conversion.prompts.texts),
+        calibration_source=conversion.prompts.source,
+    )
     return Metadata(
         name=name,
         source=source,
-        quantization=replace(QUANTIZATION, scale_search=scale_search, calibration_prompts=prompts),
+        quantization=quantization,
         components={name: made.records[name] for name in conversion.source.components},
         recommended=conversion.recommended,
         versions=installed_versions(),

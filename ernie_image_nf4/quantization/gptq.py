@@ -1,4 +1,4 @@
-"""GPTQ for NF4: the codes and scales of one layer's weight, rounded for the least error of its products.
+"""GPTQ for NF4: the codes and scales of weights, rounded for the least error of their products.
 
 Rounding goes column by column, and the columns still to come make up for the error so far (GPTQ,
 https://arxiv.org/abs/2210.17323). The inputs are those that the layer gets in the quantized model, beside those in the
@@ -7,21 +7,31 @@ descent. The result is NF4 like any other.
 
 W is the weight, Q its quantized values, x an input in the original and y the same input in the quantized model. Each
 may be weighted by its token's sensitivity (GuidedQuant, https://arxiv.org/abs/2505.07004).
+
+Consumer GPUs compute float64 at 1/64 of float32's speed, so float32 has to do. Two things let it: the target is found
+as W and a small difference, whose relative error hardly matters; and GPTQ's factor of the inverse Hessian is replaced
+by the Cholesky factor of the Hessian itself, for which nothing is inverted (LDLQ, https://arxiv.org/abs/2307.13304,
+which shows that both round alike). Of matrices the size of the Hessian there are two at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, get_4bit_type
 
+from ..fast.ops.nf4_panels import descend_panel, nearest, round_panel
 from ..repository.nf4_format import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, assemble
-from .scale_search import TINY, choose_levels, code_sums, group_maxima, nearest, quantize_nf4, search_scales
+from .scale_search import TINY, choose_levels, code_sums, group_maxima, quantize_nf4, search_scales
 
 PERCDAMP = 0.01  # as in GPTQ: this part of the mean of the Hessian's diagonal is added to the diagonal
 SCALE_MARGIN = 1.1  # room for scales to grow beyond those of the scale search, as columns make up for each other
 SWEEPS = 2
+# Largest relative error of float32's Cholesky factor, by the bound on the condition number that damping sets, beyond
+# which float64 is taken.
+MAX_FACTOR_ERROR = 0.2
 
 
 class Tables(NamedTuple):
@@ -39,10 +49,10 @@ class Tables(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is rounded, all in the order in which columns are rounded.
+    """What is rounded. Columns are in the order of coordinate descent, the reverse of that of the first rounding.
 
     Attributes:
-        target: Weight to come near to, float32 (columns, rows).
+        target: Weights to come near to, float32 (columns, rows).
         hessian: Weights of squared errors, (columns, columns).
         unit: Scale of the group of each block, float32 (blocks of a row, rows).
         tables: Constants.
@@ -54,66 +64,86 @@ class Problem(NamedTuple):
     tables: Tables
 
 
-def round_weight(
-    weight: torch.Tensor,
+def round_weights(
+    weights: Sequence[torch.Tensor],
     hessian: torch.Tensor,
-    cross: torch.Tensor,
+    shift: torch.Tensor | None = None,
     *,
     percdamp: float = PERCDAMP,
     sweeps: int = SWEEPS,
-) -> NF4Weight | None:
-    """NF4 of a weight for the least squared error of its products, that of W x - Q y.
+) -> list[NF4Weight | None]:
+    """NF4 of weights with the same input, for the least squared error of their products, that of W x - Q y.
 
     Args:
-        weight: (out_features, in_features), on the device that does the work.
-        hessian: H, the sum of y y', (in_features, in_features).
-        cross: Sum of x y'. The same as `hessian` where both inputs are.
+        weights: Each (out_features, in_features), on the device that does the work.
+        hessian: H, the sum of y y', float32 or float64 (in_features, in_features). It is overwritten.
+        shift: W times the sum of (x - y) y', (all out_features, in_features); None where x and y are the same.
         percdamp: Part of the mean of the Hessian's diagonal that is added to the diagonal.
         sweeps: Sweeps of coordinate descent after the first rounding.
 
     Returns:
-        Codes and quantization state; None where the scale search does as well: rows aren't whole blocks, the inputs are
-        zero or not finite, or the error of the products isn't smaller.
+        Codes and quantization state of each weight; None where the scale search does as well: rows aren't whole blocks,
+        the inputs are zero or not finite, or the error of the products isn't smaller.
     """
-    columns = weight.shape[1]
+    columns = len(hessian)
     mean = hessian.diagonal().double().mean()
-    if columns % BLOCK_SIZE or not mean > 0 or not cross.isfinite().all() or not hessian.isfinite().all():
-        return None
-    damping = torch.eye(columns, dtype=torch.float64, device=weight.device) * (percdamp * mean)
-    hessian = hessian.double() + damping
-    target = best_weight(weight, hessian, cross.double() + damping)
-    stock = quantize_nf4(weight)
-
-    order = column_order(hessian.diagonal())
+    finite = hessian.isfinite().all() and (shift is None or shift.isfinite().all())
+    if columns % BLOCK_SIZE or not mean > 0 or not finite:
+        return [None] * len(weights)
+    hessian.diagonal().add_(percdamp * mean)
+    order = column_order(hessian.diagonal()).flip(0)
+    for dim in (0, 1):  # in place: no third matrix of this size
+        hessian.copy_(hessian.index_select(dim, order))
+    factor = cholesky(hessian, percdamp)
+    target = torch.cat([weight.float() for weight in weights]).T[order]
+    if shift is not None:
+        target += best_shift(factor, shift.T[order])
+        del shift
     block_order = order[::BLOCK_SIZE] // BLOCK_SIZE
-    group_scales = choose_group_scales(weight)
-    unit = group_scales.repeat_interleave(NESTED_BLOCK_SIZE)[: weight.numel() // BLOCK_SIZE].view(len(weight), -1)
-    tables = Tables(
-        code_sums(True).to(weight.device),
-        create_dynamic_map().to(weight.device),
-        get_4bit_type("nf4", device=weight.device),
-    )
-    problem = Problem(target[order], hessian[order][:, order], unit.T[block_order].contiguous(), tables)
-    del hessian, target, damping
-    codes, levels = round_columns(problem)
-    problem = Problem(problem.target, problem.hessian.float(), problem.unit, tables)
+    group_scales = [choose_group_scales(weight) for weight in weights]
+    units = [_block_units(*each) for each in zip(weights, group_scales, strict=True)]
+    problem = Problem(target, hessian, torch.cat(units).T[block_order].contiguous(), _tables(weights[0].device))
+    codes, levels, errors = round_columns(problem, factor)
+    del factor
+    problem = problem._replace(hessian=hessian.float())
     for _ in range(sweeps):
-        coordinate_descent(codes, levels, problem)
-
-    searched = dequantize_4bit(*stock).float().T[order]
-    if not products_error(dequantize(codes, levels, problem), problem) < products_error(searched, problem):
-        return None
+        coordinate_descent(codes, levels, errors, problem)
+    smaller = _smaller_errors(weights, errors, problem, order)
+    del errors, problem, target
     codes, levels = in_order(codes, order), in_order(levels, block_order)
-    return assemble(codes.T.contiguous(), levels.T.flatten(), group_scales, weight.dtype)
+    made: list[NF4Weight | None] = []
+    start = 0
+    for weight, scales, better in zip(weights, group_scales, smaller, strict=True):
+        rows = slice(start, start + len(weight))
+        parts = codes[:, rows].T.contiguous(), levels[:, rows].T.flatten()
+        made.append(assemble(*parts, scales, weight.dtype) if better else None)
+        start = rows.stop
+    return made
 
 
-def best_weight(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """T = W xy' / yy', the weight that makes the most of the other input, float32 (in_features, out_features).
+def cholesky(hessian: torch.Tensor, percdamp: float) -> torch.Tensor:
+    """Lower Cholesky factor of a damped Hessian, float32 where that does, else float64.
+
+    The largest eigenvalue is at most the trace and the smallest at least the damping, so the condition number is at
+    most n / percdamp.
+    """
+    bound = torch.finfo(torch.float32).eps * len(hessian) / percdamp
+    if bound < MAX_FACTOR_ERROR or hessian.dtype == torch.float64:
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed.item():
+            return factor
+        del factor
+    return torch.linalg.cholesky(hessian.double())
+
+
+def best_shift(factor: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """T - W for T = W xy' / yy', the weight that makes the most of the other input, float32 (in_features, all rows).
 
     The error of W x - Q y is that of (T - Q) y up to a constant: the layer makes up for some of the error of those
-    before it.
+    before it. T - W = W (x - y) y' / yy', where the damping of x y' and of y y' cancels.
     """
-    return torch.linalg.solve(hessian, (weight.double() @ cross).T).float()
+    half = torch.linalg.solve_triangular(factor, shift.to(factor.dtype), upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).float()
 
 
 def column_order(diagonal: torch.Tensor) -> torch.Tensor:
@@ -131,79 +161,85 @@ def choose_group_scales(weight: torch.Tensor) -> torch.Tensor:
     return (group_maxima(best) * SCALE_MARGIN).clamp_min_(TINY)
 
 
-def round_columns(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales column by column, the error of each column carried over to those after it (GPTQ, algorithm 1).
+def _block_units(weight: torch.Tensor, group_scales: torch.Tensor) -> torch.Tensor:
+    """Scale of the group of each block, (rows, blocks of a row)."""
+    return group_scales.repeat_interleave(NESTED_BLOCK_SIZE)[: weight.numel() // BLOCK_SIZE].view(len(weight), -1)
+
+
+def _tables(device: torch.device) -> Tables:
+    levels, numbers = create_dynamic_map().to(device), get_4bit_type("nf4", device=device)
+    return Tables(code_sums(True).to(device), levels, numbers)
+
+
+def round_columns(problem: Problem, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes and scales column by column from the last to the first, each making up for the errors before it.
+
+    With H = L L' the error of a row e is the sum over columns k of (L_kk (e_k + sum over j > k of e_j L_jk / L_kk))^2.
+    So the best e_k, given those after it, is minus that sum.
 
     Returns:
-        Codes, int32 (columns, rows), and levels of the block scales, int32 (blocks of a row, rows).
+        Codes, uint8 (columns, rows); levels of the block scales, int32 (blocks of a row, rows); errors, `target` less
+        the quantized values, float32 (columns, rows).
     """
-    target, hessian, unit, tables = problem
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    values = target.clone()
-    codes = torch.empty_like(values, dtype=torch.int32)
+    target, _, unit, tables = problem
+    codes, errors = torch.empty_like(target, dtype=torch.uint8), torch.zeros_like(target)
     levels = torch.empty_like(unit, dtype=torch.int32)
-    for number, start in enumerate(range(0, len(values), BLOCK_SIZE)):
-        part = slice(start, start + BLOCK_SIZE)
-        block, within = values[part], factor[part, part]
-        found = search_scales(block.T.contiguous(), tables.sums)
+    for number in reversed(range(len(unit))):
+        part = slice(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
+        feedback = (factor[part.start :, part] / factor.diagonal()[part]).float()
+        adjusted = target[part] + feedback[BLOCK_SIZE:].T @ errors[part.stop :]
+        found = search_scales(adjusted.T.contiguous(), tables.sums)
         levels[number] = choose_levels(found, unit[number][:, None], tables.levels)
         scale = tables.levels[levels[number]] * unit[number]
-        errors = torch.empty_like(block)
-        for column in range(BLOCK_SIZE):
-            code = nearest_code(block[column], scale, tables)
-            codes[start + column] = code
-            errors[column] = (block[column] - tables.numbers[code] * scale) / within[column, column]
-            block[column + 1 :] -= within[column, column + 1 :, None] * errors[column]
-        values[part.stop :] -= factor[part, part.stop :].T @ errors
-    return codes, levels
+        codes[part], errors[part] = round_panel(target[part], adjusted, feedback[:BLOCK_SIZE], scale, tables.numbers)
+    return codes, levels, errors
 
 
-def coordinate_descent(codes: torch.Tensor, levels: torch.Tensor, problem: Problem) -> None:
+def coordinate_descent(codes: torch.Tensor, levels: torch.Tensor, errors: torch.Tensor, problem: Problem) -> None:
     """Set each block's scale and then each of its codes to the best, all others given. The error never grows.
 
     Args:
-        codes: As of `round_columns`, changed in place.
-        levels: As of `round_columns`, changed in place.
+        codes: As of `round_columns`, changed in place, as are the next two.
+        levels: See there.
+        errors: See there.
         problem: What is rounded, its Hessian in float32.
     """
-    target, hessian, unit, tables = problem
-    slope = hessian @ (target - dequantize(codes, levels, problem))
-    for number, start in enumerate(range(0, len(codes), BLOCK_SIZE)):
-        part = slice(start, start + BLOCK_SIZE)
-        near, within = slope[part].clone(), hessian[part, part]
-        numbers = tables.numbers[codes[part]]
+    _, hessian, unit, tables = problem
+    slope = hessian @ errors
+    for number in range(len(unit)):
+        part = slice(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
+        within, near = hessian[part, part], slope[part]
+        numbers = tables.numbers[codes[part].int()]
         scale = tables.levels[levels[number]] * unit[number]
-        before = numbers * scale
         curvature = (numbers * (within @ numbers)).sum(0)
         best = scale + (numbers * near).sum(0) / curvature.clamp_min(TINY)
         level = nearest(best / unit[number], tables.levels)
         levels[number] = torch.where(curvature > 0, level, levels[number])
-        scale = tables.levels[levels[number]] * unit[number]
-        near -= within @ (numbers * scale - before)
-        for column in range(BLOCK_SIZE):
-            old = tables.numbers[codes[start + column]] * scale
-            code = nearest_code(old + near[column] / within[column, column], scale, tables)
-            codes[start + column] = code
-            near -= within[:, column, None] * (tables.numbers[code] * scale - old)
-        slope -= hessian[:, part] @ (tables.numbers[codes[part]] * scale - before)
+        chosen = tables.levels[levels[number]] * unit[number]
+        rescaled = numbers * (chosen - scale)
+        codes[part], changes = descend_panel(near - within @ rescaled, within, chosen, codes[part], tables.numbers)
+        changes += rescaled
+        errors[part] -= changes
+        slope.addmm_(hessian[:, part], changes, alpha=-1)
 
 
-def dequantize(codes: torch.Tensor, levels: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """The quantized values Q, float32 (columns, rows)."""
-    scales = problem.tables.levels[levels] * problem.unit
-    return problem.tables.numbers[codes] * scales.repeat_interleave(BLOCK_SIZE, 0)
+def products_error(errors: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Squared error of each row's products up to a constant, (rows,), given (columns, rows) of errors."""
+    return (errors * (hessian @ errors)).sum(0)
 
 
-def nearest_code(values: torch.Tensor, scale: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """The code of each value, given its block's scale."""
-    return nearest(values / scale.where(scale != 0, torch.inf), tables.numbers)
-
-
-def products_error(values: torch.Tensor, problem: Problem) -> float:
-    """Squared error of the products for quantized values, up to a constant."""
-    difference = problem.target - values
-    return (difference * (problem.hessian @ difference)).sum().item()
+def _smaller_errors(
+    weights: Sequence[torch.Tensor], errors: torch.Tensor, problem: Problem, order: torch.Tensor
+) -> list[bool]:
+    """Whether each weight's products have a smaller error than with the scale search."""
+    smaller, start = [], 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        searched = problem.target[:, rows] - dequantize_4bit(*quantize_nf4(weight)).float().T[order]
+        found, other = (products_error(each, problem.hessian).sum() for each in (errors[:, rows], searched))
+        smaller.append(bool(found < other))
+        start = rows.stop
+    return smaller
 
 
 def in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,13 @@ from huggingface_hub.errors import HTTPError
 
 from ..repository.components import COMPONENT, PIPELINE_CLASS
 from ..repository.metadata import Metadata, Quantization, Source
+from .calibration_prompts import BUILT_IN, FILE
 
 CARD = "README.md"
 LICENSE = "LICENSE"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 PACKAGE_LICENSE = Path(__file__).with_name(LICENSE)  # the text of Apache-2.0
+BUILT_IN_FILE = FILE.relative_to(Path(__file__).parents[2]).as_posix()  # as it stands in a repository too
 TAGS = ["text-to-image", "diffusers", "ernie-image", "nf4", "4-bit", "quantized", "bitsandbytes"]
 STOCK_SCALES = "Each block's scale is its largest magnitude, as bitsandbytes itself sets it."
 SEARCHED_SCALES = (
@@ -24,7 +26,7 @@ SEARCHED_SCALES = (
 )
 CALIBRATED_CODES = (
     "The transformer's codes were calibrated: rounded for the least error of what its layers give while "
-    "{prompts} prompts are drawn. Its weights are farther from the original for that, its predictions nearer."
+    "{prompts} prompts {source}are drawn. Its weights are farther from the original for that, its predictions nearer."
 )
 PROMPT = "A realistic orange kitten sits on a wooden desk, soft natural lighting, centered composition."
 
@@ -122,8 +124,17 @@ def _source_text(source: Source) -> str:
 def _scales(quantization: Quantization) -> str:
     """How scales and codes were chosen."""
     scales = SEARCHED_SCALES if quantization.scale_search else STOCK_SCALES
-    prompts = quantization.calibration_prompts
-    return f"{scales}\n- {CALIBRATED_CODES.format(prompts=prompts)}" if prompts else scales
+    if not quantization.calibration_prompts:
+        return scales
+    prompts = CALIBRATED_CODES.format(prompts=quantization.calibration_prompts, source=_prompts(quantization))
+    return f"{scales}\n- {prompts}"
+
+
+def _prompts(quantization: Quantization) -> str:
+    """Which prompts those of the calibration are, followed by a space; nothing if nobody knows."""
+    if quantization.calibration_source == BUILT_IN:
+        return f"(`{BUILT_IN_FILE}`) "
+    return f"of `{quantization.calibration_source}` " if quantization.calibration_source else ""
 
 
 def _demo(metadata: Metadata) -> str:

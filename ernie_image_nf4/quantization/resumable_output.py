@@ -1,8 +1,9 @@
 """An output folder whose parts appear whole or not at all, and that an interrupted run can go on with.
 
 Each part is made in a work folder inside the output and renamed when it is complete. Finished components are recorded,
-with sizes and digests, in a state file that is replaced atomically. A lock, which the system drops with the process
-that holds it, keeps a second run out.
+with sizes and digests, in a state file that is replaced atomically, and so are checkpoints: tensors that took long to
+find, of a component that isn't finished. A lock, which the system drops with the process that holds it, keeps a second
+run out.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 
 from ..errors import DiskFull, ErnieImageNF4Error, InvalidSettings
 from ..repository.components import MODEL_INDEX
@@ -27,6 +31,60 @@ from ..repository.metadata import ComponentRecord, FileRecord, file_record
 WORK_FOLDER = ".unfinished"
 STATE = "state.json"
 LOCK = "lock"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Checkpoints:
+    """Tensors that a killed run leaves for the next one.
+
+    Attributes:
+        folder: Where their files are.
+        save: Called when the records have changed, to keep them.
+        records: Size and digest of each file, by the checkpoint's name.
+    """
+
+    folder: Path
+    save: Callable[[], None]
+    records: dict[str, FileRecord] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def keep(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep tensors under a name, in place of those that had it."""
+        self.folder.mkdir(exist_ok=True)
+        new = self.folder / f"{name}.new"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, new)
+        record = file_record(new)
+        os.replace(new, self.file(name))
+        self.records[name] = record
+        self.save()
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a checkpoint is there as it was recorded: its file is read."""
+        return name in self.records and self.file(name).is_file() and file_record(self.file(name)) == self.records[name]
+
+    def find(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a checkpoint, in host memory; None if there is none, or if its file has changed."""
+        return load_file(self.file(name)) if self.is_kept(name) else None
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(record.bytes for record in self.records.values())
+
+    def discard(self) -> None:
+        """Remove all of them."""
+        self.records.clear()
+        self.save()
+        _remove(self.folder)
+
+    def discard_unfinished(self) -> None:
+        """Remove files that aren't recorded."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path not in map(self.file, self.records):
+                _remove(path)
 
 
 @dataclass
@@ -37,11 +95,17 @@ class ResumableOutput:
         output: The folder.
         job: Everything that shapes the output. Only a run of an equal job may go on with it.
         records: The finished components.
+        checkpoints: Of a component that isn't finished.
     """
 
     output: Path
     job: dict[str, Any]
     records: dict[str, ComponentRecord] = field(default_factory=dict)
+    checkpoints: Checkpoints = field(init=False)
+    _saving: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.work / CHECKPOINTS, self.save)
 
     @property
     def work(self) -> Path:
@@ -71,24 +135,29 @@ class ResumableOutput:
         os.replace(self.work / name, self.output / name)
 
     def save(self) -> None:
-        """Replace the state file."""
-        records = {name: dataclasses.asdict(record) for name, record in self.records.items()}
-        new = self.work / f"{STATE}.new"
-        new.write_text(json.dumps({"job": self.job, "records": records}), encoding="utf-8")
-        os.replace(new, self.work / STATE)
+        """Replace the state file. Components and checkpoints may be finished in several threads at once."""
+        with self._saving:
+            records = {name: dataclasses.asdict(record) for name, record in dict(self.records).items()}
+            checkpoints = {name: dataclasses.asdict(each) for name, each in dict(self.checkpoints.records).items()}
+            state = {"job": self.job, "records": records, "checkpoints": checkpoints}
+            new = self.work / f"{STATE}.new"
+            new.write_text(json.dumps(state), encoding="utf-8")
+            os.replace(new, self.work / STATE)
 
     def discard_unfinished(self) -> None:
         """Remove what the work folder holds of parts that aren't finished."""
         for path in self.work.iterdir():
-            if path.name not in (STATE, LOCK, *self.records):
+            if path.name not in (STATE, LOCK, CHECKPOINTS, *self.records):
                 _remove(path)
+        self.checkpoints.discard_unfinished()
 
 
 @contextmanager
 def resumable_output(output: Path, job: dict[str, Any]) -> Iterator[ResumableOutput | None]:
     """Open an output folder for a job, new or where an earlier run of the same job left off, and clean up at the end.
 
-    After an error finished components stay for the next run. If there are none, everything that was made is removed.
+    After an error finished components and checkpoints stay for the next run. If there are none, everything that was
+    made is removed.
 
     Yields:
         The folder, or None if an earlier run finished it and was killed while cleaning up.
@@ -112,7 +181,7 @@ def _opened(output: Path, job: dict[str, Any]) -> Iterator[ResumableOutput | Non
         try:
             yield made
         except BaseException:
-            if made and made.records:
+            if made and (made.records or made.checkpoints.records):
                 made.discard_unfinished()
                 raise
             _remove(work / STATE)
@@ -140,7 +209,7 @@ def _clear_errors(output: Path) -> Iterator[None]:
     except ErnieImageNF4Error:
         raise
     except Exception as error:
-        kept = ", finished components are kept" if (output / WORK_FOLDER).exists() else ""
+        kept = ", what is finished is kept" if (output / WORK_FOLDER).exists() else ""
         if is_full(error):
             raise DiskFull(f"The disk of {output} is full: free some space and repeat the command{kept}.") from error
         if not isinstance(error, OSError):
@@ -191,6 +260,8 @@ def _resume(output: Path, job: dict[str, Any], state: dict[str, Any] | None) -> 
         for name, record in state["records"].items():
             files = {file: FileRecord(**value) for file, value in record.pop("files").items()}
             made.records[name] = ComponentRecord(files=files, **record)
+        kept = state.get("checkpoints", {})
+        made.checkpoints.records |= {name: FileRecord(**record) for name, record in kept.items()}
     made.discard_unfinished()
     made.save()
     return made

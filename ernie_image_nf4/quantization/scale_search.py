@@ -21,6 +21,7 @@ from bitsandbytes.functional import (
 )
 from torch.nn.functional import embedding_bag, pad
 
+from ..fast.ops.nf4_panels import nearest
 from ..repository.nf4_format import (
     BLOCK_SIZE,
     DTYPES,
@@ -208,11 +209,6 @@ def code_sums(signed: bool) -> torch.Tensor:
     table = get_4bit_type("nf4", device="cpu")
     numbers = table[nearest(values / ratios, table)]
     return torch.cat([values * numbers, numbers.square()], dim=1)
-
-
-def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest number in a sorted table, int32."""
-    return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
 def _empty(weight: torch.Tensor, block_size: int, absmax_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InvalidRepository
-from ..repository.nf4_format import NF4Weight, quant_state_tensors
+from ..repository.nf4_format import quant_state_tensors
 from ..repository.record import StoredComponent
 from ..repository.safetensors_io import StoredTensor, TensorWriter, read_chunks, read_tensor
-from .calibration import move_weight
+from .block_rounding import stored_weight
 from .layer_selection import WeightPlan
 from .scale_search import quantize_nf4, squared_error
 
@@ -34,7 +34,7 @@ def write_quantized(
     file: Path,
     device: torch.device,
     scale_search: bool,
-    calibrated: dict[str, NF4Weight],
+    calibrated: dict[str, StoredTensor],
     bar: tqdm,
 ) -> float:
     """Write the weight file of a quantized component.
@@ -44,7 +44,7 @@ def write_quantized(
         file: The file to write.
         device: Where to quantize.
         scale_search: Whether to search the scales of least squared error.
-        calibrated: Weights that are quantized already; each is dropped once it is written.
+        calibrated: The tensors of weights that are quantized already, by name.
         bar: Progress bar over the bytes that are read.
 
     Returns:
@@ -63,7 +63,7 @@ def write_quantized(
             for name, weight in zip(names, weights, strict=True):
                 on_device = weight.to(device, non_blocking=True)
                 if name in calibrated:
-                    packed, state = move_weight(calibrated.pop(name), device)
+                    packed, state = stored_weight(name, calibrated, device)
                 else:
                     packed, state = quantize_nf4(on_device, scale_search=scale_search)
                 stored = _stored_tensors(name, packed, quant_state_tensors(state))

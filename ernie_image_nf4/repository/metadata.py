@@ -76,6 +76,7 @@ class Quantization:
         compute_dtype: dtype of the products, as in the components' configs.
         scale_search: Whether each block's scale was searched for the least squared error.
         calibration_prompts: How many prompts the transformer's codes were calibrated with, 0 if they weren't.
+        calibration_source: Which prompts: ``"built in"`` for this package's, the name of a file, None for others.
     """
 
     __pydantic_config__ = STRICT
@@ -87,6 +88,7 @@ class Quantization:
     compute_dtype: str = "bfloat16"
     scale_search: bool = False
     calibration_prompts: int = 0
+    calibration_source: str | None = None
 
 
 @dataclass(frozen=True)

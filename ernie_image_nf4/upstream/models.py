@@ -130,6 +130,18 @@ def attention_backend(attention: nn.Module) -> dict[str, Any]:
     }
 
 
+def use_math_attention(attention: Any) -> None:
+    """Let an attention module compute by plain products and a softmax, whose gradients are the same in every run.
+
+    Reaches for ``processor._attention_backend`` (diffusers 0.38 to 0.42): the public ``set_attention_backend`` would
+    change what every other model of the process uses. Gone: the attribute stays unread, and gradients may differ in
+    their last bits from run to run.
+    """
+    if not hasattr(attention.processor, "_attention_backend"):
+        note_gone("processor._attention_backend", "gradients may differ in their last bits from run to run")
+    attention.processor._attention_backend = "_native_math"
+
+
 # transformers: the prompt enhancer
 
 

@@ -45,7 +45,7 @@ def size_of(folder: Path, *, but: tuple[str, ...] = ()) -> int:
 def test_quantize_keeps_what_is_finished(original, tmp_path):
     message, left = run_on_small_disk(tmp_path, 600_000, QUANTIZE.format(source=str(original)))
     assert message == (
-        "The disk of small/out is full: free some space and repeat the command, finished components are kept."
+        "The disk of small/out is full: free some space and repeat the command, what is finished is kept."
     )
     assert left == "[['.unfinished', 'transformer'], ['lock', 'state.json']]"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from ernie_image_nf4.quantization.gptq import round_weight
+from ernie_image_nf4.quantization.gptq import round_weights
 from ernie_image_nf4.quantization.scale_search import quantize_nf4
 from ernie_image_nf4.repository.nf4_format import QUANT_STATE
 
@@ -15,6 +15,12 @@ def products_error(weight: torch.Tensor, made: tuple, inputs: torch.Tensor, give
     """Squared error of the products of NF4 with what it is given, beside those of the weight with the right inputs."""
     restored = dequantize_4bit(*made).float()
     return (inputs @ weight.float().T - given @ restored.T).square().sum().item()
+
+
+def round_weight(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, **options: int) -> tuple | None:
+    """NF4 of one weight, given the sums of y y' and of x y'."""
+    (made,) = round_weights([weight], hessian.clone(), weight.float() @ (cross - hessian), **options)
+    return made
 
 
 @pytest.fixture(scope="module")
