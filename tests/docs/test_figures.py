@@ -86,6 +86,7 @@ SENTENCES: list[tuple[str, str, tuple[Any, ...]]] = [
         (FP8["prediction_error_to_float32"], RESIDENT["prediction_error_to_float32"]),
     ),
     ("docs/speed.md", "calibrated NF4 weights are {:.1f} dB from their original", (PSNR["calibrated"],)),
+    ("docs/speed.md", "in float32, over {} captions ([run]", (run("skipping_cpu")["captions"],)),
     (
         "docs/speed.md",
         "takes {:.1f} s more than later ones, {:.1f} s of that in the prompt enhancer",
