@@ -1,4 +1,4 @@
-() => {
+(() => {
   const SIZES = /* SIZES */ {};
   const LANGUAGES = ["en", "zh"];
 
@@ -32,6 +32,7 @@
       Object.keys(SIZES).find((name) => SIZES[name][0] === width && SIZES[name][1] === height) ?? null,
     roll: () => String(crypto.getRandomValues(new Uint32Array(1))[0]),
     language: () => {
+      look();
       describe();
       const chosen = recall("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
       return speak(LANGUAGES.includes(chosen) ? chosen : "en");
@@ -44,11 +45,12 @@
     const image = document.querySelector("#picture img");
     const prompt = document.querySelector("#revised textarea")?.value;
     if (image && prompt && image.alt !== prompt) image.alt = prompt;
-  }).observe(document.body, { childList: true, subtree: true });
+  }).observe(document.documentElement, { childList: true, subtree: true });
 
   // Light and dark: the system's, unless it was chosen here
   const looks = recall("looks");
-  if (looks) document.body.classList.toggle("dark", looks === "dark");
+  const look = () => looks && document.body?.classList.toggle("dark", looks === "dark");
+  look();
   document.addEventListener("click", (event) => {
     if (event.target.closest("#theme")) {
       remember("looks", document.body.classList.toggle("dark") ? "dark" : "light");
@@ -86,4 +88,4 @@
     input.files = one.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   }, true);
-}
+})();

@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,19 +85,23 @@ def mount_page(app: FastAPI, engine: Engine, *, path: str = "/", api_key: str | 
         path=path,
         theme=make_theme(),
         css_paths=HERE / "page.css",
-        js=script,
-        head="<style>body.dark { color-scheme: dark; }</style>",
+        head=f"<style>body.dark {{ color-scheme: dark; }}</style><script>{script}</script>",
         i18n=WORDS,
         auth=None if api_key is None else lambda _, password: is_api_key(password, api_key),
         auth_message="Any user name; the password is the server's API key. 用户名任意，密码为服务器的 API 密钥。",
         max_file_size=max_file_bytes(engine.limits),
         footer_links=[],
-        run_history=False,
+        **_no_history(),
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
         pwa=False,
     )
+
+
+def _no_history() -> dict[str, Any]:
+    """Newer versions of Gradio keep what was asked for in the browser's storage, unless they are told not to."""
+    return {"run_history": False} if "run_history" in signature(gr.mount_gradio_app).parameters else {}
 
 
 def make_theme() -> gr.themes.Base:
