@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ from .options import (
     ExactOption,
     FormatOption,
     GuidanceOption,
+    LoraOption,
     MemoryOption,
     ModelOption,
     OfflineOption,
@@ -22,6 +24,9 @@ from .options import (
     SizeOption,
     StepsOption,
 )
+
+if TYPE_CHECKING:
+    from ..generation.loras import LoraFiles
 
 
 def generate(
@@ -49,6 +54,7 @@ def generate(
         typer.Option(help="Makes the whole picture repeatable. Default: a random one; 0 with --prompts-file."),
     ] = None,
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    lora: LoraOption = None,
     no_pe: Annotated[
         bool, typer.Option("--no-pe", help="Draw the prompt as it is, without the prompt enhancer.")
     ] = False,
@@ -78,7 +84,7 @@ def generate(
     loading |= {"products": _with_alias(products, fp8), "local_files_only": offline, "prompt_enhancer": not no_pe}
     loading["fast"] = "exact" if exact else True
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
-    settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
+    settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance, "lora": lora or []}
     if prompt is not None:
         _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
     elif prompts_file is not None and out_dir is not None:
@@ -109,6 +115,7 @@ def _draw_prompt(
     paths = output_paths(output, count)
     for path in paths:
         check_output(path)
+    settings["lora_files"] = _find_loras(settings["lora"], loading=loading)
     from ..loading.pipeline import load
 
     pipe = load(model, **loading)
@@ -120,6 +127,18 @@ def _draw_prompt(
             f"{path}: {drawn.width}x{drawn.height}, {path.stat().st_size / 1000:.0f} kB, "
             f"{drawing.seconds:.1f} s, seed {drawn.seed}"
         )
+
+
+def _find_loras(*named: Sequence[str], loading: dict[str, Any]) -> LoraFiles | None:
+    """The LoRAs of several lists, so that a missing one is told of before a model is loaded. None if there are none."""
+    if not any(named):
+        return None
+    from ..generation.loras import LoraFiles
+
+    files = LoraFiles(local_files_only=loading["local_files_only"])
+    for each in named:
+        files.find(each)
+    return files
 
 
 def _draw_file(
@@ -139,6 +158,7 @@ def _draw_file(
     rows = read_prompts(prompts_file)
     checked = {name: settings[name] for name in ("height", "width", "steps", "guidance", "seed", "count")}
     check_settings("-", **checked)
+    settings["lora_files"] = _find_loras(settings["lora"], *(row.lora or () for row in rows), loading=loading)
     make_output_folder(out_dir)
     from accelerate import PartialState
 

@@ -17,6 +17,10 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default:
 GuidanceOption = Annotated[
     float | None, typer.Option(help="Guidance scale, 1 for none. Default: as the model recommends.")
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(help="LoRA to draw with: FILE, or FILE:STRENGTH, e.g. style.safetensors:0.8. May be repeated."),
+]
 MemoryOption = Annotated[
     Memory, typer.Option(help="On the device: all weights, one component at a time, or its blocks. auto: what fits.")
 ]

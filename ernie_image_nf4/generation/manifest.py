@@ -100,13 +100,15 @@ def read_manifest(path: Path, *, unfinished: bool = False) -> list[Record]:
         InvalidSettings: A line is no record.
     """
     records = []
-    names = [field.name for field in fields(Settings)]
+    names = [field.name for field in fields(Settings)]  # the newest of which older manifests don't have
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             values = json.loads(line)
             if values.pop("fp8", False):
                 values["products"] = "fp8"
-            records.append(Record(settings=Settings(**{name: values.pop(name) for name in names}), **values))
+            records.append(
+                Record(settings=Settings(**{name: values.pop(name) for name in names if name in values}), **values)
+            )
         except (ValueError, TypeError, KeyError, AttributeError):
             if not unfinished:
                 raise InvalidSettings(

@@ -21,6 +21,34 @@ logger = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
 
 
+@dataclass(frozen=True, order=True)
+class LoraUse:
+    """A LoRA of a picture.
+
+    Attributes:
+        file: Name of its file.
+        strength: Factor of what it adds.
+        sha256: Digest of the file.
+    """
+
+    file: str
+    strength: float
+    sha256: str
+
+    @property
+    def adapter(self) -> str:
+        """Name of its adapter in a pipeline."""
+        return adapter_of(self.sha256)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.strength:g} (sha256 {self.sha256})"
+
+
+def adapter_of(sha256: str) -> str:
+    """Name of the adapter of a file with this digest."""
+    return f"sha256_{sha256[:16]}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What makes a picture, apart from the weights.
@@ -35,6 +63,7 @@ class Settings:
             time.
         seed: Of the initial latents and of the prompt enhancer's sampling.
         use_pe: Whether the prompt enhancer rewrites the prompt.
+        lora: LoRAs that are on, beside those that the pipeline has from elsewhere if it is empty.
     """
 
     prompt: str
@@ -45,6 +74,12 @@ class Settings:
     guidance_scale: float
     seed: int
     use_pe: bool = True
+    lora: tuple[LoraUse, ...] = ()
+
+    def __post_init__(self) -> None:
+        # From a manifest they come as lists and objects of JSON.
+        uses = (use if isinstance(use, LoraUse) else LoraUse(**use) for use in self.lora)
+        object.__setattr__(self, "lora", tuple(uses))
 
 
 def check_settings(
@@ -89,6 +124,7 @@ def complete_settings(
     guidance: float | None,
     seed: int,
     use_pe: bool,
+    lora: tuple[LoraUse, ...] = (),
 ) -> Settings:
     """Settings with the recommended values for what is None."""
     return Settings(
@@ -100,6 +136,7 @@ def complete_settings(
         guidance_scale=recommended.guidance_scale if guidance is None else guidance,
         seed=seed,
         use_pe=use_pe,
+        lora=lora,
     )
 
 

@@ -19,6 +19,7 @@ from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
 from .failures import check_picture, explained
 from .image_file import Drawing, check_side, format_of, save_picture
+from .loras import LoraFiles, loras_as
 from .seeding import initial_latents
 from .settings import Settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 
@@ -36,6 +37,8 @@ def draw_and_save(
     guidance: float | None = None,
     seed: int | None = None,
     use_pe: bool = True,
+    lora: Sequence[str] = (),
+    lora_files: LoraFiles | None = None,
 ) -> Iterator[tuple[Drawing, Path]]:
     """Draw one picture for each path, with seeds counting up. Each is yielded once its file is there.
 
@@ -51,13 +54,17 @@ def draw_and_save(
         guidance: Guidance scale.
         seed: Of the first picture; None for a random one.
         use_pe: Whether the prompt enhancer rewrites the prompt.
+        lora: LoRAs for these pictures alone, each ``FILE`` or ``FILE:STRENGTH``; none for what is on in the pipeline.
+        lora_files: Where they have been found already.
 
     Raises:
         InvalidSettings: A path's format has no room for the size.
+        InvalidLora: A LoRA isn't there, or doesn't fit the model.
         DeviceUnavailable: As `draw`.
         NotFinite: See there. Files of the pictures before stay.
     """
     recommended, name = described_model(pipe, model)
+    loras = lora_files or LoraFiles()
     settings = complete_settings(
         recommended,
         prompt,
@@ -68,14 +75,19 @@ def draw_and_save(
         guidance=guidance,
         seed=secrets.randbelow(2**32) if seed is None else seed,
         use_pe=use_pe,
+        lora=loras.find(lora),
     )
     for path in paths:
         check_side(format_of(path), settings.width, settings.height)
     warn_of_unused_negative([settings])
-    for number, path in enumerate(paths):
-        drawing = draw(pipe, replace(settings, seed=settings.seed + number))
-        save_picture(drawing, path, model=name, revision=hub_revision(pipe))
-        yield drawing, path
+    loras.load(pipe, settings.lora)
+    try:
+        for number, path in enumerate(paths):
+            drawing = draw(pipe, replace(settings, seed=settings.seed + number))
+            save_picture(drawing, path, model=name, revision=hub_revision(pipe))
+            yield drawing, path
+    finally:
+        loras.unload(pipe)
 
 
 def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
@@ -85,14 +97,14 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
 
     Args:
         pipe: The pipeline, as from `load`.
-        settings: What to draw, and how.
+        settings: What to draw, and how. Its LoRAs are there already, see `LoraFiles.load`.
 
     Raises:
         DeviceUnavailable: The device's memory ran out. The pipeline can go on with a smaller picture.
         NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
     started = time.perf_counter()
-    with taking_turn(pipe), SeededDraws(settings.seed), noted() as notes:
+    with taking_turn(pipe), loras_as(pipe, settings.lora), SeededDraws(settings.seed), noted() as notes:
         try:
             result = pipe(
                 prompt=settings.prompt,

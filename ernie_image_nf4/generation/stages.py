@@ -32,6 +32,7 @@ from ..upstream.pipelines import execution_device
 from .enhancement import enhance_all
 from .failures import check_latents, check_picture, explained
 from .image_file import Drawing
+from .loras import LoraFiles, loras_as
 from .schedule import Picture, find_batch_size, groups
 from .seeding import initial_latents
 from .settings import Settings
@@ -47,7 +48,7 @@ Limits = dict[int, int]
 
 
 def draw_in_groups(
-    pipe: ErnieImagePipeline, pictures: Iterable[Picture], batch_size: int | None = None
+    pipe: ErnieImagePipeline, pictures: Iterable[Picture], batch_size: int | None = None, loras: LoraFiles | None = None
 ) -> Iterator[tuple[Picture, Drawing | str]]:
     """Draw in this process. Yields each picture with its drawing, or with the reason why there is none.
 
@@ -55,6 +56,7 @@ def draw_in_groups(
         pipe: The pipeline, as from `load`.
         pictures: What to draw, of any shapes.
         batch_size: Pictures to denoise together at most; None chooses by free memory.
+        loras: Has those that pictures name. Each group finds its own in the pipeline.
     """
     limits: Limits = {}
 
@@ -63,6 +65,8 @@ def draw_in_groups(
         return min(found, limits.get(picture.settings.height * picture.settings.width, found))
 
     for group in groups(pictures, size, GROUP if memory_mode(pipe) != "resident" else 1):
+        if loras is not None:
+            loras.load(pipe, {use for batch in group for picture in batch for use in picture.settings.lora})
         yield from _draw_group_or_each(pipe, group, limits)
 
 
@@ -95,7 +99,7 @@ def draw_group(
 
     Args:
         pipe: The pipeline, as from `load`.
-        batches: What to denoise together: one size, number of steps and guidance scale each.
+        batches: What to denoise together: of what `schedule.shape` says is the same in each.
         limits: Gets the batch sizes that the memory turned out to allow.
     """
     settings = [each for batch in batches for each in batch]
@@ -173,7 +177,7 @@ def _denoise_together(
     first = batch[0]
     started = time.perf_counter()
     try:
-        with several_pictures(pipe.transformer, len(batch)):
+        with several_pictures(pipe.transformer, len(batch)), loras_as(pipe, first.lora):
             result = pipe(
                 prompt_embeds=list(texts),
                 negative_prompt_embeds=list(negatives) if first.guidance_scale > 1 else None,
