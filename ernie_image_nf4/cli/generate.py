@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from .options import (
     FormatOption,
     GuidanceOption,
     GuidanceUntilOption,
+    LoraOption,
     MemoryOption,
     ModelOption,
     OfflineOption,
@@ -24,6 +26,9 @@ from .options import (
     SizeOption,
     StepsOption,
 )
+
+if TYPE_CHECKING:
+    from ..generation.loras import LoraFiles
 
 CHECKED = ("height", "width", "steps", "guidance", "guidance_until", "cache")  # before anything heavy is imported
 
@@ -55,6 +60,7 @@ def generate(
         typer.Option(help="Makes the whole picture repeatable. Default: a random one; 0 with --prompts-file."),
     ] = None,
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    lora: LoraOption = None,
     no_pe: Annotated[
         bool, typer.Option("--no-pe", help="Draw the prompt as it is, without the prompt enhancer.")
     ] = False,
@@ -80,7 +86,7 @@ def generate(
     loading["fast"] = "exact" if exact else True
     settings: dict[str, Any] = {"model": model, "negative": negative, "use_pe": not no_pe}
     settings |= {"height": height, "width": width, "steps": steps, "guidance": guidance}
-    settings |= {"guidance_until": guidance_until, "cache": cache}
+    settings |= {"guidance_until": guidance_until, "cache": cache, "lora": lora or []}
     if prompt is not None:
         _draw_prompt(prompt, output, count, loading, seed=seed, **settings)
     elif prompts_file is not None and out_dir is not None:
@@ -121,6 +127,7 @@ def _draw_prompt(
     paths = output_paths(output, count)
     for path in paths:
         check_output(path)
+    settings["lora_files"] = _find_loras(settings["lora"], loading=loading)
     from ..loading.pipeline import load
 
     pipe = load(model, **loading)
@@ -132,6 +139,18 @@ def _draw_prompt(
             f"{path}: {drawn.width}x{drawn.height}, {path.stat().st_size / 1000:.0f} kB, "
             f"{drawing.seconds:.1f} s, seed {drawn.seed}"
         )
+
+
+def _find_loras(*named: Sequence[str], loading: dict[str, Any]) -> LoraFiles | None:
+    """The LoRAs of several lists, so that a missing one is told of before a model is loaded. None if there are none."""
+    if not any(named):
+        return None
+    from ..generation.loras import LoraFiles
+
+    files = LoraFiles(local_files_only=loading["local_files_only"])
+    for each in named:
+        files.find(each)
+    return files
 
 
 def _draw_file(
@@ -150,6 +169,7 @@ def _draw_file(
 
     rows = read_prompts(prompts_file)
     check_settings("-", **{name: settings[name] for name in (*CHECKED, "seed", "count")})
+    settings["lora_files"] = _find_loras(settings["lora"], *(row.lora or () for row in rows), loading=loading)
     make_output_folder(out_dir)
     from accelerate import PartialState
 

@@ -26,6 +26,10 @@ CacheOption = Annotated[
     int | None,
     typer.Option(help="Compute about every n-th step only, e.g. 3, and reuse its prediction between. Default: 1, all."),
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(help="LoRA to draw with: FILE, or FILE:STRENGTH, e.g. style.safetensors:0.8. May be repeated."),
+]
 MemoryOption = Annotated[
     Memory, typer.Option(help="On the device: all weights, one component at a time, or its blocks. auto: what fits.")
 ]

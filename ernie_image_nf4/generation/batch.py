@@ -25,6 +25,7 @@ from ..memory.placement import find_device
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
 from .image_file import FORMATS, Drawing, check_name, make_output_folder, remove_leftovers, save_picture
+from .loras import LoraFiles
 from .manifest import MANIFEST, LineCount, Record, append, locked, merge_manifests, part_of, read_manifest
 from .prompt_file import Row, check_rows
 from .schedule import Picture, is_finished, plan_pictures, share
@@ -52,6 +53,8 @@ def generate_batch(
     use_pe: bool = True,
     guidance_until: float | None = None,
     cache: int | bool | None = None,
+    lora: Sequence[str] = (),
+    lora_files: LoraFiles | None = None,
     count: int = 1,
     batch_size: int | None = None,
     format: str = "png",
@@ -78,6 +81,9 @@ def generate_batch(
         use_pe: Whether the prompt enhancer rewrites the prompts.
         guidance_until: Share of the steps with guidance, as for `set_skipping`; None for what is set on the pipeline.
         cache: Every how many steps the transformer is computed, likewise.
+        lora: LoRAs, each ``FILE`` or ``FILE:STRENGTH`` with a file, a folder, ``user/name`` or ``user/name/FILE`` of
+            the Hub. Pictures without any have those that are on in the pipeline.
+        lora_files: Where they have been found already.
         count: Pictures of each row, with seeds counting up from the row's.
         batch_size: Pictures to denoise together at most; None chooses by free memory, and 1 on a CPU.
         format: Of the files: ``"png"``, ``"jpeg"`` or ``"webp"``.
@@ -89,6 +95,7 @@ def generate_batch(
     Raises:
         InvalidSettings: A row or setting that can't work, or an output folder that can't be written to. Once drawing
             begins: another run is in the folder.
+        InvalidLora: A LoRA isn't there, or doesn't fit the model.
         DiskFull: While drawing. What is there is kept for the next run.
 
     Example:
@@ -104,6 +111,7 @@ def generate_batch(
         raise InvalidSettings(f"Format {format!r} is none of {', '.join(FORMATS)}.")
     rows = check_rows((f"Row {number}", vars(row)) for number, row in enumerate(rows, 1))
     recommended, name = described_model(pipe, model)
+    loras = lora_files or LoraFiles()
     defaults = complete_settings(
         recommended,
         "",
@@ -117,8 +125,11 @@ def generate_batch(
         skipping=skipping_of(pipe),
         guidance_until=guidance_until,
         cache=cache,
+        lora=loras.find(lora),
     )
-    pictures = plan_pictures(rows, replace(defaults, guidance_scale=float(defaults.guidance_scale)), count, format)
+    defaults = replace(defaults, guidance_scale=float(defaults.guidance_scale))
+    pictures = plan_pictures(rows, defaults, count, format, loras)
+    loras.check(pipe)
     folder = Path(out_dir)
     make_output_folder(folder)
     if pictures:
@@ -126,7 +137,7 @@ def generate_batch(
     about = Record(
         "", name, defaults, products=products_of(pipe.transformer), revision=hub_revision(pipe), version=__version__
     )
-    return _generate(pipe, pictures, folder, about, batch_size, progress)
+    return _generate(pipe, pictures, folder, about, batch_size, loras, progress)
 
 
 def process_device(device: str | None) -> str | None:
@@ -150,6 +161,7 @@ def _generate(
     folder: Path,
     about: Record,
     batch_size: int | None,
+    loras: LoraFiles,
     progress: bool,
 ) -> Iterator[Record]:
     """`generate_batch`, with all that is the same in its records in `about`."""
@@ -162,10 +174,11 @@ def _generate(
             if there:
                 logger.info("%d of %d pictures are there already.", there, len(pictures))
 
+        run.callback(loras.unload, pipe)
         shown, done = progress and state.is_main_process, LineCount(folder)
         bar = run.enter_context(tqdm(total=len(pictures), initial=there, unit="picture", disable=not shown))
         for picture, result in draw_in_groups(
-            pipe, share(pending, state.process_index, state.num_processes), batch_size
+            pipe, share(pending, state.process_index, state.num_processes), batch_size, loras
         ):
             record = _save(picture, result, folder, about)
             append(part_of(folder, state.process_index), record)

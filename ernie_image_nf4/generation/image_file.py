@@ -151,8 +151,8 @@ def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | No
     """Write a picture with its settings, in the format of the file name's ending. Readers see the whole file or none.
 
     The settings are prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height,
-    model, revision (if any), versions, products (if in 8 bits), and guidance_until and cache (if steps left anything
-    out). `read_settings` has them back.
+    model, revision (if any), versions, products (if in 8 bits), guidance_until and cache (if steps left anything out),
+    and lora (if any). `read_settings` has them back.
 
     Args:
         drawing: What to write.
@@ -229,6 +229,8 @@ def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, 
         described["revision"] = revision
     if drawing.products is not None:
         described["products"] = drawing.products
+    if settings.lora:
+        described["lora"] = "; ".join(map(str, settings.lora))
     if drawing.revised_prompt is not None:
         described["revised_prompt"] = drawing.revised_prompt
     return {key: str(value) for key, value in described.items()}

@@ -70,6 +70,7 @@ def _check_name(name: str) -> str:
 Setting = AfterValidator(_check_setting)
 Text = Annotated[StrictStr, AfterValidator(_check_unicode)]
 Name = Annotated[Text, AfterValidator(_check_name)]
+Loras = tuple[Text, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Row:
         name: Readable part of the file's name, instead of one made of the prompt.
         guidance_until: Share of the steps with guidance, as for `set_skipping`.
         cache: Every how many steps the transformer is computed, likewise.
+        lora: LoRAs, each ``FILE`` or ``FILE:STRENGTH`` as `generate_batch` takes them. In CSV with ``;`` between them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -101,6 +103,7 @@ class Row:
     name: Name | None = None
     guidance_until: Annotated[StrictFloat, Setting] | None = None
     cache: Annotated[StrictInt, Setting] | None = None
+    lora: Loras | None = None
 
 
 FIELDS = tuple(field.name for field in fields(Row))
@@ -203,6 +206,8 @@ def _describe(error: ErrorDetails) -> str:
     if field not in FIELDS:
         return f"{field}: is no known field, use {', '.join(FIELDS)}."
     expected = {int: "a whole number", float: "a number"}.get(NUMBERS.get(str(field), str), "text")
+    if field == "lora" and len(error["loc"]) == 1:
+        expected = "a list"
     return f"{field}: expected {expected}, found {value!r:.60}."
 
 
@@ -252,8 +257,10 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield line, f"is not CSV ({error})."
 
 
-def _typed(field: str, cell: str) -> str | int | float:
+def _typed(field: str, cell: str) -> str | int | float | list[str]:
     """A cell as its field's type, or as text where it can't be: the check says so then."""
+    if field == "lora":
+        return [lora.strip() for lora in cell.split(";") if lora.strip()]
     try:
         return NUMBERS.get(field, str)(cell)
     except ValueError:

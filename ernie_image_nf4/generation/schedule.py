@@ -16,9 +16,10 @@ from ..memory.placement import GIB, WORKING_BYTES, free_memory
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
 from .image_file import FORMATS, check_side
+from .loras import LoraFiles
 from .manifest import Record
 from .prompt_file import Row
-from .settings import Settings, check_settings
+from .settings import LoraUse, Settings, check_settings
 
 MAX_BATCH = 8
 # Activations of the transformer for one picture with guidance. benchmarks/batch_h100_resident.json has 1.6 GiB a
@@ -39,7 +40,13 @@ class Picture:
     settings: Settings
 
 
-def plan_pictures(rows: Sequence[Row], defaults: Settings, count: int = 1, image_format: str = "png") -> list[Picture]:
+def plan_pictures(
+    rows: Sequence[Row],
+    defaults: Settings,
+    count: int = 1,
+    image_format: str = "png",
+    loras: LoraFiles | None = None,
+) -> list[Picture]:
     """The pictures of all rows, numbered in order: ``0001-an-orange-cat.png``.
 
     Args:
@@ -47,6 +54,7 @@ def plan_pictures(rows: Sequence[Row], defaults: Settings, count: int = 1, image
         defaults: For what a row leaves open, everything but the prompt.
         count: Pictures of each row, with seeds counting up.
         image_format: Of the files, one of `FORMATS`.
+        loras: Finds the LoRAs that rows name.
 
     Raises:
         InvalidSettings: Seeds count up beyond the largest one, or the format has no room for a size.
@@ -54,8 +62,11 @@ def plan_pictures(rows: Sequence[Row], defaults: Settings, count: int = 1, image
     pictures: list[Picture] = []
     suffix = FORMATS[image_format].suffixes[0]
     digits = max(4, len(str(len(rows) * count)))
+    loras = loras or LoraFiles()
     for row in rows:
         settings = row_settings(row, defaults)
+        if row.lora is not None:
+            settings = replace(settings, lora=loras.find(row.lora))
         check_settings(settings.prompt, seed=settings.seed, count=count)
         check_side(image_format, settings.width, settings.height)
         for offset in range(count):
@@ -105,11 +116,14 @@ def share(pictures: Sequence[Picture], process: int, processes: int) -> list[Pic
     return sorted(pictures, key=shape)[process::processes]
 
 
-def shape(picture: Picture) -> tuple[int, int, int, float, float, int]:
-    """What pictures of a batch have in common: height, width, steps, guidance scale, and what steps leave out."""
+def shape(picture: Picture) -> tuple[tuple[LoraUse, ...], int, int, int, float, float, int]:
+    """What pictures of a batch have in common: LoRAs, height, width, steps, guidance scale, and what steps leave out.
+
+    LoRAs come first: in this order, each is loaded once.
+    """
     settings = picture.settings
     size = settings.height, settings.width, settings.num_inference_steps
-    return *size, settings.guidance_scale, settings.guidance_until, settings.cache
+    return settings.lora, *size, settings.guidance_scale, settings.guidance_until, settings.cache
 
 
 def groups(

@@ -22,6 +22,34 @@ logger = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
 
 
+@dataclass(frozen=True, order=True)
+class LoraUse:
+    """A LoRA of a picture.
+
+    Attributes:
+        file: Name of its file.
+        strength: Factor of what it adds.
+        sha256: Digest of the file.
+    """
+
+    file: str
+    strength: float
+    sha256: str
+
+    @property
+    def adapter(self) -> str:
+        """Name of its adapter in a pipeline."""
+        return adapter_of(self.sha256)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.strength:g} (sha256 {self.sha256})"
+
+
+def adapter_of(sha256: str) -> str:
+    """Name of the adapter of a file with this digest."""
+    return f"sha256_{sha256[:16]}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What makes a picture, apart from the weights.
@@ -38,6 +66,7 @@ class Settings:
         use_pe: Whether the prompt enhancer rewrites the prompt.
         guidance_until: Share of the steps with guidance.
         cache: Every how many steps the transformer is computed.
+        lora: LoRAs that are on, beside those that the pipeline has from elsewhere if it is empty.
     """
 
     prompt: str
@@ -55,6 +84,13 @@ class Settings:
     def skipping(self) -> Skipping:
         """What denoising leaves out."""
         return Skipping(self.guidance_until, self.cache)
+
+    lora: tuple[LoraUse, ...] = ()
+
+    def __post_init__(self) -> None:
+        # From a manifest they come as lists and objects of JSON.
+        uses = (use if isinstance(use, LoraUse) else LoraUse(**use) for use in self.lora)
+        object.__setattr__(self, "lora", tuple(uses))
 
 
 def check_settings(
@@ -105,6 +141,7 @@ def complete_settings(
     skipping: Skipping,
     guidance_until: float | None,
     cache: int | bool | None,
+    lora: tuple[LoraUse, ...] = (),
 ) -> Settings:
     """Settings with the recommended values for what is None, and with those of `skipping` for what is left out."""
     return Settings(
@@ -118,6 +155,7 @@ def complete_settings(
         use_pe=use_pe,
         guidance_until=skipping.guidance_until if guidance_until is None else float(guidance_until),
         cache=skipping.cache if cache is None else cache_interval(cache),
+        lora=lora,
     )
 
 

@@ -19,6 +19,7 @@ from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
 from .failures import check_picture, explained
 from .image_file import Drawing, check_side, format_of, save_picture
+from .loras import LoraFiles, loras_as
 from .seeding import initial_latents
 from .settings import Settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 
@@ -38,6 +39,8 @@ def draw_and_save(
     use_pe: bool = True,
     guidance_until: float | None = None,
     cache: int | bool | None = None,
+    lora: Sequence[str] = (),
+    lora_files: LoraFiles | None = None,
 ) -> Iterator[tuple[Drawing, Path]]:
     """Draw one picture for each path, with seeds counting up. Each is yielded once its file is there.
 
@@ -55,13 +58,17 @@ def draw_and_save(
         use_pe: Whether the prompt enhancer rewrites the prompt.
         guidance_until: As for `set_skipping`; None for what is set on the pipeline.
         cache: Likewise.
+        lora: LoRAs for these pictures alone, each ``FILE`` or ``FILE:STRENGTH``; none for what is on in the pipeline.
+        lora_files: Where they have been found already.
 
     Raises:
         InvalidSettings: A path's format has no room for the size.
+        InvalidLora: A LoRA isn't there, or doesn't fit the model.
         DeviceUnavailable: As `draw`.
         NotFinite: See there. Files of the pictures before stay.
     """
     recommended, name = described_model(pipe, model)
+    loras = lora_files or LoraFiles()
     settings = complete_settings(
         recommended,
         prompt,
@@ -75,14 +82,19 @@ def draw_and_save(
         skipping=skipping_of(pipe),
         guidance_until=guidance_until,
         cache=cache,
+        lora=loras.find(lora),
     )
     for path in paths:
         check_side(format_of(path), settings.width, settings.height)
     warn_of_unused_negative([settings])
-    for number, path in enumerate(paths):
-        drawing = draw(pipe, replace(settings, seed=settings.seed + number))
-        save_picture(drawing, path, model=name, revision=hub_revision(pipe))
-        yield drawing, path
+    loras.load(pipe, settings.lora)
+    try:
+        for number, path in enumerate(paths):
+            drawing = draw(pipe, replace(settings, seed=settings.seed + number))
+            save_picture(drawing, path, model=name, revision=hub_revision(pipe))
+            yield drawing, path
+    finally:
+        loras.unload(pipe)
 
 
 def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
@@ -92,7 +104,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
 
     Args:
         pipe: The pipeline, as from `load`.
-        settings: What to draw, and how.
+        settings: What to draw, and how. Its LoRAs are there already, see `LoraFiles.load`.
 
     Raises:
         InvalidSettings: There is something to leave out, and the pipeline isn't from `load`.
@@ -100,7 +112,13 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
         NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
     started = time.perf_counter()
-    with taking_turn(pipe), skipping_as(pipe, settings.skipping), SeededDraws(settings.seed), noted() as notes:
+    with (
+        taking_turn(pipe),
+        loras_as(pipe, settings.lora),
+        skipping_as(pipe, settings.skipping),
+        SeededDraws(settings.seed),
+        noted() as notes,
+    ):
         try:
             result = pipe(
                 prompt=settings.prompt,

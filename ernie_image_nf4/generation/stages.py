@@ -32,6 +32,7 @@ from ..upstream.pipelines import execution_device
 from .enhancement import enhance_all
 from .failures import check_latents, check_picture, explained
 from .image_file import Drawing
+from .loras import LoraFiles, loras_as
 from .schedule import Picture, find_batch_size, groups
 from .seeding import initial_latents
 from .settings import Settings
@@ -65,7 +66,7 @@ class Watch:
 
 
 def draw_in_groups(
-    pipe: ErnieImagePipeline, pictures: Iterable[Picture], batch_size: int | None = None
+    pipe: ErnieImagePipeline, pictures: Iterable[Picture], batch_size: int | None = None, loras: LoraFiles | None = None
 ) -> Iterator[tuple[Picture, Drawing | str]]:
     """Draw in this process. Yields each picture with its drawing, or with the reason why there is none.
 
@@ -73,6 +74,7 @@ def draw_in_groups(
         pipe: The pipeline, as from `load`.
         pictures: What to draw, of any shapes.
         batch_size: Pictures to denoise together at most; None chooses by free memory.
+        loras: Has those that pictures name. Each group finds its own in the pipeline.
     """
     limits: Limits = {}
 
@@ -81,6 +83,8 @@ def draw_in_groups(
         return min(found, limits.get(picture.settings.height * picture.settings.width, found))
 
     for group in groups(pictures, size, GROUP if memory_mode(pipe) != "resident" else 1):
+        if loras is not None:
+            loras.load(pipe, {use for batch in group for picture in batch for use in picture.settings.lora})
         yield from draw_group_or_each(pipe, group, limits)
 
 
@@ -130,7 +134,7 @@ def draw_group(
 
     Args:
         pipe: The pipeline, as from `load`.
-        batches: What to denoise together: what `schedule.shape` says is the same in each.
+        batches: What to denoise together: of what `schedule.shape` says is the same in each.
         limits: Gets the batch sizes that the memory turned out to allow.
         watch: Is told how it goes.
         one_thread: Whether a CPU computes in one thread, so that a picture doesn't depend on how many there are.
@@ -218,7 +222,11 @@ def _denoise_together(
     first = batch[0]
     started = time.perf_counter()
     try:
-        with several_pictures(pipe.transformer, len(batch)), skipping_as(pipe, first.skipping):
+        with (
+            several_pictures(pipe.transformer, len(batch)),
+            skipping_as(pipe, first.skipping),
+            loras_as(pipe, first.lora),
+        ):
             result = pipe(
                 prompt_embeds=list(texts),
                 negative_prompt_embeds=list(negatives) if first.guidance_scale > 1 else None,

@@ -146,6 +146,41 @@ def strengths(pipe: ErnieImagePipeline) -> dict[str, float]:
 
 
 @contextmanager
+def switched(pipe: ErnieImagePipeline, wanted: Mapping[str, float] | None) -> Iterator[None]:
+    """Use other adapters of a pipeline's transformer, and those that are on now again at the end.
+
+    Args:
+        pipe: The pipeline.
+        wanted: Strengths by name; None for what the context itself sets.
+    """
+    before = {layer: (layer.active_adapters, layer.disable_adapters, dict(layer.scaling)) for layer in _layers(pipe)}
+    if wanted is not None:
+        for layer in _layers(pipe):
+            layer.enable_adapters(True)
+            layer.set_adapter(list(wanted))
+            for name, strength in wanted.items():
+                if name in layer.scaling:
+                    layer.set_scale(name, strength)
+    try:
+        yield
+    finally:
+        for layer in _layers(pipe):
+            active, disabled, scaling = before.get(layer, ([], False, {}))
+            layer.set_adapter([name for name in active if name in known_adapters(pipe)])
+            layer.enable_adapters(not disabled)
+            layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
+
+
+def _layers(pipe: ErnieImagePipeline) -> list[Any]:
+    """The layers that peft has put around the transformer's own."""
+    if not known_adapters(pipe):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [layer for layer in pipe.transformer.modules() if isinstance(layer, LoraLayer)]
+
+
+@contextmanager
 def without_adapters(pipe: ErnieImagePipeline) -> Iterator[list[str]]:
     """Take all adapters off a pipeline's transformer, and put them back at the end. Yields their names."""
     names = known_adapters(pipe)

@@ -148,6 +148,24 @@ def read_lora(file: Path, layers: Mapping[str, tuple[int, int]]) -> dict[str, to
     return convert_lora(load_file(file), layers, description.settings, str(file))
 
 
+def check_lora(file: Path, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a file that doesn't fit, by its header alone.
+
+    Args:
+        file: The file.
+        layers: Name of each of the transformer's layers -> its (out, in).
+
+    Raises:
+        InvalidLora: It is no LoRA, or doesn't fit the layers.
+    """
+    import torch
+
+    shapes, _ = _read_header(file)
+    for layer, parts in _layers_of(find_tensors(shapes, str(file))[0], layers, str(file)).items():
+        found = {part: torch.empty(shapes[key], device="meta") for part, key in parts.items()}
+        _check_shapes(layer, found, layers[layer], str(file))
+
+
 def convert_lora(
     state: Mapping[str, torch.Tensor],
     layers: Mapping[str, tuple[int, int]],
@@ -298,7 +316,13 @@ def _scale(layer: str, rank: int, alpha: torch.Tensor | None, settings: Mapping[
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """peft's way: the first pattern that is a layer's name or the end of it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        name = pattern.removeprefix("^")
+        # As regular expressions, which peft takes them for, those of a stranger could take forever.
+        if not re.fullmatch(r"[\w.]+", name):
+            raise InvalidLora(
+                f"alpha_pattern has {pattern!r}, where names of layers are wanted: save the LoRA without."
+            )
+        if layer == name or (name == pattern and layer.endswith(f".{name}")):
             return value
     return default
 

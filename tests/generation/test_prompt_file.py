@@ -243,7 +243,7 @@ print({"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules))
     out = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == [
         "Row(prompt='a cat', negative=None, seed=7, height=None, width=None, steps=None, "
-        "guidance='not checked until it is drawn', name=None, guidance_until=None, cache=None)",
+        "guidance='not checked until it is drawn', name=None, guidance_until=None, cache=None, lora=None)",
         "set()",
     ]
     assert vars(Row("a", "b", 1)) == dict.fromkeys(FIELDS) | {"prompt": "a", "negative": "b", "seed": 1}
