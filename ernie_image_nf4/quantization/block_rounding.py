@@ -66,8 +66,9 @@ def round_layers(
     rounding = LayerRounding(plan, kept, original.device, original.dtype)
     memory.clear()
     model = copy.deepcopy(original.model)
-    with rounding.keeping(BEFORE, model, ""):
-        _round_condition_layers(rounding, original, model, samples)
+    with rounding.keeping(BEFORE, model, "") as missing:
+        if missing:
+            _round_condition_layers(rounding, original, model, samples)
     inputs = [(sample.latents, sample.timestep, sample.text) for sample in samples]
     given, exact = enter_blocks(original.model, inputs, memory)
     given_quantized, quantized = enter_blocks(model, inputs, memory)

@@ -1,4 +1,4 @@
-"""Compares the Triton kernels of 8-bit products with plain torch on a CPU: a script for Triton's interpreter.
+"""Compares Triton kernels of 8-bit products and of calibration with plain torch on a CPU, by Triton's interpreter.
 
 To be run with TRITON_INTERPRET=1, which Triton reads when it is imported: in a process of its own.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import get_4bit_type, quantize_4bit
 
-from ernie_image_nf4.fast.ops import eight_bit, triton_eight_bit, triton_int8
+from ernie_image_nf4.fast.ops import eight_bit, nf4_panels, triton_eight_bit, triton_int8, triton_nf4_panels
 from ernie_image_nf4.fast.ops.eight_bit import FP8, INT8, Format
 
 CAPABILITIES = ((7, 5), (9, 0))  # without tensor cores, as far as Triton knows, and with them
@@ -26,6 +26,7 @@ def main() -> None:
             compare_weight(width, nested, block_size)
     compare_product()
     compare_numbers_that_are_none()
+    compare_panels()
 
 
 def compare_rows(width: int, dtype: torch.dtype) -> None:
@@ -75,6 +76,27 @@ def compare_numbers_that_are_none() -> None:
         rounded, scale = triton_eight_bit.quantize_rows(x, to)
         finite = (rounded.float() * scale).isfinite().all(1)
         assert finite.tolist() == [True, False, False]
+
+
+def compare_panels() -> None:
+    """Sums in another order may choose another of two numbers as near, and then all that comes after differs."""
+    rows, table = 37, get_4bit_type("nf4", device="cpu")
+    target, adjusted, slope = (torch.randn(64, rows) for _ in range(3))
+    scale = torch.rand(rows) + 0.5
+    scale[3], scale[4] = 0, -scale[4]
+    mix = torch.randn(64, 64) / 64
+    within = mix @ mix.T + torch.eye(64)
+    codes, errors = triton_nf4_panels.round_panel(target, adjusted, mix, scale, table)
+    expected, its_errors = nf4_panels.round_panel(target, adjusted, mix, scale, table)
+    same = (codes == expected).all(0)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(errors[:, same], its_errors[:, same], rtol=1e-5, atol=1e-6)
+    new, changes = triton_nf4_panels.descend_panel(slope, within, scale, expected, table)
+    others, their_changes = nf4_panels.descend_panel(slope, within, scale, expected, table)
+    assert (new != expected).any()
+    same = (new == others).all(0)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(changes[:, same], their_changes[:, same], rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":

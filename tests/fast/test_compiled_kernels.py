@@ -33,13 +33,14 @@ from ernie_image_nf4.fast.ops import (  # noqa: E402
     triton_float16,
     triton_int8,
     triton_nf4,
+    triton_nf4_panels,
     triton_nf4_rows,
 )
 
 DECODE_KERNELS = (triton_decode, triton_nf4, triton_nf4_rows)
 pytestmark = pytest.mark.slow
 
-KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8, *DECODE_KERNELS)
+KERNELS = (triton_elementwise, triton_eight_bit, triton_float16, triton_int8, triton_nf4_panels, *DECODE_KERNELS)
 MOST_SPILLED = 16  # bytes of a thread's values for which there are no registers: four values
 KIB = 1024
 # By compute capability: the cards, and the shared memory that a program can have (CUDA programming guide, table
@@ -133,6 +134,7 @@ def launch_all(capability: tuple[int, int]) -> None:
     triton_elementwise.norm_rotary(x.unflatten(2, (HEADS, -1)), head[0, 0], head, head, 1e-6)
     triton_elementwise.gelu_times(x, x)
     launch_float16()
+    launch_panels()
     for to in (INT8, FP8):
         if capability >= CAPABILITY[to.name][0]:
             launch_eight_bits(to, dtype)
@@ -154,6 +156,12 @@ def launch_float16() -> None:
     inner = torch.empty(1, 3, INNER, dtype=torch.float16)
     triton_float16.gelu_times(inner, inner, scale)
     triton_float16.scaled(values, scale)
+
+
+def launch_panels() -> None:
+    panel, square, table = torch.empty(64, INNER), torch.empty(64, 64), torch.empty(16)
+    triton_nf4_panels.round_panel(panel, panel, square, panel[0], table)
+    triton_nf4_panels.descend_panel(panel, square, panel[0], panel.byte(), table)
 
 
 def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
