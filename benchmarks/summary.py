@@ -105,6 +105,12 @@ TEXTS = {
     "batch.h100_s.resident_single": "... one by one",
     "batch.h100_s.offload": "... in batches of 8, `offload`",
     "batch.h100_s.offload_single": "... one by one",
+    "serve.requests_lost": "the mini served on a CPU to 8 clients, 200 requests of which some are bad, some clients go "
+    "away and a worker is killed: good requests without an answer",
+    "serve.wrong_answers": "... answers that are not as they should be, pictures compared to the byte",
+    "serve.throughput_vs_batch.h100_16": "full-size model with random weights served on an H100, 512x512, 50 steps: "
+    "pictures a minute with 16 clients over those of `generate_batch`",
+    "serve.extra_latency_s.h100": "... seconds that a lone request takes beyond `generate` of a loaded model",
     "reload.growth_mib_per_round": "the mini on an H100, loaded, drawn with and deleted 100 times, the memory modes in "
     "turn: allocated memory that stays, MiB a round",
     "reload.freed_by_del": "... least share of a pipeline's memory that `del pipe` frees",
@@ -211,6 +217,16 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             "nf4.cpu_time_vs_stock": run["scale_search_vs_stock"]["time"],
             "nf4.error_vs_stock.mini": errors["transformer"],
             "nf4.error_vs_stock.normal": errors["normal"],
+        }
+    if run := read("serve_cpu.json"):
+        found["serve_cpu.json"] = {
+            "serve.requests_lost": run["requests_lost"],
+            "serve.wrong_answers": run["wrong_answers"],
+        }
+    if run := read("serve_h100.json"):
+        found["serve_h100.json"] = {
+            "serve.throughput_vs_batch.h100_16": run["throughput_vs_batch_16"],
+            "serve.extra_latency_s.h100": run["extra_latency_seconds"],
         }
     if run := read("nf4_mini.json"):
         found["nf4_mini.json"] = {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}

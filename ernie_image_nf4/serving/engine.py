@@ -39,7 +39,7 @@ __all__ = ["Engine", "Event", "Picture", "Queued", "Revised", "Started", "Step"]
 logger = logging.getLogger(__name__)
 
 NO_WORKER = "No worker can be started, see the server's log: send the request again later."
-STALLED_SECONDS = 120.0  # of silence over a request, after which a worker is taken for stuck
+STALLED_SECONDS = 120.0  # of silence, after which a worker is taken for stuck
 LONGEST_RETRY_AFTER = 120  # seconds that a client is told to wait at most
 
 
@@ -198,8 +198,8 @@ class Engine:
                 self._fail(job, ShuttingDown("The server is being stopped: send the request again.", 10))
 
     async def drained(self) -> None:
-        """Wait until nothing is being drawn any more."""
-        while self._jobs:
+        """Wait until nothing is being drawn any more, whether or not all of it has been fetched."""
+        while any(job.left for job in self._jobs.values()):
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -260,11 +260,11 @@ class Engine:
         job.events.put_nowait(error)
 
     def _expire(self, job: _Job) -> None:
-        """A request's time is over. A worker that said nothing for long holds it up, and will hold up the next."""
+        """A request's time is over. A worker that has said nothing for long is stuck, and would hold up the next."""
         now = asyncio.get_running_loop().time()
         for worker in self.workers:
-            busy_with_it = any(each.owner == job.number for each in worker.batch.values())
-            if busy_with_it and now - max(worker.heard, worker.began) > STALLED_SECONDS:
+            busy = worker.ready and not worker.idle
+            if busy and now - max(worker.heard, worker.began) > STALLED_SECONDS:
                 logger.warning("Worker %s doesn't answer: it is ended and started anew.", worker.process.pid)
                 worker.kill()
         self._fail(job, RequestTimedOut(f"The request took longer than {self.limits.seconds:g} s: ask for less."))

@@ -22,6 +22,7 @@ DEMO, RESIDENT, COLD = ARMS["demo"], ARMS["resident"], ARMS["resident, first sta
 OFFLOAD, STREAM, FP8 = ARMS["offload"], ARMS["stream"], ARMS["resident, fp8"]
 BATCH = {mode: run(f"batch_h100_{mode}")[mode] for mode in ("resident", "offload")}
 MINI, FP8_MINI = run("nf4_mini")["results"], run("fp8_mini")["results"]
+SERVE = run("serve_cpu")
 QUANTIZE, CPU = run("quantize_h100"), run("quantize_cpu")
 PSNR = {name: MINI[name]["psnr"] for name in summary.VARIANTS}
 
@@ -42,6 +43,18 @@ def enhancer_overhead(arm: dict[str, Any]) -> float:
 
 # Page, sentence with places for figures, and the figures.
 SENTENCES: list[tuple[str, str, tuple[Any, ...]]] = [
+    (
+        "docs/serving.md",
+        "{} clients sent {} requests of mixed sizes, of which {} were bad and {} gave up before the answer",
+        (SERVE["clients"], sum(SERVE["requests"].values()), SERVE["requests"]["bad"], SERVE["requests"]["leaves"]),
+    ),
+    (
+        "docs/serving.md",
+        "All {} good ones were answered, each of their {} pictures as drawn alone to the byte",
+        (SERVE["outcomes"]["answered"], SERVE["pictures"]),
+    ),
+    ("docs/serving.md", "the server grew by {:.1f} MiB", (SERVE["server_growth_mib"],)),
+    ("docs/serving.md", "all along grew by {:.0f} MiB", tuple(SERVE["worker_growth_mib"])),
     (
         "README.md",
         "draws with them in {:.1f}, {:.1f} or {:.1f} GiB of GPU memory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -11,10 +12,14 @@ import time
 from contextlib import aclosing
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from running import Loop, events_of, request, running_engine, running_loop, until
 
 import ernie_image_nf4
+from ernie_image_nf4 import load
 from ernie_image_nf4.errors import (
     ErnieImageNF4Error,
     InvalidRequest,
@@ -246,6 +251,33 @@ def test_what_has_begun_is_finished_and_the_rest_refused(loop, engine, monkeypat
         return await events_of(begun)
 
     assert pictures(loop.run(drain()))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_waiting_requests_share_a_batch_and_are_each_what_they_are_alone(loop, repository, tmp_path):
+    options = {"height": 64, "width": 64, "steps": 20, "guidance": 3.0}
+    paths = [tmp_path / f"{seed}.png" for seed in range(9)]
+    list(draw_and_save(load(repository, memory="resident"), paths, "a cat", seed=0, **options))
+    with running_engine(loop, repository, devices=("cuda:0",), memory="resident") as engine:
+        sent = [request("a cat", seed=seed, width=64, height=64, steps=20) for seed in range(9)]
+        answers = [loop.start(events_of(engine.draw(each))) for each in sent]
+        found = [pictures(answer.result(120))[0].png for answer in answers]
+        batches = engine.metrics.registry.get_sample_value("ernie_image_batch_size_count")
+    assert batches < 9
+    apart = [np.abs(pixels(png) - pixels(path.read_bytes())).max() for png, path in zip(found, paths, strict=True)]
+    assert max(apart) <= 2  # of 255: larger batches may round otherwise
+
+
+@pytest.mark.gpu
+def test_every_gpu_has_a_worker(loop, repository):
+    with running_engine(loop, repository, devices=()) as engine:
+        until(lambda: sum(worker.ready for worker in engine.workers) == torch.cuda.device_count())
+        assert pictures(drawn(loop, engine))
+
+
+def pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image).astype(int)
 
 
 # Limits of a version
