@@ -31,13 +31,15 @@
     shape: (width, height) =>
       Object.keys(SIZES).find((name) => SIZES[name][0] === width && SIZES[name][1] === height) ?? null,
     roll: () => String(crypto.getRandomValues(new Uint32Array(1))[0]),
-    language: () => {
+    language: (_, ...others) => {
       look();
       describe();
       const chosen = recall("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
-      return speak(LANGUAGES.includes(chosen) ? chosen : "en");
+      return [speak(LANGUAGES.includes(chosen) ? chosen : "en"), ...others];
     },
-    otherLanguage: (language) => speak(remember("language", language === "zh" ? "en" : "zh")),
+    otherLanguage: (language, ...others) => {
+      return [speak(remember("language", language === "zh" ? "en" : "zh")), ...others];
+    },
   };
 
   // A picture is named by its prompt, for those who can't see it

@@ -14,6 +14,7 @@ from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import gradio as gr
 from fastapi import FastAPI
@@ -135,7 +136,7 @@ def make_page(engine: Engine) -> gr.Blocks:
         connect_form(parts)
         connect_drawing(parts, engine, page.GRADIO_CACHE)
         connect_pictures(parts, engine)
-        connect_language(page, parts)
+        connect_language(page, parts, engine)
     return page
 
 
@@ -242,21 +243,26 @@ def _picture_parts(parts: Parts) -> list[Any]:
 def show_picture(parts: Parts, engine: Engine, paths: list[str], selected: int, language: str) -> Updates:
     """A picture, and what stands below it by the settings in its file."""
     request, revised = read_request(Path(paths[selected]), "", engine.limits, engine.lora_names)
-    line = texts(language)["picture_line"].format(
-        seed=request.seed,
-        width=request.width,
-        height=request.height,
-        steps=request.steps,
-        guidance=f"{request.guidance_scale:g}",
-    )
     return {
         parts.selected: selected,
         parts.picture: gr.update(value=paths[selected], visible=True),
         parts.details: gr.update(visible=True),
-        parts.line: line,
-        parts.download: paths[selected],
+        parts.line: picture_line(request, language),
+        parts.download: download_link(Path(paths[selected]), language),
         parts.revised: revised or request.prompt,
     }
+
+
+def picture_line(request: DrawRequest, language: str) -> str:
+    """A picture's settings in a line."""
+    guidance = f"{request.guidance_scale:g}"
+    return texts(language)["picture_line"].format(**{**vars(request), "guidance": guidance})
+
+
+def download_link(path: Path, language: str) -> str:
+    """A link to a picture's file as it is, as HTML."""
+    file = quote(path.as_posix())
+    return f'<a href="gradio_api/file={file}" download="{path.name}">{texts(language)["download"]}</a>'
 
 
 def show_new_picture(parts: Parts, engine: Engine, paths: list[str], language: str) -> Updates:
@@ -309,18 +315,22 @@ def fill_form(parts: Parts, request: DrawRequest) -> Updates:
 # Language
 
 
-def connect_language(page: gr.Blocks, parts: Parts) -> None:
+def connect_language(page: gr.Blocks, parts: Parts, engine: Engine) -> None:
     """Say everything in the language that was chosen here before, or else in the browser's."""
     worded = translated_parts(page)
 
-    def say(language: str) -> list[Any]:
+    def say(language: str, paths: list[str], selected: int) -> Updates:
         words = texts(language)
         said: list[dict[str, Any]] = [{name: words[key] for name, key in keys.items()} for keys in worded.values()]
-        return [language, *(gr.update(**properties) for properties in said)]
+        updates: Updates = {part: gr.update(**properties) for part, properties in zip(worded, said, strict=True)}
+        below = show_picture(parts, engine, paths, selected, language) if paths else {}
+        return (
+            updates | {part: below[part] for part in (parts.line, parts.download) if below} | {parts.language: language}
+        )
 
-    shown = [parts.language, *worded]
-    page.load(say, parts.language, shown, js="window.ernie.language", **QUICK)
-    parts.switch.click(say, parts.language, shown, js="window.ernie.otherLanguage", **QUICK)
+    known, shown = [parts.language, parts.paths, parts.selected], [parts.language, parts.line, parts.download, *worded]
+    page.load(say, known, shown, js="window.ernie.language", **QUICK)
+    parts.switch.click(say, known, shown, js="window.ernie.otherLanguage", **QUICK)
 
 
 def translated_parts(page: gr.Blocks) -> dict[Any, dict[str, str]]:

@@ -49,7 +49,7 @@ class Parts:
         gallery: All pictures, newest first.
         details: What stands below the picture.
         line: Its settings in a line.
-        download: Its file.
+        download: A link to its file.
         reuse: Button that takes its settings into the form.
         revised: Its prompt as the enhancer rewrote it.
         redraw: Button that draws it again with that text.
@@ -75,7 +75,7 @@ class Parts:
     gallery: gr.Gallery
     details: gr.Column
     line: gr.HTML
-    download: gr.DownloadButton
+    download: gr.HTML
     reuse: gr.Button
     revised: gr.Textbox
     redraw: gr.Button
@@ -158,7 +158,7 @@ def _result() -> dict[str, Any]:
     with gr.Column(elem_id="details", visible=False) as details:
         with gr.Row(elem_id="picture-line"):
             line = gr.HTML("", elem_id="line")
-            download = gr.DownloadButton(word("download"), size="sm", min_width=0, elem_id="download")
+            download = gr.HTML("", elem_id="download")
             reuse = gr.Button(word("reuse"), size="sm", min_width=0, elem_id="reuse")
         revised = gr.Textbox(
             label=word("revised"),

@@ -249,7 +249,7 @@ def test_a_prompt_is_drawn_step_by_step(visit, loop, engine, tmp_path):
     assert page.evaluate("document.activeElement.closest('#prompt') !== null")  # drawing leaves the focus where it is
 
     with page.expect_download() as download:
-        page.click("#download")
+        page.click("#download a")
     assert download.value.suggested_filename == "ernie-image-5.png"
     path = tmp_path / "downloaded.png"
     download.value.save_as(path)
@@ -290,7 +290,7 @@ def test_the_enhancers_text_can_be_edited_and_drawn(visit, tmp_path):
     page.click("#redraw")
     drawn(page)
     with page.expect_download() as download:
-        page.click("#download")
+        page.click("#download a")
     download.value.save_as(tmp_path / "again.png")
     settings = read_settings(tmp_path / "again.png")
     assert (settings["prompt"], settings["seed"]) == ("a red apple on the beach", "5")
