@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ErnieImageTransformer2DModel
@@ -72,9 +73,11 @@ class StreamedOriginal:
     def __init__(
         self, part: StoredComponent, tensors: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.device, self.dtype, self._tensors = device, dtype, tensors
+        self.device, self.dtype = device, dtype
+        self._tensors = tensors
         self.model: ErnieImageTransformer2DModel = meta_model(part.component, part.settings).requires_grad_(False)
-        self.blocks = list(self.model.layers.children())
+        layers: Any = self.model.layers
+        self.blocks: list[nn.Module] = list(layers)
         self.seam = Seam()
         self.model.layers = nn.ModuleList([self.seam])
         with ThreadPoolExecutor(READERS) as readers:
