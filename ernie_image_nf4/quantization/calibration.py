@@ -14,6 +14,7 @@ of it is the same in every run on a machine, and so is what a run that goes on m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ from .calibration_needs import Shapes, chunk_samples, disk_needs, find_segment, 
 from .layer_selection import WeightPlan
 from .resumable_output import Checkpoints
 from .streamed_original import HostMemory, StreamedOriginal
+
+logger = logging.getLogger(__name__)
 
 TEXTS = "texts"
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -160,7 +163,7 @@ def calibrate_transformer(
             texts = find_texts(calibration, kept, bar)
             original, memory = open_original(calibration)
             samples = find_samples(calibration, original, texts, kept, memory, bar)
-            bar.set_postfix_str("rounding")
+            _enter(bar, "rounding")
             round_layers(original, calibration.plan, samples, kept, memory, bar.update)
         del original, memory, samples
         clear_device_cache(garbage_collection=True)
@@ -183,9 +186,16 @@ def find_samples(
     bar: tqdm,
 ) -> list[Sample]:
     """Draw all prompts, and find the sensitivities of the predictions that were asked for."""
-    samples = _draw(calibration, original, texts, kept, memory, bar)
+    samples = draw(calibration, original, texts, kept, memory, bar)
     _add_sensitivities(calibration, original, samples, kept, memory, bar)
     return samples
+
+
+def _enter(bar: tqdm, phase: str) -> None:
+    """Say which phase begins, and give the device's memory back: what one phase took in pieces, the next can't use."""
+    clear_device_cache(garbage_collection=True)
+    logger.debug("phase %s", phase)  # benchmarks/calibrate.py listens
+    bar.set_postfix_str(phase)
 
 
 @contextmanager
@@ -212,12 +222,11 @@ def _keep_or_find(
 
 def find_texts(calibration: Calibration, kept: Checkpoints, bar: tqdm) -> list[list[torch.Tensor]]:
     """For each prompt the texts of a step: the prompt's embedding, after that of the empty one with guidance."""
-    bar.set_postfix_str("texts")
+    _enter(bar, "texts")
     wanted = ["", *calibration.prompts] if calibration.guided else list(calibration.prompts)
 
     def encode() -> dict[str, torch.Tensor]:
         found = encode_texts(calibration.source, wanted, calibration.device, calibration.dtype)
-        clear_device_cache(garbage_collection=True)
         return {str(number): text for number, text in enumerate(found)}
 
     found, _ = _keep_or_find(kept, TEXTS, encode)
@@ -225,22 +234,28 @@ def find_texts(calibration: Calibration, kept: Checkpoints, bar: tqdm) -> list[l
     return [[texts[0], text] for text in texts[1:]] if calibration.guided else [[text] for text in texts]
 
 
-def _draw(
+def draw(
     calibration: Calibration,
     original: StreamedOriginal,
     texts: Sequence[Sequence[torch.Tensor]],
     kept: Checkpoints,
     memory: HostMemory,
     bar: tqdm,
+    *,
+    first_seed: int = 0,
 ) -> list[Sample]:
-    """Draw all prompts, step by step. The samples are those of the first prompt, of the second, and so on."""
-    bar.set_postfix_str("drawing")
+    """Draw all prompts, step by step. The samples are those of the first prompt, of the second, and so on.
+
+    `first_seed` is that of the first prompt's noise; those of the others follow.
+    """
+    _enter(bar, "drawing")
     settings, drawings = calibration.settings, calibration.drawings
     config = calibration.source.components["scheduler"].config
     timesteps, sigmas = schedule(config, settings.num_inference_steps)
     rounded = torch.tensor(timesteps, dtype=calibration.dtype).tolist()  # as the transformer gets them
     channels, count = original.model.config.in_channels, len(drawings)
-    latents = [first_latents(channels, settings, seed, calibration.dtype) for seed in range(count)]
+    seeds = range(first_seed, first_seed + count)
+    latents = [first_latents(channels, settings, seed, calibration.dtype) for seed in seeds]
     weights = (1 - settings.guidance_scale, settings.guidance_scale) if calibration.guided else (1.0,)
     samples: list[list[Sample]] = [[] for _ in drawings]
     for place in range(max(len(drawing.steps) for drawing in drawings)):
@@ -296,7 +311,7 @@ def _add_sensitivities(
     bar: tqdm,
 ) -> None:
     """Find the sensitivities of all samples, as many at once as their tokens have room for."""
-    bar.set_postfix_str("sensitivities")
+    _enter(bar, "sensitivities")
     segment, blocks = calibration.segment, calibration.shapes.blocks
     chunk = chunk_samples(calibration.shapes, segment)
     for start in range(0, len(samples), chunk):

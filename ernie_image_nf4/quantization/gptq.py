@@ -49,7 +49,7 @@ class Tables(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is rounded. Columns are in the order of coordinate descent, the reverse of that of the first rounding.
+    """What is rounded. Columns are in the reverse of the order in which they are rounded, as Cholesky factors want it.
 
     Attributes:
         target: Weights to come near to, float32 (columns, rows).
@@ -186,17 +186,22 @@ def round_columns(problem: Problem, factor: torch.Tensor) -> tuple[torch.Tensor,
     levels = torch.empty_like(unit, dtype=torch.int32)
     for number in reversed(range(len(unit))):
         part = slice(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
-        feedback = (factor[part.start :, part] / factor.diagonal()[part]).float()
-        adjusted = target[part] + feedback[BLOCK_SIZE:].T @ errors[part.stop :]
-        found = search_scales(adjusted.T.contiguous(), tables.sums)
+        within, pull = factor[part, part].float(), factor[part.stop :, part].float().T @ errors[part.stop :]
+        # What the block's values would best be if none were rounded, for its scale.
+        wanted = target[part] + torch.linalg.solve_triangular(within.T, pull, upper=True)
+        found = search_scales(wanted.T.contiguous(), tables.sums)
         levels[number] = choose_levels(found, unit[number][:, None], tables.levels)
         scale = tables.levels[levels[number]] * unit[number]
-        codes[part], errors[part] = round_panel(target[part], adjusted, feedback[:BLOCK_SIZE], scale, tables.numbers)
+        diagonal = within.diagonal()
+        adjusted = target[part] + pull / diagonal[:, None]
+        codes[part], errors[part] = round_panel(target[part], adjusted, within / diagonal, scale, tables.numbers)
     return codes, levels, errors
 
 
 def coordinate_descent(codes: torch.Tensor, levels: torch.Tensor, errors: torch.Tensor, problem: Problem) -> None:
-    """Set each block's scale and then each of its codes to the best, all others given. The error never grows.
+    """Set each block's scale and then each of its codes to the best, all others given, from the last to the first.
+
+    The error never grows.
 
     Args:
         codes: As of `round_columns`, changed in place, as are the next two.
@@ -206,7 +211,7 @@ def coordinate_descent(codes: torch.Tensor, levels: torch.Tensor, errors: torch.
     """
     _, hessian, unit, tables = problem
     slope = hessian @ errors
-    for number in range(len(unit)):
+    for number in reversed(range(len(unit))):
         part = slice(number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE)
         within, near = hessian[part, part], slope[part]
         numbers = tables.numbers[codes[part].int()]

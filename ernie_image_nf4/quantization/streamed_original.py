@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from diffusers import ErnieImageTransformer2DModel
@@ -76,7 +76,8 @@ class StreamedOriginal:
         self.device, self.dtype = device, dtype
         self._tensors = tensors
         self.model: ErnieImageTransformer2DModel = meta_model(part.component, part.settings).requires_grad_(False)
-        self.blocks = list(cast(nn.ModuleList, self.model.layers))
+        layers: Any = self.model.layers
+        self.blocks: list[nn.Module] = list(layers)
         self.seam = Seam()
         self.model.layers = nn.ModuleList([self.seam])
         with ThreadPoolExecutor(READERS) as readers:

@@ -46,7 +46,8 @@ from ernie_image_nf4.quantization.calibration_data import (
     schedule,
 )
 from ernie_image_nf4.quantization.calibration_prompts import BUILT_IN, find_prompts
-from ernie_image_nf4.quantization.convert import TURBO, quantize
+from ernie_image_nf4.quantization.convert import quantize
+from ernie_image_nf4.quantization.family import TURBO
 from ernie_image_nf4.quantization.layer_selection import DEFAULT_KEEP, matches, plan_weights
 from ernie_image_nf4.quantization.model_card import model_card
 from ernie_image_nf4.quantization.resumable_output import resumable_output

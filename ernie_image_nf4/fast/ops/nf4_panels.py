@@ -60,7 +60,7 @@ def round_panel(
 def descend_panel(
     slope: torch.Tensor, within: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Set each code to the best, all others given, from the first column to the last.
+    """Set each code to the best, all others given, from the last column to the first.
 
     Args:
         slope: Products of the Hessian and the errors, float32 (64, rows).
@@ -75,7 +75,7 @@ def descend_panel(
     if kernels := triton_kernels(slope, KERNELS):
         return kernels.descend_panel(slope, within, scale, codes, table)
     slope, changes, new = slope.clone(), torch.empty_like(slope), torch.empty_like(codes)
-    for column in range(len(slope)):
+    for column in reversed(range(len(slope))):
         old = table[codes[column].int()] * scale
         code = nearest_code(old + slope[column] / within[column, column], scale, table)
         new[column] = code

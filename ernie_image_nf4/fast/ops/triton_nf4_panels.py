@@ -56,7 +56,8 @@ def _descend_panel(
     index, inside = tl.arange(0, COLUMNS), row < rows
     slope = tl.load(slope_pointer + index[:, None].to(tl.int64) * rows + row[None, :], inside[None, :], 0.0)
     scale = tl.load(scale_pointer + row, inside, 1.0)
-    for column in range(COLUMNS):
+    for step in range(COLUMNS):
+        column = COLUMNS - 1 - step
         place = tl.cast(column, tl.int64) * rows + row
         old = tl.load(table_pointer + tl.load(codes_pointer + place, inside, 0).to(tl.int32)) * scale
         curvature = tl.load(within_pointer + column * COLUMNS + column)

@@ -1,0 +1,30 @@
+"""benchmarks/calibrate.py, at tiny size on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import CHECKOUT
+
+
+def test_it_records_phases_memory_and_errors(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.calibrate", "--preset", "tiny", "--prompts", "1"]
+    command += ["--variants", "scale_search,calibrated", "--work", str(tmp_path / "work")]
+    command += ["--output", str(tmp_path / "result.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    phases = result["calibrated"]["phases"]
+    assert [phase["phase"] for phase in phases] == ["texts", "drawing", "sensitivities", "rounding"]
+    assert sum(phase["seconds"] for phase in phases) <= result["calibrated"]["seconds"]
+    assert result["calibrated"]["host_gib"] > 0
+    assert result["machine"]["versions"]["torch"]
+    assert "--preset tiny" in result["command"]
+    errors = result["errors"]["prediction_error"]
+    assert 0 < errors["calibrated"] < errors["scale_search"]
+    assert not (tmp_path / "work").exists()
