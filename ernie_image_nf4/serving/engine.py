@@ -67,6 +67,7 @@ class Engine:
         recommended: Size, steps and guidance scale that suit the model.
         limits: What a request may ask for.
         lora_names: The adapters that a request may name.
+        prompt_enhancer: Whether a request can have its prompt rewritten.
         log_prompts: Whether prompts are logged.
         created: When, in seconds since 1970.
         metrics: Figures of its work.
@@ -114,6 +115,7 @@ class Engine:
         if loras:
             find_load_lora()
         self.lora_names = tuple(loras or ())
+        self.prompt_enhancer = prompt_enhancer
         self.log_prompts = log_prompts
         self.created = int(time.time())
         self.metrics = Metrics()

@@ -131,7 +131,7 @@ def make_page(engine: Engine) -> gr.Blocks:
     """The page, not mounted yet."""
     title, kept = f"{engine.name} · ERNIE-Image", (3600, SECONDS_OF_FILES)
     with Page(title=title, analytics_enabled=False, fill_width=True, delete_cache=kept) as page:
-        parts = lay_out(engine.name, engine.recommended, engine.limits, engine.lora_names)
+        parts = lay_out(engine)
         gr.HTML(WORDS("drop"), elem_id="drop")
         connect_form(parts)
         connect_drawing(parts, engine, page.GRADIO_CACHE)

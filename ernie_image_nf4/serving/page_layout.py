@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -14,6 +14,9 @@ from ..repository.metadata import Recommended
 from .page_settings import MAX_GUIDANCE, shape_sizes, skipping_fields
 from .page_texts import TEXTS
 from .requests import Limits
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 # Gradio's names of the languages that it shows in the browser's own; others are told by `page.js`.
 WORDS = gr.I18n(en=TEXTS["en"], **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
@@ -83,23 +86,20 @@ class Parts:
     selected: gr.State
 
 
-def lay_out(name: str, recommended: Recommended, limits: Limits, lora_names: Sequence[str]) -> Parts:
+def lay_out(engine: Engine) -> Parts:
     """Build the page, inside of a `gr.Blocks`.
 
     Args:
-        name: The model's, to be shown.
-        recommended: What the form begins with.
-        limits: What the server draws.
-        lora_names: The adapters that the server offers.
+        engine: Whose name is shown, with whose recommended values the form begins, and what it can do is offered.
     """
-    parts: dict[str, Any] = _head(name)
+    parts: dict[str, Any] = _head(engine.name)
     with gr.Row(elem_id="columns"):
         with gr.Column(elem_id="ask"):
-            parts |= _asking()
+            parts |= _asking(engine.prompt_enhancer)
         with gr.Column(elem_id="result"):
             parts |= _result()
         with gr.Column(elem_id="settings"):
-            parts |= _settings(recommended, limits, lora_names)
+            parts |= _settings(engine.recommended, engine.limits, engine.lora_names)
     parts["form"] = parts.pop("texts") | parts.pop("numbers")
     return Parts(**parts)
 
@@ -112,7 +112,7 @@ def _head(name: str) -> dict[str, Any]:
     return {"language": gr.Textbox("en", visible=False), "switch": switch}
 
 
-def _asking() -> dict[str, Any]:
+def _asking(enhancer: bool) -> dict[str, Any]:
     prompt = gr.Textbox(
         label=word("prompt"),
         placeholder=word("prompt_hint"),
@@ -121,7 +121,9 @@ def _asking() -> dict[str, Any]:
         elem_id="prompt",
     )
     negative = gr.Textbox(label=word("negative"), placeholder=word("negative_hint"), lines=1, elem_id="negative")
-    enhance = gr.Checkbox(True, label=word("enhance"), info=word("enhance_info"), elem_id="enhance")
+    enhance = gr.Checkbox(
+        enhancer, label=word("enhance"), info=word("enhance_info"), visible=enhancer, elem_id="enhance"
+    )
     draw = gr.Button(word("draw"), variant="primary", size="lg", elem_id="draw")
     stop = gr.Button(word("stop"), variant="stop", size="lg", visible=False, elem_id="stop")
     gr.HTML(word("keys"), elem_id="keys")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from string import Formatter
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -20,7 +19,7 @@ from ernie_image_nf4.errors import (
     RequestTimedOut,
     WorkerLost,
 )
-from ernie_image_nf4.repository.metadata import Recommended
+from ernie_image_nf4.serving.engine import Engine
 from ernie_image_nf4.serving.events import Event, Queued, Revised, Started, Step
 from ernie_image_nf4.serving.page import Page, fill_form, form_request, make_page
 from ernie_image_nf4.serving.page_drawing import Progress, last_line, note, progress_line, seconds_left
@@ -149,9 +148,18 @@ def test_shapes_have_about_the_pixels_that_suit_the_model(width, height):
         assert size[0] / size[1] == pytest.approx(long / short, rel=0.1)
 
 
-def layout(*lora_names: str) -> Parts:
+def layout(*lora_names: str, **options: Any) -> Parts:
+    """The page's parts over the mini, which isn't loaded."""
+    engine = Engine(str(CHECKOUT), **options)
+    engine.lora_names = lora_names  # whose files are read by its workers only
     with gr.Blocks(analytics_enabled=False):
-        return lay_out("mini", Recommended(256, 256, 25, 4.0), Limits(), lora_names)
+        return lay_out(engine)
+
+
+def test_the_enhancer_is_offered_only_where_the_server_has_it():
+    offered, missing = layout().form["use_pe"], layout(prompt_enhancer=False).form["use_pe"]
+    assert (offered.visible, offered.value) == (True, True)
+    assert (missing.visible, missing.value) == (False, False)
 
 
 def test_loras_are_there_only_where_the_server_has_some():
@@ -272,8 +280,7 @@ def test_every_word_is_used():
 
 
 def test_nothing_of_the_page_is_fetched_from_elsewhere():
-    engine: Any = SimpleNamespace(name="mini", recommended=Recommended(), limits=Limits(), lora_names=())
-    page = make_page(engine)
+    page = make_page(Engine(str(CHECKOUT)))
     assert page.analytics_enabled is False
     for file in ("page.css", "page.js"):
         source = (CHECKOUT / "ernie_image_nf4" / "serving" / file).read_text(encoding="utf-8")
