@@ -393,3 +393,113 @@ def test_a_base_product_is_added_to_what_is_there():
             found = linear.add_base_product(layer, x, out)
             assert found.data_ptr() == out.data_ptr()
             assert torch.allclose(found, layer(x) + 1, atol=1e-4)
+
+
+# On a GPU
+
+
+def on_gpu(repository: Path, memory: str = "resident", **options) -> ErnieImagePipeline:
+    pipe = load(repository, device="cuda", memory=memory, prompt_enhancer=False, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", MODES)
+def test_on_a_gpu_the_picture_is_pefts_up_to_rounding_and_the_base_comes_back(repository, files, memory):
+    plain = on_gpu(repository, dtype="float32", fast=False)
+    pipe = on_gpu(repository, memory, dtype="float32")
+    plain_base, base = latents_of(plain), latents_of(pipe)
+    for name in ("whole", "some"):
+        for each in (plain, pipe):
+            load_lora(each, files[name], name=name, strength=0.75)
+        found, expected = latents_of(pipe), latents_of(plain)
+        assert_near(found.cpu(), expected.cpu(), plain_base.cpu())
+        assert np.abs(draw(pipe) - draw(plain)).max() <= 1
+    pipe.disable_lora()
+    assert torch.equal(latents_of(pipe), base)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents_of(pipe), base)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["resident", "offload"])
+@pytest.mark.parametrize("products", ["auto", "int8", "fp8"])
+def test_on_a_gpu_steps_are_captured_once_whatever_the_strengths(repository, files, memory, products):
+    if products == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs products in fp8")
+    pipe = on_gpu(repository, memory, products=products, dtype="bfloat16")
+    load_lora(pipe, files["whole"], name="whole")
+    strengths, graphs = [1.0, 0.5, -0.5, 0.25, 1.0, 0.0], []
+
+    def change(pipe, step, timestep, tensors):
+        captured_step = pipe.transformer.runtime.captured_step
+        graphs.append(None if captured_step is None else captured_step.graph)
+        pipe.set_adapters("whole", strengths[step])
+        return tensors
+
+    def run() -> torch.Tensor:
+        pipe.set_adapters("whole", 1.0)
+        size = {"height": 32, "width": 48, "num_inference_steps": len(strengths), "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        result = pipe("a cat", generator=generator, use_pe=False, callback_on_step_end=change, **size)
+        return getattr(result, "images", result).float()
+
+    with peft_counted() as calls:
+        found = run()
+    assert not calls
+    assert graphs[0] is None  # the first step compiles and allocates
+    assert graphs[1] is not None
+    assert all(graph is graphs[1] for graph in graphs[2:])
+    pipe.transformer.runtime.captured_step = None
+    assert torch.equal(run(), found)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_adapter_takes_its_bytes_and_no_more(repository, files):
+    pipe = on_gpu(repository, dtype="bfloat16")
+    latents_of(pipe)
+    pipe.transformer.runtime.release_graph()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    load_lora(pipe, files["whole"])
+    latents_of(pipe)
+    pipe.transformer.runtime.release_graph()
+    torch.cuda.synchronize()
+    values = sum(tensor.numel() for tensor in load_file(files["whole"]).values()) * torch.bfloat16.itemsize
+    # CUDA's allocator rounds each tensor up to 512 bytes.
+    tensors = sum(".lora_" in name for name, _ in pipe.transformer.named_parameters())
+    assert torch.cuda.memory_allocated() - before <= values + 512 * (tensors + 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["offload", "stream"])
+def test_on_a_gpu_adapters_wait_in_host_memory(repository, files, memory):
+    pipe = on_gpu(repository, memory)
+    load_lora(pipe, files["whole"])
+    draw(pipe)
+    hook_of(pipe.transformer).scheduler.offload_resident()
+    assert {weight.device.type for name, weight in pipe.transformer.named_parameters() if ".lora_" in name} == {"cpu"}
+    weights = hook_of(pipe.transformer).weights
+    arenas = [weights.adapters] if memory == "offload" else weights.streamed.adapters
+    assert arenas
+    assert not any(arena.device_blocks for arena in arenas)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("products", ["int8", "fp8"])
+def test_on_a_gpu_products_in_8_bits_stay_with_adapters(repository, files, products):
+    if products == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs products in fp8")
+    plain = on_gpu(repository, dtype="bfloat16", fast=False)
+    pipe = on_gpu(repository, dtype="bfloat16", products=products)
+    plain_base, base = latents_of(plain), latents_of(pipe)
+    for each in (plain, pipe):
+        load_lora(each, files["whole"])
+    expected = latents_of(plain)
+    with peft_counted() as calls:
+        found = latents_of(pipe)
+    assert not calls
+    assert_near(found.cpu(), expected.cpu(), plain_base.cpu(), 0.3)
+    pipe.disable_lora()
+    assert torch.equal(latents_of(pipe), base)
