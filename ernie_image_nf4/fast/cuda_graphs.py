@@ -127,8 +127,9 @@ class CapturedStep:
     """One denoising step of one picture as a CUDA graph, captured in the second step: the first compiles and allocates.
 
     A picture is recognized by its tensors of text and lengths, which the pipeline passes to every step. Its first
-    step runs in Python, and so do all steps of a model with hooks or adapters, which may do something in between. What
-    a callback does to the transformer's code between two steps is not noticed, except that it adds an adapter.
+    step runs in Python, and so do all steps of a model with hooks, which may do something in between. What a callback
+    does to the transformer's code between two steps is not noticed. Whoever changes adapters, strengths aside, has to
+    call `release`.
     """
 
     def __init__(self) -> None:
@@ -157,8 +158,6 @@ class CapturedStep:
             self.tried = True
             if not self.failed and may_be_captured(transformer, latents):
                 self._capture(transformer, latents, timestep, text, lengths)
-        elif has_adapter(transformer):
-            self.release()
         if self.graph is None or self.inputs is None or self.output is None:
             return transformer.predict(latents, timestep, text, lengths)
         for kept, given in zip(self.inputs, (latents, timestep), strict=True):
@@ -203,18 +202,11 @@ def may_be_captured(transformer: Predictor, latents: torch.Tensor) -> bool:
 
 
 def is_undisturbed(transformer: Predictor) -> bool:
-    """Whether no adapter is loaded and no module has hooks, which may do something else in each step.
+    """Whether no module has hooks, which may do something else in each step.
 
     The transformer itself may have an offloading hook: it runs before the step.
     """
-    if has_adapter(transformer):
-        return False
     return not any(is_hooked(module, except_offload=module is transformer) for module in transformer.modules())
-
-
-def has_adapter(transformer: Predictor) -> bool:
-    """Whether peft has put an adapter into the model."""
-    return bool(getattr(transformer, "peft_config", None))
 
 
 def _kind(tensor: torch.Tensor) -> tuple:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from ..upstream.models import is_hooked
+from .adapters import LowRank, low_rank_of
 from .ops import eight_bit, elementwise
 from .ops.eight_bit import FP8, INT8, Format
 from .subclassing import named_as_upstream
@@ -33,28 +36,106 @@ LAYERS: dict[str, type[EightBitLayer]] = {layer.products.name: layer for layer i
 
 
 def multiplies_in_eight_bits(layer: nn.Module) -> TypeGuard[EightBitLayer]:
-    """Whether a layer's products are in 8 bits. One with hooks, which expect a call, or in an adapter isn't."""
+    """Whether a layer's products are in 8 bits. One with hooks, which expect a call, isn't."""
     return isinstance(layer, EightBitLayer) and not is_hooked(layer)
 
 
 def apply_layers(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """``[layer(x) for layer in layers]``. Those in 8 bits share one rounding of `x`, (..., in)."""
-    formats = {layer.products for layer in layers if multiplies_in_eight_bits(layer)}
+    """``[layer(x) for layer in layers]``. Those in 8 bits share one rounding of `x`, (..., in), adapters one product.
+
+    Args:
+        x: The input.
+        layers: The layers, all of those that take this input.
+    """
+    adapted = [_low_rank(layer, x.dtype) for layer in layers]
+    bases = [layer if part is None else base_of(layer) for layer, part in zip(layers, adapted, strict=True)]
+    formats = {layer.products for layer in bases if multiplies_in_eight_bits(layer)}
     rounded = {each: eight_bit.quantize_rows(x.flatten(0, -2), each) for each in formats}
-    return [
-        multiply(layer, *rounded[layer.products], x.dtype).unflatten(0, x.shape[:-1])
-        if multiplies_in_eight_bits(layer)
-        else layer(x)
-        for layer in layers
-    ]
+    inner = _inner_product(x, adapted, bases, rounded)
+    outputs = []
+    for base, part in zip(bases, adapted, strict=True):
+        is_adapted = part is not None and part.shared is not None
+        if multiplies_in_eight_bits(base):
+            out = multiply(base, *rounded[base.products], x.dtype)
+            if part is not None and inner is not None:
+                part.add_product(out, inner)
+        elif part is not None and is_adapted and inner is not None:
+            out = add_base_product(base, x.flatten(0, -2), part.product(inner))
+        else:
+            outputs.append(base(x))
+            continue
+        outputs.append(out.unflatten(0, x.shape[:-1]))
+    return outputs
 
 
 def apply_to_gelu(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """``layer(gelu(gate) * up)``, (..., out). For a layer in 8 bits, ``gelu(gate) * up`` is rounded once, to these."""
-    if not multiplies_in_eight_bits(layer):
-        return layer(elementwise.gelu_times(gate, up))
-    rounded = eight_bit.gelu_times_rows(gate.flatten(0, -2), up.flatten(0, -2), layer.products)
-    return multiply(layer, *rounded, gate.dtype).unflatten(0, gate.shape[:-1])
+    part = _low_rank(layer, gate.dtype)
+    base = layer if part is None else base_of(layer)
+    if not multiplies_in_eight_bits(base):
+        return apply_layers(elementwise.gelu_times(gate, up), layer)[0]
+    rounded = eight_bit.gelu_times_rows(gate.flatten(0, -2), up.flatten(0, -2), base.products)
+    out = multiply(base, *rounded, gate.dtype)
+    if part is not None and part.shared is not None:
+        part.add_product(out, part.shared.product_in_eight_bits(*rounded, base.products, gate.dtype))
+    return out.unflatten(0, gate.shape[:-1])
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """The layer that peft has put its own around."""
+    return cast(nn.Module, layer.base_layer)
+
+
+def _low_rank(layer: nn.Module, dtype: torch.dtype) -> LowRank | None:
+    """What to do instead of calling a layer of peft's; None for another layer, and for one that has to be called."""
+    part = low_rank_of(layer)
+    if part is None or is_hooked(layer):
+        return None
+    return part if part.shared is None or part.shared.data.dtype == dtype else None
+
+
+def _inner_product(
+    x: torch.Tensor,
+    adapted: Sequence[LowRank | None],
+    bases: Sequence[nn.Module],
+    rounded: Mapping[Format, eight_bit.Rounded],
+) -> torch.Tensor | None:
+    """`SharedDown.product` for layers that have adapters, in 8 bits if all of them are; None if none has."""
+    both = [(part.shared, base) for part, base in zip(adapted, bases, strict=True) if part is not None and part.shared]
+    if not both:
+        return None
+    shared, base = both[0]
+    if all(multiplies_in_eight_bits(each) for _, each in both) and multiplies_in_eight_bits(base):
+        return shared.product_in_eight_bits(*rounded[base.products], base.products, x.dtype)
+    return shared.product(x.flatten(0, -2))
+
+
+def add_base_product(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out + layer(x)``, (N, out), in the memory of `out`.
+
+    The matrix product adds what is there already as it stores its sums, which costs less than to read and write the sum
+    once more.
+    """
+    weight = _weight_in(layer, x.dtype)
+    if weight is None:
+        return out.add_(layer(x))
+    out.addmm_(x, weight.t())
+    bias = cast("torch.Tensor | None", layer.bias)
+    return out if bias is None else out.add_(bias)
+
+
+def _weight_in(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight of a layer that multiplies in a dtype, (out, in); None for one that has to be called."""
+    if is_hooked(layer):
+        return None
+    if type(layer) is nn.Linear:
+        return layer.weight if layer.weight.dtype == dtype else None
+    state = getattr(layer.weight, "quant_state", None)
+    if not isinstance(layer, Linear4bit) or state is None or layer.compute_dtype not in (None, dtype):
+        return None
+    if getattr(state, "packing_format_for_cpu", False):
+        return None
+    return dequantize_4bit(layer.weight, eight_bit.with_dtype(state, dtype))
 
 
 def multiply(layer: EightBitLayer, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

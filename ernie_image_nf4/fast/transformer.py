@@ -30,6 +30,7 @@ from ..errors import InvalidSettings
 from ..upstream.models import attention_dispatch, is_compiled, version_of
 from ..upstream.offloading import kept_on_device
 from . import float16
+from .adapters import Adapters
 from .attention import attend_rows
 from .cuda_graphs import CapturedStep
 from .linear import apply_layers, apply_to_gelu
@@ -98,6 +99,7 @@ class TransformerRuntime(Runtime):
         exact: Whether attention rounds as upstream's; a setting as well.
         mixed: Whether blocks multiply in float16 and keep what may overflow in float32; a setting as well.
         pictures: Pictures that the rows of this thread's calls belong to (`several_pictures`).
+        adapters: What is known of LoRAs.
         positions: Packing and rotary embedding of the picture that is being drawn, with what they were computed from.
         turn: Held during a step. Pipelines may share a transformer.
     """
@@ -111,6 +113,7 @@ class TransformerRuntime(Runtime):
         self.exact = exact
         self.mixed = mixed
         self._local = threading.local()
+        self.adapters = Adapters()
         self.positions: tuple[torch.Tensor, tuple, tuple[Packing, Rotary]] | None = None
         self.turn = Turn()
 
@@ -124,6 +127,10 @@ class TransformerRuntime(Runtime):
     @pictures.setter
     def pictures(self, count: int) -> None:
         self._local.pictures = count
+
+    def prepare_adapters(self, transformer: nn.Module) -> None:
+        """Take note of what was done to the transformer's LoRAs."""
+        self.adapters.prepare(transformer, exact=self.exact)
 
     def release_graph(self) -> None:
         """Drop the CUDA graph of a picture's steps, if there is one, with the memory that it works in."""
@@ -252,6 +259,9 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         ):
             return super().forward(hidden_states, timestep, text_bth, text_lens, return_dict)
         with kept_on_device(self), runtime.turn.take(hidden_states.device):
+            runtime.prepare_adapters(self)
+            if runtime.adapters.bring_strengths(hidden_states.device):
+                runtime.release_graph()
             if runtime.captured_step is None:
                 sample = self.predict(hidden_states, timestep, text_bth, text_lens)
             else:

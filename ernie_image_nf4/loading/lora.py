@@ -82,7 +82,7 @@ def load_lora(
     )
     before = strengths(pipe)
     chosen = _free_name(name, file, known_adapters(pipe))
-    state = read_lora(file, layer_shapes(pipe.transformer))
+    state = in_products_dtype(read_lora(file, layer_shapes(pipe.transformer)), pipe.transformer)
     if unused := describe_lora(file).unused:
         logger.warning("%s also holds a LoRA for a text encoder, which is not used: %s ...", file, unused[0])
     pipe.load_lora_weights(state, adapter_name=chosen)
@@ -106,8 +106,8 @@ def as_diffusers_lora(
     """
     layers = layer_shapes(transformer)
     if isinstance(source, Mapping):
-        return convert_lora(source, layers)
-    return read_lora(find_lora(source, **options), layers)  # type: ignore[arg-type]
+        return in_products_dtype(convert_lora(source, layers), transformer)
+    return in_products_dtype(read_lora(find_lora(source, **options), layers), transformer)  # type: ignore[arg-type]
 
 
 def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -117,6 +117,25 @@ def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear) and not is_adapter(name)
     }
+
+
+def in_products_dtype(state: Mapping[str, torch.Tensor], transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors in the dtype that their layers multiply in, whatever the file has.
+
+    peft would convert a layer's input instead, in every step, and multiply in the file's dtype.
+    """
+    dtypes = {
+        name.removesuffix(BASE_LAYER): _product_dtype(module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not is_adapter(name)
+    }
+    return {
+        key: tensor.to(dtypes[key.removeprefix("transformer.").partition(".lora_")[0]]) for key, tensor in state.items()
+    }
+
+
+def _product_dtype(layer: nn.Linear) -> torch.dtype:
+    return getattr(layer, "compute_dtype", None) or layer.weight.dtype  # NF4 weights are bytes
 
 
 def is_adapter(name: str) -> bool:

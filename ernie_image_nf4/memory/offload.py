@@ -22,11 +22,13 @@ import torch
 from diffusers import ErnieImagePipeline
 from torch import nn
 
+from ..fast.adapters import stacks_in
 from ..fast.module_tensors import tensors_of
 from ..fast.subclassing import Runtime, become, named_as_upstream
+from ..fast.transformer import runtime_of
 from ..fast.turns import Turn
 from ..upstream.offloading import TorchModelHook, hook_of
-from .tensor_arena import HostArena, host_arenas
+from .tensor_arena import HostArena, arenas_of, host_arenas
 
 
 @dataclass(eq=False)
@@ -35,15 +37,21 @@ class StreamingRuntime(Runtime):
 
     Attributes:
         arenas: Weights of each block; none in a copy, whose blocks own their weights.
+        adapters: What each block's adapters hold; empty if there are none.
         stream: Copies run on it; None where there is no CUDA.
     """
 
     arenas: list[HostArena] = field(default_factory=list)
+    adapters: list[HostArena] = field(default_factory=list)
     stream: torch.cuda.Stream | None = None
+
+    def of_block(self, number: int) -> list[HostArena]:
+        """All that comes with a block, counted on from the first after the last."""
+        return [each[number % len(each)] for each in (self.arenas, self.adapters) if each]
 
     def offload(self) -> None:
         """Free all copies on the device."""
-        for arena in self.arenas:
+        for arena in (*self.arenas, *self.adapters):
             if arena.device_blocks:
                 arena.offload()
 
@@ -59,15 +67,18 @@ class StreamedBlocks(nn.ModuleList):
     runtime: StreamingRuntime
 
     def __iter__(self) -> Iterator[nn.Module]:
-        arenas, stream = self.runtime.arenas, self.runtime.stream
-        if not arenas:
+        runtime, stream = self.runtime, self.runtime.stream
+        if not runtime.arenas:
             yield from super().__iter__()
             return
         for number, block in enumerate(super().__iter__()):
-            arenas[number].onload(stream)
-            arenas[(number + 1) % len(arenas)].prefetch(stream)  # after the last: the first, for the next step
+            for arena in runtime.of_block(number):
+                arena.onload(stream)
+            for arena in runtime.of_block(number + 1):  # after the last: the first, for the next step
+                arena.prefetch(stream)
             yield block
-            arenas[number].offload()
+            for arena in runtime.of_block(number):
+                arena.offload()
 
 
 @dataclass(eq=False)
@@ -76,6 +87,7 @@ class ComponentWeights:
 
     Attributes:
         arena: All weights, but those of streamed blocks.
+        adapters: What came after `enable_offload`, such as LoRAs, but those of streamed blocks; None without any.
         streamed: Runtime of the streamed blocks, if the component has some.
         following: The component that is called next, as long as it exists; None for the last one.
         on_offload: Called before the weights leave the device, to drop what holds their addresses. Must not refer to
@@ -83,6 +95,7 @@ class ComponentWeights:
     """
 
     arena: HostArena
+    adapters: HostArena | None = None
     streamed: StreamingRuntime | None = None
     following: weakref.ReferenceType[ComponentWeights] | None = None
     on_offload: Callable[[], None] | None = None
@@ -92,14 +105,59 @@ class ComponentWeights:
         if self.on_offload is not None:
             self.on_offload()
         self.arena.offload()
+        if self.adapters is not None:
+            self.adapters.offload()
         if self.streamed is not None:
             self.streamed.offload()
 
-    def adapters(self, module: nn.Module, excluded: Iterable[nn.Module]) -> Iterator[tuple[object, str]]:
+    @property
+    def bytes(self) -> int:
+        """Bytes that `onload` brings."""
+        return self.arena.bytes + (self.adapters.bytes if self.adapters is not None else 0)
+
+    def onload(self, stream: torch.cuda.Stream | None) -> None:
+        """Let the module's tensors, those of streamed blocks aside, be copies on the device."""
+        self.arena.onload(stream)
+        if self.adapters is not None:
+            self.adapters.onload(stream)
+
+    def drop_adapters(self) -> None:
+        """Leave adapters, all of them in host memory, to whoever changes them."""
+        self.adapters = None
+        if self.streamed is not None:
+            self.streamed.adapters = []
+
+    def take_adapters(self, module: nn.Module, excluded: Iterable[nn.Module]) -> None:
+        """Keep adapters in host memory, from where they come with their component or block. Former ones are let go.
+
+        The component isn't on the device.
+        """
+        blocks = list(module.layers.children()) if self.streamed is not None else []  # type: ignore[union-attr]
+        excluded = list(excluded)
+        wanted = [
+            list(self.later_tensors(module, [*excluded, *blocks])),
+            *(list(self.later_tensors(block, excluded)) for block in blocks),
+        ]
+        streamed = self.streamed.adapters if self.streamed is not None else []
+        there = [*([] if self.adapters is None else [self.adapters]), *streamed]
+        if {id(owner) for each in wanted for owner, _ in each} == {
+            id(slot.owner) for each in there for slot in each.slots
+        }:
+            return
+        device = self.arena.device
+        self.adapters = arenas_of(wanted[:1], device)[0] if wanted[0] else None
+        if self.streamed is not None:
+            self.streamed.adapters = arenas_of(wanted[1:], device) if any(wanted[1:]) else []
+
+    def later_tensors(self, module: nn.Module, excluded: Iterable[nn.Module] = ()) -> Iterator[tuple[object, str]]:
         """Owner and attribute of each tensor that the module got after `enable_offload`, such as a LoRA's."""
         arenas = [self.arena, *(self.streamed.arenas if self.streamed is not None else ())]
         known = {id(slot.owner) for arena in arenas for slot in arena.slots}
-        return ((owner, name) for owner, name in tensors_of(module, excluded) if id(owner) not in known)
+        left_out = {id(part) for each in excluded for part in each.modules()}
+        for stack in stacks_in(module, left_out):
+            known |= {id(parameter) for parameter in stack.parameters}
+            yield stack, "data"
+        yield from ((owner, name) for owner, name in tensors_of(module, excluded) if id(owner) not in known)
 
 
 @dataclass(eq=False)
@@ -131,13 +189,13 @@ class OffloadScheduler:
             prefetched.offload()  # Another one is called first: `limit` has no room for a third.
         self._prefetched = None
         self.offload_resident()
-        weights.arena.onload(self.stream)
+        weights.onload(self.stream)
         self._resident = weakref.ref(weights)  # Set only after onload: an OOM must not mark it resident.
 
     def prefetch_following(self, weights: ComponentWeights) -> None:
         """Start copying the component that is called after this one, if both fit where the largest one does."""
         following = None if weights.following is None else weights.following()
-        if following is not None and weights.arena.bytes + following.arena.bytes <= self.limit:
+        if following is not None and weights.bytes + following.bytes <= self.limit:
             following.arena.prefetch(self.stream)
             self._prefetched = weights.following
 
@@ -173,6 +231,7 @@ class OffloadHook(TorchModelHook):
         self.weights, self.scheduler = weights, scheduler
         self.execution_device = weights.arena.device
         self._excluded = weakref.WeakSet(excluded)
+        self._adapters: tuple = ()
 
     @property
     def on_offload(self) -> Callable[[], None] | None:
@@ -194,7 +253,8 @@ class OffloadHook(TorchModelHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Make the module a plain one in host memory."""
         self._offload()
-        self._move_adapters(module, torch.device("cpu"))
+        for owner, name in self.weights.later_tensors(module, self._excluded):
+            setattr(owner, name, getattr(owner, name).cpu())
         if self.weights.streamed is not None:
             blocks: Any = module.layers
             blocks.__class__ = nn.ModuleList
@@ -204,9 +264,12 @@ class OffloadHook(TorchModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         """Put the component on the device. Called by torch before the forward pass, by diffusers before ``decode``."""
         with self.scheduler.turn.take(self.execution_device):
+            if self._adapters_changed(module):
+                self.scheduler.offload(self.weights)
+                self.weights.drop_adapters()
             if self.scheduler.resident is not self.weights:
+                self._prepare_adapters(module)
                 self.scheduler.onload(self.weights)
-                self._move_adapters(module, self.execution_device)
                 self.scheduler.prefetch_following(self.weights)
         return args, kwargs
 
@@ -220,10 +283,22 @@ class OffloadHook(TorchModelHook):
         with self.scheduler.turn.take(self.execution_device):
             self.scheduler.offload(self.weights)
 
-    def _move_adapters(self, module: nn.Module, device: torch.device) -> None:
-        """Move adapters to the device, where they stay: a LoRA is small."""
-        for owner, name in self.weights.adapters(module, self._excluded):
-            setattr(owner, name, getattr(owner, name).to(device))
+    def _adapters_changed(self, module: nn.Module) -> bool:
+        """Whether peft's calls have changed what has to come with a component, which may be on the device already."""
+        runtime = runtime_of(module)
+        if runtime is not None:
+            return not runtime.adapters.is_current(module, exact=runtime.exact)
+        config = getattr(module, "peft_config", None) or {}
+        before, self._adapters = self._adapters, tuple(config.values())
+        return len(before) != len(config) or any(
+            one is not other for one, other in zip(before, config.values(), strict=True)
+        )
+
+    def _prepare_adapters(self, module: nn.Module) -> None:
+        runtime = runtime_of(module)
+        if runtime is not None:
+            runtime.prepare_adapters(module)
+        self.weights.take_adapters(module, self._excluded)
 
     def __reduce__(self) -> tuple:
         # A module's hooks are copied before its children: offloaded now, those are copied from host memory.
@@ -262,7 +337,7 @@ def enable_offload(
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     weights = [ComponentWeights(arena) for arena in arenas[: len(modules)]]
     if stream_blocks:
-        weights[modules.index(pipe.transformer)].streamed = StreamingRuntime(arenas[len(modules) :], stream)
+        weights[modules.index(pipe.transformer)].streamed = StreamingRuntime(arenas[len(modules) :], stream=stream)
     for each, following in itertools.pairwise(weights):
         each.following = weakref.ref(following)
     scheduler = OffloadScheduler(stream, limit=max(each.arena.bytes for each in weights), turn=turn or Turn())

@@ -66,11 +66,15 @@ class TensorSlot:
         setattr(self.owner, self.attribute, tensor)
 
 
-def plan_slots(module: nn.Module, excluded: Iterable[nn.Module] = ()) -> tuple[list[TensorSlot], list[int]]:
-    """A slot for each of `tensors_of`, in the order of blocks and offsets, and the bytes of each block."""
+def plan_slots(tensors: Iterable[tuple[object, str]]) -> tuple[list[TensorSlot], list[int]]:
+    """A slot for each tensor, in the order of blocks and offsets, and the bytes of each block.
+
+    Args:
+        tensors: Owner and attribute of each, as from `tensors_of`.
+    """
     slots: list[TensorSlot] = []
     sizes: list[int] = []
-    for owner, name in tensors_of(module, excluded):
+    for owner, name in tensors:
         tensor = getattr(owner, name)
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if not sizes or sizes[-1] + size > BLOCK_BYTES:
@@ -157,7 +161,12 @@ def host_arenas(modules: Iterable[tuple[nn.Module, Iterable[nn.Module]]], device
         modules: The modules, on the host, each with the modules below it whose tensors stay where they are.
         device: Device of the computation.
     """
-    plans = [plan_slots(module, excluded) for module, excluded in modules]
+    return arenas_of((tensors_of(module, excluded) for module, excluded in modules), device)
+
+
+def arenas_of(tensors: Iterable[Iterable[tuple[object, str]]], device: torch.device) -> list[HostArena]:
+    """Move tensors into arenas, one for each list of owners and attributes. As `host_arenas`."""
+    plans = [plan_slots(each) for each in tensors]
     with ThreadPoolExecutor(FILL_THREADS) as pool:
         filled = [
             [

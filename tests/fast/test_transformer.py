@@ -347,7 +347,7 @@ class OffloadHook(ModelHook):
         self.pre_forward(module)
 
 
-def test_hooks_and_adapters_keep_steps_from_being_captured():
+def test_hooks_keep_steps_from_being_captured():
     assert is_undisturbed(build())
     hooked = build()
     hooked.layers[1].register_forward_hook(lambda *args: None)
@@ -355,9 +355,6 @@ def test_hooks_and_adapters_keep_steps_from_being_captured():
     cast = build()
     apply_layerwise_casting(cast, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert not is_undisturbed(cast)
-    adapted = build()
-    adapted.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["to_q"]))
-    assert not is_undisturbed(adapted)
 
 
 def test_the_transformers_own_offloading_hook_lets_steps_be_captured():

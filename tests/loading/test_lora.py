@@ -280,6 +280,27 @@ def test_a_name_is_taken_once(pipe, pairs, tmp_path):
             load_lora(pipe, file, name=name)
 
 
+def test_loras_of_the_file_are_in_the_dtype_of_their_layers_products(repository, pairs, tmp_path):
+    """float32 in the file, float16 in the blocks of a float16 pipeline, whose other layers are in float32."""
+    pipe = load(repository, device="cpu", dtype="float16", prompt_enhancer=False)
+    beside = {"text_proj": (torch.ones(RANK, 64), torch.ones(128, RANK))}
+    file = saved(named(pairs | beside, "transformer. lora_A.weight lora_B.weight"), tmp_path / "lora.safetensors")
+    expected = {True: torch.float16, False: torch.float32}
+    for load_it in (lambda: load_lora(pipe, file), lambda: pipe.load_lora_weights(file)):
+        load_it()
+        weights = {name: each for name, each in pipe.transformer.named_parameters() if ".lora_" in name}
+        assert {name.startswith("layers."): each.dtype for name, each in weights.items()} == expected
+        pipe.unload_lora_weights()
+
+
+def test_patterns_of_a_stranger_are_no_regular_expressions(pipe, pairs, tmp_path):
+    state = named(pairs, "transformer. lora_A.weight lora_B.weight")
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA, "transformer.alpha_pattern": {"(a+)+$": 1.0}}
+    file = saved(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(InvalidLora, match="where names of layers are wanted"):
+        load_lora(pipe, file)
+
+
 # Where it is
 
 

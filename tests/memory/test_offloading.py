@@ -226,10 +226,10 @@ def test_what_came_after_offloading_is_an_adapter(repository: Path, stream_block
     pipe = load(repository, device="cpu", dtype="float32")
     enable_offload(pipe, CPU, stream_blocks=stream_blocks)
     weights = hook_of(pipe.transformer).weights
-    assert not list(weights.adapters(pipe.transformer, ()))
+    assert not list(weights.later_tensors(pipe.transformer))
     add_lora(pipe.transformer)
     loras = [weight for name, weight in pipe.transformer.named_parameters() if "lora" in name]
-    found = [owner for owner, _ in weights.adapters(pipe.transformer, ())]
+    found = [owner for owner, _ in weights.later_tensors(pipe.transformer)]
     assert {id(owner) for owner in found} == {id(weight) for weight in loras}
 
 
