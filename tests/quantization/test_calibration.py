@@ -283,7 +283,7 @@ def test_a_run_of_the_command_line_gives_the_same_bytes(
     monkeypatch.setattr(calibration_data, "PREDICTIONS", 4)
     monkeypatch.setattr(calibration_data, "MAX_SIZE", 64)
     monkeypatch.setattr(
-        importlib.import_module("ernie_image_nf4.quantization.convert"), "_recommended", lambda *_: SETTINGS
+        importlib.import_module("ernie_image_nf4.quantization.convert"), "recommended_for", lambda *_: SETTINGS
     )
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     output = tmp_path / "output"
