@@ -184,10 +184,10 @@ def read_settings(path: Path) -> dict[str, str]:
     Raises:
         OSError: The file isn't there or is no picture.
     """
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     with Image.open(path) as image:
-        if image.format == "PNG":
+        if isinstance(image, PngImagePlugin.PngImageFile):
             return dict(image.text)
         comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
     if not isinstance(comment, bytes) or not comment.startswith(UNICODE):
