@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from lora_files import write_lora
 from PIL import Image
+from test_batch import digests, forked, free_port, needs_fork
 
 from ernie_image_nf4 import Row, generate_batch, load, load_lora
 from ernie_image_nf4.errors import InvalidLora, InvalidSettings
@@ -187,6 +188,28 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_drawn(pipeline, 
     with pytest.raises(InvalidLora, match="doesn't fit layers"):
         generate_batch(pipeline, [Row("a cat", lora=[str(tmp_path / "wrong.safetensors")])], tmp_path / "out")
     assert known_adapters(pipeline) == []
+
+
+@needs_fork
+def test_two_processes_draw_24_rows_with_three_loras_as_one_does(pipeline, files, tmp_path):
+    third = write_lora(tmp_path / "chalk.safetensors", pipeline, rank=2, seed=3, size=40.0)
+    loras = [(), *((str(path),) for path in files.values()), (f"{third}:-0.5",), (str(third), f"{files['ink']}:0.25")]
+    rows = [Row(f"picture {number}", seed=number, lora=loras[number % len(loras)]) for number in range(24)]
+    draw(pipeline, tmp_path / "one", rows)
+    port = free_port()
+    both = [forked(draw, pipeline, tmp_path / "two", rows, rank=rank, port=port) for rank in range(2)]
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert len(digests(tmp_path / "one")) == 24
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+    one, two = (read_manifest(tmp_path / name / MANIFEST) for name in ("one", "two"))
+    assert [record.settings for record in two] == [record.settings for record in one]
+    assert {use.file for record in two for use in record.settings.lora} == {
+        "ink.safetensors",
+        "oil.safetensors",
+        "chalk.safetensors",
+    }
 
 
 # What files say

@@ -1,0 +1,137 @@
+"""examples/train_lora.py: what it writes is a LoRA, it learns, and an interrupted run goes on as if it hadn't been."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKOUT
+from PIL import Image
+from safetensors.torch import load_file
+
+from ernie_image_nf4 import load, load_lora
+from ernie_image_nf4.repository.lora_file import describe_lora
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_lora", CHECKOUT / "examples" / "train_lora.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 32 + 16 * number), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"all {colour}\n", encoding="utf-8")
+    return folder
+
+
+def run(script: ModuleType, pictures: Path, repository: Path, output: Path, *more: object) -> Path:
+    options = ("--model", repository, "--resolution", 32, "--rank", 2, "--learning-rate", 0.01, "--warm-up", 0)
+    samples = ("--sample", "all red", "--sample-steps", 1, "--save-every", 2, "--device", "cpu")
+    return script.train(
+        script.parse_arguments([str(each) for each in (pictures, "-o", output, *options, *samples, *more)])
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(script, pictures, repository, tmp_path_factory) -> Path:
+    """The LoRA of a run of four steps."""
+    return run(script, pictures, repository, tmp_path_factory.mktemp("whole") / "style", "--steps", 4)
+
+
+def test_it_writes_a_lora_and_pictures(whole, repository):
+    assert whole.name == "style.safetensors"
+    assert sorted(path.name for path in (whole.parent / "samples").iterdir()) == ["000002-1.png", "000004-1.png"]
+    found = describe_lora(whole)
+    assert (found.format, found.ranks, found.is_dora) == ("diffusers", (2,), False)
+    pipe = load(repository, device="cpu", dtype="float32", prompt_enhancer=False)
+    before = pipe.transformer.layers[1].mlp.up_proj.weight.clone()
+    assert load_lora(pipe, whole) == "style"
+    layers = {name.partition(".lora_")[0] for name, _ in pipe.transformer.named_parameters() if ".lora_" in name}
+    assert len(layers) == 7 * len(pipe.transformer.layers)
+    assert torch.equal(pipe.transformer.layers[1].mlp.up_proj.get_base_layer().weight, before)
+    assert all(tensor.any() for tensor in load_file(whole).values())
+
+
+def test_an_interrupted_run_goes_on(script, whole, pictures, repository, tmp_path):
+    run(script, pictures, repository, tmp_path / "style", "--steps", 2)
+    encoded = tmp_path / "style" / "encoded.safetensors"
+    written = encoded.stat().st_mtime_ns
+    again = run(script, pictures, repository, tmp_path / "style", "--steps", 4)
+    assert encoded.stat().st_mtime_ns == written
+    found, expected = (load_file(path.with_name("state.safetensors")) for path in (again, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    with pytest.raises(SystemExit, match="of a run with other settings"):
+        run(script, pictures, repository, tmp_path / "style", "--steps", 6, "--rank", 4)
+
+
+def test_it_learns(script, pictures, repository, tmp_path, monkeypatch):
+    """The same noise and caption again and again: the loss falls."""
+    losses: list[float] = []
+    loss_of = script.loss_of
+
+    def same(model, values, rows, options, shift, generator, dtype, device):
+        generator = torch.Generator().manual_seed(0)
+        loss = loss_of(model, values, [0], options, shift, generator, dtype, device)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(script, "loss_of", same)
+    run(script, pictures, repository, tmp_path / "style", "--steps", 8, "--no-caption", 0, "--accumulate", 2)
+    assert len(losses) == 16
+    assert losses[0] == losses[1]  # no step between the passes of one
+    assert losses[-1] < losses[0]
+    assert all(one > other for one, other in zip(losses[::2], losses[2::2], strict=False))
+
+
+def test_latents_are_what_the_pipeline_decodes(script, repository, pictures):
+    pipe = load(repository, device="cpu", dtype="float32", prompt_enhancer=False)
+    latents = script.encode_picture(pipe, pictures / "red.png", 32)[None]
+    shown = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z, **options: (shown.append(z), decode(z, **options))[1]
+    embeds = pipe.encode_prompt("all red", torch.device("cpu"))
+    pipe(prompt_embeds=embeds, latents=latents, height=32, width=32, num_inference_steps=0, guidance_scale=1.0)
+    pixels = torch.from_numpy(np.array(Image.open(pictures / "red.png").resize((32, 32)))).permute(2, 0, 1)[None]
+    expected = pipe.vae.encode(pixels / 127.5 - 1).latent_dist.mode()
+    assert torch.allclose(shown[0], expected, atol=1e-5)
+
+
+def test_captions_in_one_file_and_none(script, pictures, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match=r"a\.png and 0 more have no caption"):
+        script.read_pictures(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "black"}) + "\n")
+    assert script.read_pictures(tmp_path) == [(tmp_path / "a.png", "black")]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="holds no pictures"):
+        script.read_pictures(tmp_path / "none")
+
+
+def test_each_picture_comes_once_before_any_comes_again(script):
+    rows = [row for step in range(6) for row in script.rows_of_step(step, 4, 2, seed=1)]
+    assert [sorted(rows[start : start + 4]) for start in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+    assert rows[:4] != rows[4:8] or rows[4:8] != rows[8:]
+
+
+def test_help_says_how_to_start_it(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--help"])
+    assert "examples/train_lora.py PICTURES --model" in capsys.readouterr().out
+    assert "train_lora" not in sys.modules
