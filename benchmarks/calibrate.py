@@ -83,7 +83,7 @@ def main() -> None:
 
 def settings(arguments: argparse.Namespace) -> Any:
     """Call settings to calibrate for."""
-    from ernie_image_nf4.quantization.convert import TURBO
+    from ernie_image_nf4.quantization.family import TURBO
     from ernie_image_nf4.repository.metadata import Recommended
 
     if arguments.preset == "tiny":
