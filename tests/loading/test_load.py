@@ -323,7 +323,7 @@ def test_the_negative_prompt_and_guidance_matter(pipe):
 
 def test_a_lora_can_be_loaded_and_removed(repository, tmp_path):
     peft = pytest.importorskip("peft")
-    pipe = load(repository, device="cpu", prompt_enhancer=False)
+    pipe = load(repository, device="cpu", dtype="float32", prompt_enhancer=False)
     plain = latents(pipe)
     torch.manual_seed(0)
     pipe.transformer.add_adapter(
@@ -334,7 +334,7 @@ def test_a_lora_can_be_loaded_and_removed(repository, tmp_path):
     changed = latents(pipe)
     assert not np.array_equal(changed, plain)
 
-    again = load(repository, device="cpu", prompt_enhancer=False)
+    again = load(repository, device="cpu", dtype="float32", prompt_enhancer=False)
     again.load_lora_weights(tmp_path)
     assert np.array_equal(latents(again), changed)
     again.unload_lora_weights()
