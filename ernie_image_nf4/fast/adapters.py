@@ -44,13 +44,13 @@ class SharedDown:
         strengths: (rows,) float32, on the device of the computation.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self.parameters = tuple(parameters)
         ends = list(itertools.accumulate(map(len, parameters)))
         self._rows = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         self.strengths: torch.Tensor | None = None
         with torch.inference_mode(False):
-            self.data = torch.cat([parameter.data for parameter in parameters])
+            self.data = torch.cat([parameter.data.to(device) for parameter in parameters])
 
     @property
     def data(self) -> torch.Tensor:
@@ -219,9 +219,12 @@ class Adapters(Runtime):
         self._buffer = None
 
     def _stack_group(self, layers: Sequence[Any]) -> None:
-        """Prepare layers that take the same input."""
-        adapters = [(layer, name) for layer in layers for name in _active(layer)]
-        shared = SharedDown([layer.lora_A[name].weight for layer, name in adapters]) if adapters else None
+        """Prepare layers that take the same input. Those in different dtypes stay with peft."""
+        downs = [layer.lora_A[name].weight for layer in layers for name in _active(layer)]
+        if len({down.dtype for down in downs}) > 1:
+            return
+        # peft puts a new adapter where its layer is at the moment; others may have moved since.
+        shared = SharedDown(downs, layers[0].get_base_layer().weight.device) if downs else None
         if shared is not None:
             self.stacks.append(shared)
         start = 0

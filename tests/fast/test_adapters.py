@@ -500,6 +500,8 @@ def test_on_a_gpu_products_in_8_bits_stay_with_adapters(repository, files, produ
     with peft_counted() as calls:
         found = latents_of(pipe)
     assert not calls
-    assert_near(found.cpu(), expected.cpu(), plain_base.cpu(), 0.3)
+    # No more rounding than without adapters, beside what they do.
+    error, effect = (found - expected).norm(), (expected - plain_base).norm()
+    assert error < 2 * (base - plain_base).norm() + 0.1 * effect
     pipe.disable_lora()
     assert torch.equal(latents_of(pipe), base)
