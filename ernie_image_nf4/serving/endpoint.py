@@ -82,14 +82,17 @@ def make_router(engine: Engine, api_key: str | None) -> APIRouter:
     @router.post("/v1/images/generations", summary="Draw pictures")
     async def images(body: ImageRequest, http: Request) -> Response:
         check_model(engine, body.model)
-        events = engine.draw(to_draw_request(body, engine))
+        request = to_draw_request(body, engine)
+        events = unless_gone(http, engine.draw(request))
         if body.stream:
-            first = await anext(events)  # Errors up to here are answered with their status
+            first = await anext(events, None)  # Errors up to here are answered with their status
+            if first is None:
+                return Response(status_code=CLIENT_IS_GONE)
             return StreamingResponse(server_sent(events, first), media_type="text/event-stream")
-        pictures = await unless_gone(http, events)
-        if pictures is None:
-            return Response(status_code=CLIENT_IS_GONE)
-        return JSONResponse(answer(pictures))
+        pictures = await all_pictures(events)
+        return (
+            JSONResponse(answer(pictures)) if len(pictures) == request.count else Response(status_code=CLIENT_IS_GONE)
+        )
 
     @router.get("/v1/models", summary="The model")
     async def models() -> dict[str, Any]:
@@ -155,20 +158,37 @@ def to_draw_request(body: ImageRequest, engine: Engine) -> DrawRequest:
     )
 
 
-async def unless_gone(http: Request, events: AsyncGenerator[Event, None]) -> list[Picture] | None:
-    """The pictures in order, None as soon as the client is gone. The request is dropped then."""
-    drawing = asyncio.create_task(all_pictures(events))
+async def unless_gone(http: Request, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The events for as long as the client is there. When it is gone, the request is dropped.
+
+    Not left to what sends the answer: it notices only with the next event, and with uvicorn 0.30 not at all.
+    """
     leaving = asyncio.create_task(disconnected(http))
     try:
-        await asyncio.wait({drawing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await drawing if drawing.done() else None
+        async with aclosing(events):
+            while True:
+                coming = asyncio.create_task(next_event(events))
+                try:
+                    await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                    event = await coming if coming.done() else None
+                finally:
+                    coming.cancel()
+                    await asyncio.gather(coming, return_exceptions=True)  # nothing closes while it waits
+                if event is None:
+                    return
+                yield event
     finally:
-        drawing.cancel()
         leaving.cancel()
-        await asyncio.gather(drawing, leaving, return_exceptions=True)
+        await asyncio.gather(leaving, return_exceptions=True)
+
+
+async def next_event(events: AsyncGenerator[Event, None]) -> Event | None:
+    """The next event; None behind the last one."""
+    return await anext(events, None)
 
 
 async def all_pictures(events: AsyncGenerator[Event, None]) -> list[Picture]:
+    """The pictures in order."""
     async with aclosing(events):
         return sorted([event async for event in events if isinstance(event, Picture)], key=lambda each: each.index)
 

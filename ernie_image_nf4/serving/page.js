@@ -26,6 +26,11 @@
     }
   };
 
+  const spoken = () => {
+    const chosen = recall("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+    return LANGUAGES.includes(chosen) ? chosen : "en";
+  };
+
   window.ernie = {
     size: (shape, width, height) => SIZES[shape] ?? [width, height],
     shape: (width, height) =>
@@ -34,9 +39,10 @@
     language: (_, ...others) => {
       look();
       describe();
-      const chosen = recall("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
-      return [speak(LANGUAGES.includes(chosen) ? chosen : "en"), ...others];
+      return [speak(spoken()), ...others];
     },
+    // The field that holds the language is set by the server, a moment after the page shows it
+    spoken: (_, ...others) => [spoken(), ...others],
     otherLanguage: (language, ...others) => {
       return [speak(remember("language", language === "zh" ? "en" : "zh")), ...others];
     },

@@ -207,8 +207,9 @@ def connect_drawing(parts: Parts, engine: Engine, folder: str) -> None:
     shown = [parts.status, parts.draw, parts.stop, parts.redraw, parts.empty, *_picture_parts(parts)]
     known, form = [parts.language, parts.paths], [*parts.form.values(), parts.lora, *parts.strengths]
     from_form = drawing(lambda paths, *values: form_request(parts, values))
-    parts.draw.click(from_form, [*known, *form], shown, **DRAWN)
-    parts.redraw.click(drawing(edited_request), [*known, parts.selected, parts.revised], shown, **DRAWN)
+    spoken: dict[str, Any] = {"js": "window.ernie.spoken", **DRAWN}
+    parts.draw.click(from_form, [*known, *form], shown, **spoken)
+    parts.redraw.click(drawing(edited_request), [*known, parts.selected, parts.revised], shown, **spoken)
     parts.stop.click(stop, **QUICK)
 
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from diffusers import ErnieImagePipeline, FlowMatchHeunDiscreteScheduler
@@ -84,9 +83,10 @@ def latents(pipe: ErnieImagePipeline, *, pictures: int = 1, guidance: float = GU
     """Final latents of prompts of different lengths."""
     device = pipe.text_encoder.device if pipe.text_encoder.device.type != "meta" else "cpu"
     noise = torch.randn(pictures, 128, 4, 4, generator=torch.Generator().manual_seed(0))
+    if "prompt_embeds" not in options:
+        options["prompt"] = [PROMPT * (number + 1) for number in range(pictures)]
+        options["negative_prompt"] = [NEGATIVE] * pictures
     result = pipe(
-        [PROMPT * (number + 1) for number in range(pictures)],
-        [NEGATIVE] * pictures,
         height=64,
         width=64,
         num_inference_steps=STEPS,
@@ -271,16 +271,21 @@ def test_an_error_in_the_middle_leaves_a_pipeline_that_draws_as_before(pipe):
     assert torch.equal(latents(pipe), expected)
 
 
-@pytest.mark.skipif(diffusers.__version__.startswith("0.38."), reason="differs with diffusers 0.38: to be found out")
 def test_pipelines_that_share_their_models_skip_each_its_own_in_threads(pipe):
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     other = quiet(type(pipe)(**{**pipe.components, "scheduler": scheduler}))
     set_skipping(pipe, **BOTH)
-    alone = [latents(pipe), latents(other)]
+    # Embeddings: transformers 5.0 mixes up what threads get of a text encoder that they share.
+    texts, negatives = (pipe.encode_prompt(text, "cpu", 1) for text in (PROMPT, NEGATIVE))
+
+    def draw_embeddings(each: ErnieImagePipeline) -> torch.Tensor:
+        return latents(each, prompt_embeds=texts, negative_prompt_embeds=negatives)
+
+    alone = [draw_embeddings(pipe), draw_embeddings(other)]
     assert not torch.equal(*alone)
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
-            assert all(map(torch.equal, pool.map(latents, [pipe, other]), alone))
+            assert all(map(torch.equal, pool.map(draw_embeddings, [pipe, other]), alone))
 
 
 def test_it_is_nothing_of_what_is_saved_and_copies_keep_it(pipe, tmp_path):
