@@ -1,6 +1,6 @@
 """A decode step of a prompt enhancer in NF4 by kernels of its own, five a layer.
 
-The same step through the model's modules is 35 kernels a layer, which take longer to start than to read the weights.
+The same step through the model's modules is many more, which take longer to start than to read the weights.
 """
 
 from __future__ import annotations
