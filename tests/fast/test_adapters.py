@@ -486,22 +486,21 @@ def test_on_a_gpu_adapters_wait_in_host_memory(repository, files, memory):
     assert not any(arena.device_blocks for arena in arenas)
 
 
+# The part of an adapter's effect that may be rounding. One that is applied wrongly differs by all of it.
 @pytest.mark.gpu
-@pytest.mark.parametrize("products", ["int8", "fp8"])
-def test_on_a_gpu_products_in_8_bits_stay_with_adapters(repository, files, products):
+@pytest.mark.parametrize(("products", "most"), [("int8", 0.15), ("fp8", 0.4)])
+def test_on_a_gpu_products_in_8_bits_stay_with_adapters(repository, files, products, most):
     if products == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs products in fp8")
     plain = on_gpu(repository, dtype="bfloat16", fast=False)
     pipe = on_gpu(repository, dtype="bfloat16", products=products)
     plain_base, base = latents_of(plain), latents_of(pipe)
     for each in (plain, pipe):
-        load_lora(each, files["whole"])
+        load_lora(each, files["whole"], strength=0.3)
     expected = latents_of(plain)
     with peft_counted() as calls:
         found = latents_of(pipe)
     assert not calls
-    # No more rounding than without adapters, beside what they do.
-    error, effect = (found - expected).norm(), (expected - plain_base).norm()
-    assert error < 2 * (base - plain_base).norm() + 0.1 * effect
+    assert_near(found, expected, plain_base, most)
     pipe.disable_lora()
     assert torch.equal(latents_of(pipe), base)
