@@ -35,6 +35,7 @@ PAGES = {
     "turbo": "docs/speed.md",
     "skipping": "docs/speed.md",
     "formats": "docs/fidelity.md",
+    "calibration": "docs/quantizing.md",
 }
 # Arm of the benchmark -> its name in the README, whose table and chart have these rows.
 HEADLINES = {
@@ -145,6 +146,11 @@ TEXTS = {
     "over that of bitsandbytes' `quantize_4bit` on the same weights in memory",
     "quantize.cpu_projected_s": "... seconds that the full-size model would take at that speed, from the page cache",
     "nf4.cpu_time_vs_stock": "... time of the scale search over stock NF4",
+    "calibrate.h100_s": "full-size `quantize --calibrate` of random weights on an H100 with 11 GiB free, 64 prompts, s",
+    "calibrate.peak_gpu_gib": "... peak of PyTorch's memory on the GPU, GiB",
+    "calibrate.peak_host_gib": "... peak host memory without page cache, GiB",
+    "calibrate.prediction_error_vs_search": "... error of guided predictions for prompts and noise that it didn't see, "
+    "over that with scale search",
     "nf4.error_vs_stock.mini": "squared weight error with scale search over stock NF4's, at the same bytes: the mini's "
     "transformer",
     "nf4.error_vs_stock.normal": "... random normal weights",
@@ -240,6 +246,13 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             "nf4.error_vs_stock.mini": errors["transformer"],
             "nf4.error_vs_stock.normal": errors["normal"],
         }
+    if run := read("calibrate_h100.json"):
+        found["calibrate_h100.json"] = {
+            "calibrate.h100_s": run["calibrated"]["seconds"],
+            "calibrate.peak_gpu_gib": run["calibrated"]["gpu_reserved_gib"],
+            "calibrate.peak_host_gib": run["calibrated"]["host_gib"],
+            "calibrate.prediction_error_vs_search": run["errors"]["prediction_error_vs_search"],
+        }
     if run := read("serve_cpu.json"):
         found["serve_cpu.json"] = {
             "serve.requests_lost": run["requests_lost"],
@@ -275,6 +288,8 @@ def tables() -> dict[str, str]:
         made["skipping"] = skipping_table(run)
     if run := read("nf4_mini.json"):
         made["formats"] = formats_table(run)
+    if run := read("calibrate_h100.json"):
+        made["calibration"] = calibration_table(run)
     return made
 
 
@@ -452,6 +467,16 @@ def formats_table(run: dict[str, Any]) -> str:
         if "error" not in result
     ]
     return markdown_table(["", *columns], rows)
+
+
+def calibration_table(run: dict[str, Any]) -> str:
+    """Time and memory on the GPU of each phase of a calibration at full size."""
+    whole = run["calibrated"]
+    rows = [
+        [each["phase"], f"{each['seconds']:.0f}", f"{each['gpu_reserved_gib']:.1f}"]
+        for each in (*whole["phases"], whole | {"phase": "all, with starting and hashing"})
+    ]
+    return markdown_table(["phase", "seconds", "GPU memory (GiB)"], rows)
 
 
 def number(value: float) -> str:
