@@ -64,7 +64,10 @@ def main() -> None:
         print(json.dumps(measured(lambda work, preset: steps[arguments.step](), arguments.work, arguments.preset)))
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"command": " ".join(["python", "-m", "benchmarks.calibrate", *sys.argv[1:]]), "preset": arguments.preset}
+    result: dict[str, Any] = {
+        "command": " ".join(["python", "-m", "benchmarks.calibrate", *sys.argv[1:]]),
+        "preset": arguments.preset,
+    }
     result["settings"] = vars(settings(arguments))
     for step in steps_of(arguments):
         if step == "synthesize" and (arguments.work / ORIGINAL / "model_index.json").exists():

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+import torch.nn.functional as F
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
@@ -15,6 +16,11 @@ from .adapters import LowRank, low_rank_of
 from .ops import eight_bit, elementwise
 from .ops.eight_bit import FP8, INT8, Format
 from .subclassing import named_as_upstream
+
+DEQUANTIZER = "triton_nf4"
+# With more rows bitsandbytes dequantizes a weight and multiplies as well, so that results are the same bits. With fewer
+# ones a kernel of its own may do both.
+ROWS = 1536
 
 
 @named_as_upstream
@@ -62,7 +68,7 @@ def apply_layers(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
         elif part is not None and is_adapted and inner is not None:
             out = add_base_product(base, x.flatten(0, -2), part.product(inner))
         else:
-            outputs.append(base(x))
+            outputs.append(_call(base, x))
             continue
         outputs.append(out.unflatten(0, x.shape[:-1]))
     return outputs
@@ -135,7 +141,24 @@ def _weight_in(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
         return None
     if getattr(state, "packing_format_for_cpu", False):
         return None
-    return dequantize_4bit(layer.weight, eight_bit.with_dtype(state, dtype))
+    return _dequantized(layer.weight, state, dtype)
+
+
+def _dequantized(codes: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
+    if kernels := elementwise.triton_kernels(codes, DEQUANTIZER):
+        return kernels.dequantize(codes, state, dtype)
+    return dequantize_4bit(codes, eight_bit.with_dtype(state, dtype))
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)``. With many rows an NF4 weight is dequantized in one pass, for which bitsandbytes takes three."""
+    weight = None
+    if isinstance(layer, Linear4bit) and x.numel() > ROWS * x.shape[-1] and elementwise.triton_kernels(x, DEQUANTIZER):
+        weight = _weight_in(layer, x.dtype)
+    if weight is None:
+        return layer(x)
+    bias = cast("torch.Tensor | None", layer.bias)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def multiply(layer: EightBitLayer, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
