@@ -65,7 +65,7 @@ def attend(
     """Self-attention of an ``ErnieImageAttention`` on values with scales: values, (1, N, H) float16, and scales."""
     query, key, value = (
         part.unflatten(-1, (attention.heads, -1))
-        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v)
+        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v, joined=not packing.is_exact)
     )
     query = float16.norm_rotary(query, scale, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = float16.norm_rotary(key, scale, attention.norm_k.weight, *rotary, attention.norm_k.eps)

@@ -46,23 +46,27 @@ def multiplies_in_eight_bits(layer: nn.Module) -> TypeGuard[EightBitLayer]:
     return isinstance(layer, EightBitLayer) and not is_hooked(layer)
 
 
-def apply_layers(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+def apply_layers(x: torch.Tensor, *layers: nn.Module, joined: bool = False) -> list[torch.Tensor]:
     """``[layer(x) for layer in layers]``. Those in 8 bits share one rounding of `x`, (..., in), adapters one product.
 
     Args:
         x: The input.
         layers: The layers, all of those that take this input.
+        joined: Whether their products may be one, which leaves fewer multiprocessors idle, but may round otherwise.
     """
     adapted = [_low_rank(layer, x.dtype) for layer in layers]
     bases = [layer if part is None else base_of(layer) for layer, part in zip(layers, adapted, strict=True)]
     formats = {layer.products for layer in bases if multiplies_in_eight_bits(layer)}
     rounded = {each: eight_bit.quantize_rows(x.flatten(0, -2), each) for each in formats}
     inner = _inner_product(x, adapted, bases, rounded)
+    together = _joined_products(x, bases, rounded) if joined and (inner is None or rounded) else None
+    if together is not None and inner is None:
+        return [out.unflatten(0, x.shape[:-1]) for out in together]
     outputs = []
-    for base, part in zip(bases, adapted, strict=True):
+    for number, (base, part) in enumerate(zip(bases, adapted, strict=True)):
         is_adapted = part is not None and part.shared is not None
         if multiplies_in_eight_bits(base):
-            out = multiply(base, *rounded[base.products], x.dtype)
+            out = multiply(base, *rounded[base.products], x.dtype) if together is None else together[number]
             if part is not None and inner is not None:
                 part.add_product(out, inner)
         elif part is not None and is_adapted and inner is not None:
@@ -132,33 +136,68 @@ def add_base_product(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> to
 
 def _weight_in(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
     """The weight of a layer that multiplies in a dtype, (out, in); None for one that has to be called."""
-    if is_hooked(layer):
-        return None
-    if type(layer) is nn.Linear:
+    if type(layer) is nn.Linear and not is_hooked(layer):
         return layer.weight if layer.weight.dtype == dtype else None
+    state = _state_in(layer, dtype)
+    return None if state is None else _dequantized([(layer.weight, state)], dtype)
+
+
+def _state_in(layer: Any, dtype: torch.dtype) -> QuantState | None:
+    """The state of an NF4 layer that multiplies in a dtype; None for one that has to be called."""
     state = getattr(layer.weight, "quant_state", None)
-    if not isinstance(layer, Linear4bit) or state is None or layer.compute_dtype not in (None, dtype):
+    if is_hooked(layer) or not isinstance(layer, Linear4bit) or state is None:
         return None
-    if getattr(state, "packing_format_for_cpu", False):
+    if layer.compute_dtype not in (None, dtype) or getattr(state, "packing_format_for_cpu", False):
         return None
-    return _dequantized(layer.weight, state, dtype)
+    return state
 
 
-def _dequantized(codes: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
-    if kernels := elementwise.triton_kernels(codes, DEQUANTIZER):
-        return kernels.dequantize(codes, state, dtype)
-    return dequantize_4bit(codes, eight_bit.with_dtype(state, dtype))
+def _dequantized(weights: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype) -> torch.Tensor:
+    """NF4 weights of one width in a dtype, one below the other."""
+    codes = weights[0][0]
+    kernels = elementwise.triton_kernels(codes, DEQUANTIZER)
+    if kernels is None:
+        return torch.cat([dequantize_4bit(codes, eight_bit.with_dtype(state, dtype)) for codes, state in weights])
+    rows = [state.shape[0] for _, state in weights]
+    out = torch.empty(sum(rows), weights[0][1].shape[1], dtype=dtype, device=codes.device)
+    for (codes, state), part in zip(weights, out.split(rows), strict=True):
+        kernels.dequantize(codes, state, part)
+    return out
+
+
+def _dequantizes(layer: nn.Module, x: torch.Tensor) -> bool:
+    return (
+        isinstance(layer, Linear4bit)
+        and x.numel() > ROWS * x.shape[-1]
+        and elementwise.triton_kernels(x, DEQUANTIZER) is not None
+    )
 
 
 def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``layer(x)``. With many rows an NF4 weight is dequantized in one pass, for which bitsandbytes takes three."""
-    weight = None
-    if isinstance(layer, Linear4bit) and x.numel() > ROWS * x.shape[-1] and elementwise.triton_kernels(x, DEQUANTIZER):
-        weight = _weight_in(layer, x.dtype)
+    weight = _weight_in(layer, x.dtype) if _dequantizes(layer, x) else None
     if weight is None:
         return layer(x)
     bias = cast("torch.Tensor | None", layer.bias)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _joined_products(
+    x: torch.Tensor, layers: Sequence[nn.Module], rounded: Mapping[Format, eight_bit.Rounded]
+) -> list[torch.Tensor] | None:
+    """``layer(x)`` of each layer, (N, out) and parts of one matrix; None where they are of several kinds."""
+    if len(layers) < 2 or len(set(map(type, layers))) > 1 or getattr(layers[0], "bias", None) is not None:
+        return None
+    in_eight_bits = all(map(multiplies_in_eight_bits, layers))
+    if not in_eight_bits and not all(_dequantizes(layer, x) and _state_in(layer, x.dtype) for layer in layers):
+        return None
+    weights = [(layer.weight, layer.weight.quant_state) for layer in cast("Sequence[Linear4bit]", layers)]
+    if in_eight_bits:
+        ((to, values),) = rounded.items()
+        out = eight_bit.scaled_product(*values, *eight_bit.quantize_weights(weights, to), x.dtype)
+    else:
+        out = F.linear(x.flatten(0, -2), _dequantized(weights, x.dtype))
+    return list(out.split([state.shape[0] for _, state in weights], dim=1))
 
 
 def multiply(layer: EightBitLayer, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

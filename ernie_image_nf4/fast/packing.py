@@ -30,6 +30,11 @@ class Packing(NamedTuple):
     masks: tuple[torch.Tensor | None, ...]
     mixed: bool
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether blocks are to round as upstream's."""
+        return self.masks[0] is not None
+
 
 def pack(
     text_lens: torch.Tensor, text: int, pixels: int, dtype: torch.dtype, pictures: int, masked: bool, mixed: bool

@@ -210,7 +210,7 @@ def attend(attention: Any, x: torch.Tensor, rotary: Rotary, packing: Packing) ->
     """Self-attention of an ``ErnieImageAttention`` on packed tokens, (1, N, H), row by row."""
     query, key, value = (
         part.unflatten(-1, (attention.heads, -1))
-        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v)
+        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v, joined=not packing.is_exact)
     )
     query = elementwise.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = elementwise.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)

@@ -45,7 +45,8 @@ def compare_weight(width: int, nested: bool, block_size: int) -> None:
     codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested, blocksize=block_size)
     outer = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if nested else ()
     for to in (INT8, FP8):
-        found = triton_eight_bit.quantize_weight(codes, state.absmax, state.code, 4, width, block_size, to, *outer)
+        found = eight_bit.empty_rows(codes, 4, width, to)
+        triton_eight_bit.quantize_weight(codes, state.absmax, state.code, found, block_size, to, *outer)
         compare(found, eight_bit.quantize_weight(codes, state, to), to)
 
 

@@ -171,9 +171,8 @@ def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
     triton_eight_bit.gelu_times_rows(inner, inner, to)
     codes, absmax = (torch.empty(16 * INNER // size, dtype=torch.uint8) for size in (2, 64))
     outer, table = torch.empty(16 * INNER // 64 // 256), torch.empty(256)
-    triton_eight_bit.quantize_weight(
-        codes, absmax, table[:16], 16, INNER, 64, to, outer, table, torch.zeros(()), 256
-    )  # fmt: skip
+    into = eight_bit.empty_rows(codes, 16, INNER, to)
+    triton_eight_bit.quantize_weight(codes, absmax, table[:16], into, 64, to, outer, table, torch.zeros(()), 256)
 
 
 def launch_decode_step(texts: int) -> None:
@@ -193,7 +192,7 @@ def launch_decode_step(texts: int) -> None:
         torch.empty(()),
         QuantState(torch.empty(1), None, torch.empty(256), 256),
     )
-    triton_nf4.dequantize(torch.empty(2048, dtype=torch.uint8), state, torch.bfloat16)
+    triton_nf4.dequantize(torch.empty(2048, dtype=torch.uint8), state, torch.empty(64, 64, dtype=torch.bfloat16))
     logits, count = torch.empty(texts, vocabulary, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64)
     triton_decode.sample(logits, logits.float(), logits[0] > 0, count, count, 0.6, 0.95)
 

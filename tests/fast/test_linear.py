@@ -10,13 +10,28 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 
 from ernie_image_nf4.fast import linear
+from ernie_image_nf4.fast.subclassing import become
 
 
-def nf4_layer(device: str, dtype: torch.dtype, bias: bool) -> Linear4bit:
-    layer = Linear4bit(128, 64, bias=bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=bias)
-    torch.manual_seed(0)
+def nf4_layer(device: str, dtype: torch.dtype, bias: bool, rows: int = 64) -> Linear4bit:
+    layer = Linear4bit(128, rows, bias=bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=rows != 96)
+    torch.manual_seed(rows)
     layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
     return layer.to(device, dtype).requires_grad_(False)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).float().norm() / expected.float().norm()).item()
+
+
+ON_EACH_DEVICE = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+)
 
 
 @pytest.fixture
@@ -25,10 +40,12 @@ def dequantized(monkeypatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     find = linear.elementwise.triton_kernels
 
-    def dequantize(codes: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(codes: torch.Tensor, state: QuantState, out: torch.Tensor) -> None:
         shapes.append(tuple(state.shape))
-        own = find(codes, linear.DEQUANTIZER)
-        return own.dequantize(codes, state, dtype) if own else dequantize_4bit(codes, state)
+        if own := find(codes, linear.DEQUANTIZER):
+            own.dequantize(codes, state, out)
+        else:
+            out.copy_(dequantize_4bit(codes, state))
 
     def kernels(x: torch.Tensor, module: str) -> ModuleType | SimpleNamespace | None:
         return SimpleNamespace(dequantize=dequantize) if module == linear.DEQUANTIZER else find(x, module)
@@ -38,14 +55,7 @@ def dequantized(monkeypatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("device", "dtype"),
-    [
-        ("cpu", torch.float32),
-        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
-        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
-    ],
-)
+@ON_EACH_DEVICE
 def test_with_many_rows_the_kernel_dequantizes_and_the_bits_are_bitsandbytes(dequantized, device, dtype, bias):
     layer = nf4_layer(device, dtype, bias)
     with torch.no_grad():
@@ -57,8 +67,53 @@ def test_with_many_rows_the_kernel_dequantizes_and_the_bits_are_bitsandbytes(deq
 
 
 def test_a_layer_with_a_hook_is_called_with_many_rows_too(dequantized):
-    layer = nf4_layer("cpu", torch.float32, bias=False)
+    layer, other = nf4_layer("cpu", torch.float32, bias=False), nf4_layer("cpu", torch.float32, bias=False)
     calls = []
     layer.register_forward_hook(lambda *args: calls.append(1))
-    linear.apply_layers(torch.randn(linear.ROWS + 1, 128), layer)
+    x = torch.randn(linear.ROWS + 1, 128)
+    linear.apply_layers(x, layer)
     assert (calls, dequantized) == ([1], [])
+    linear.apply_layers(x, other, layer, joined=True)
+    assert (calls, dequantized) == ([1, 1], [(64, 128)])
+
+
+@ON_EACH_DEVICE
+def test_joined_layers_are_one_product(dequantized, monkeypatch, device, dtype):
+    layers = [nf4_layer(device, dtype, False, rows) for rows in (64, 32, 96)]
+    x = torch.randn(1, linear.ROWS + 1, 128, device=device, dtype=dtype)
+    expected, products = [layer(x) for layer in layers], []
+    multiply = linear.F.linear
+    monkeypatch.setattr(linear.F, "linear", lambda *args: (products.append(args[1].shape), multiply(*args))[1])
+    with torch.no_grad():
+        apart = linear.apply_layers(x, *layers)
+        assert len(products) == 3
+        joined = linear.apply_layers(x, *layers, joined=True)
+    assert products[3:] == [(192, 128)]
+    for found, same, wanted in zip(joined, apart, expected, strict=True):
+        assert torch.equal(same, wanted)
+        assert found.shape == wanted.shape
+        assert relative_error(found, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_joined_layers_in_int8_are_one_product(monkeypatch, device):
+    layers = [nf4_layer(device, torch.bfloat16, False, rows) for rows in (64, 32, 96)]
+    for layer in layers:
+        become(layer, linear.Int8Linear4bit)
+    x = torch.randn(1, 37, 128, device=device, dtype=torch.bfloat16)
+    apart, products = linear.apply_layers(x, *layers), []
+    multiply = linear.eight_bit.scaled_product
+    monkeypatch.setattr(
+        linear.eight_bit, "scaled_product", lambda *args: (products.append(args[2].shape), multiply(*args))[1]
+    )
+    joined = linear.apply_layers(x, *layers, joined=True)
+    assert products == [(192, 128)]
+    assert all(map(torch.equal, joined, apart))  # sums of int8 are exact
+
+
+def test_layers_with_bias_or_of_several_kinds_stay_apart(dequantized):
+    kinds = [nf4_layer("cpu", torch.float32, bias) for bias in (True, False)]
+    x = torch.randn(linear.ROWS + 1, 128)
+    linear.apply_layers(x, kinds[0], kinds[0], joined=True)
+    linear.apply_layers(x, kinds[1], torch.nn.Linear(128, 8, bias=False), joined=True)
+    assert len(dequantized) == 3

@@ -9,6 +9,7 @@ of large and small values alike. Weights stay NF4 in memory and are converted fo
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,12 +86,35 @@ def quantize_weight(codes: torch.Tensor, state: QuantState, to: Format) -> Round
         state: Its quantization state, one that `fits`.
         to: The format.
     """
-    rows, columns = state.shape
+    return quantize_weights([(codes, state)], to)
+
+
+def quantize_weights(weights: Sequence[tuple[torch.Tensor, QuantState]], to: Format) -> Rounded:
+    """`quantize_weight` of several weights of one width, one below the other."""
+    like, columns = weights[0][0], weights[0][1].shape[1]
+    joined = empty_rows(like, sum(state.shape[0] for _, state in weights), columns, to)
+    first = 0
+    for codes, state in weights:
+        rows = slice(first, first := first + state.shape[0])
+        _quantize_into((joined[0][rows], joined[1][rows]), codes, state, to)
+    return joined
+
+
+def _quantize_into(into: Rounded, codes: torch.Tensor, state: QuantState, to: Format) -> None:
     if kernels := triton_kernels(codes, KERNELS):
         outer = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if state.nested else ()
-        return kernels.quantize_weight(codes, state.absmax, state.code, rows, columns, state.blocksize, to, *outer)
+        kernels.quantize_weight(codes, state.absmax, state.code, into, state.blocksize, to, *outer)
+        return
+    rows, columns = state.shape
     weight = dequantize_4bit(codes, with_dtype(state, torch.float32)).view(rows, columns)
-    return round_rows(weight, to, block_scales(state).view(rows, -1).abs().amax(1, keepdim=True))
+    found = round_rows(weight, to, block_scales(state).view(rows, -1).abs().amax(1, keepdim=True))
+    for part, values in zip(into, found, strict=True):
+        part.copy_(values)
+
+
+def empty_rows(like: torch.Tensor, rows: int, width: int, to: Format) -> Rounded:
+    """(rows, width) of a format and (rows, 1) float32 scales, on the device of `like`."""
+    return like.new_empty(rows, width, dtype=to.dtype), like.new_empty(rows, 1, dtype=torch.float32)
 
 
 def with_dtype(state: QuantState, dtype: torch.dtype) -> QuantState:

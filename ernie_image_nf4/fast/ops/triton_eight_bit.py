@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .eight_bit import SMALLEST, Format, Rounded
+from .eight_bit import SMALLEST, Format, Rounded, empty_rows
 from .rotation import GROUP, hadamard
 from .triton_launch import NO_FMA, on_its_device
 
@@ -108,7 +108,7 @@ def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor, to: Format) -> Rounded
 def _launch_rows(x: torch.Tensor, up: torch.Tensor, to: Format, is_gelu: bool) -> Rounded:
     x, up = x.contiguous(), up.contiguous()
     rows, width = x.shape
-    out, scale = _empty_rows(x, rows, width, to)
+    out, scale = empty_rows(x, rows, width, to)
     count = max(16, triton.next_power_of_2(triton.cdiv(width, GROUP)))
     _quantize_rows[(rows,)](
         x, up, hadamard(GROUP, x.device), out, scale, width, is_gelu, to.rotated, rotates_by_tensor_cores(x.device),
@@ -166,10 +166,11 @@ def _quantize_weight(
 
 @on_its_device
 def quantize_weight(
-    codes, absmax, table, rows, columns, block_size, to, outer_absmax=None, outer_table=None, offset=None, outer_size=1
-) -> Rounded:
-    """As ``eight_bit.quantize_weight``; the parts of a quantization state one by one."""
-    out, scale = _empty_rows(codes, rows, columns, to)
+    codes, absmax, table, into, block_size, to, outer_absmax=None, outer_table=None, offset=None, outer_size=1
+) -> None:
+    """As ``eight_bit.quantize_weight`` into such tensors; the parts of a quantization state one by one."""
+    out, scale = into
+    rows, columns = out.shape
     blocks = columns // block_size
     nested = outer_absmax is not None
     outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
@@ -179,7 +180,6 @@ def quantize_weight(
         blocks, padded, to.rotated, rotates_by_tensor_cores(codes.device), to.largest, SMALLEST, GROUP,
         num_warps=_warps(padded * block_size, WEIGHTS_A_WARP), **NO_FMA,
     )  # fmt: skip
-    return out, scale
 
 
 def rotates_by_tensor_cores(device: torch.device) -> bool:
@@ -193,8 +193,3 @@ def rotates_by_tensor_cores(device: torch.device) -> bool:
 
 def _warps(values: int, values_a_warp: int) -> int:
     return min(16, max(1, values // values_a_warp))
-
-
-def _empty_rows(like: torch.Tensor, rows: int, width: int, to: Format) -> Rounded:
-    """(rows, width) of a format and (rows, 1) float32 scales, on the device of `like`."""
-    return like.new_empty(rows, width, dtype=to.dtype), like.new_empty(rows, 1, dtype=torch.float32)

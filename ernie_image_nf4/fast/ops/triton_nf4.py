@@ -159,21 +159,19 @@ def _dequantize(
 
 
 @on_its_device
-def dequantize(codes, state, dtype) -> torch.Tensor:
-    """An NF4 weight of an even number of values in a dtype, of its own shape: the bits of ``dequantize_4bit``.
+def dequantize(codes, state, out) -> None:
+    """An NF4 weight of an even number of values: the bits of ``dequantize_4bit``.
 
     Args:
         codes: As bitsandbytes packs them, uint8.
         state: ``QuantState``.
-        dtype: Of the result.
+        out: Where to write it, contiguous, of the weight's shape and any dtype.
     """
-    out = torch.empty(state.shape, dtype=dtype, device=codes.device)
     outer = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.absmax,) * 3
     _dequantize[(triton.cdiv(codes.numel(), BYTES),)](
         codes, state.absmax, *outer, numbers_on(codes.device, exact=True), out, codes.numel(), state.nested,
         state.blocksize, state.state2.blocksize if state.nested else 1, BYTES, INTERPRETED, num_warps=WARPS, **NO_FMA,
     )  # fmt: skip
-    return out
 
 
 @functools.cache
