@@ -46,7 +46,7 @@ def compare_weight(width: int, nested: bool, block_size: int) -> None:
     outer = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if nested else ()
     for to in (INT8, FP8):
         found = eight_bit.empty_rows(codes, 4, width, to)
-        triton_eight_bit.quantize_weight(codes, state.absmax, state.code, found, block_size, to, *outer)
+        triton_eight_bit.quantize_weight(codes, state.absmax, found, block_size, to, *outer)
         compare(found, eight_bit.quantize_weight(codes, state, to), to)
 
 

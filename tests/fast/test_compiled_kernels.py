@@ -170,9 +170,9 @@ def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
         triton_eight_bit.quantize_rows(x, to)
     triton_eight_bit.gelu_times_rows(inner, inner, to)
     codes, absmax = (torch.empty(16 * INNER // size, dtype=torch.uint8) for size in (2, 64))
-    outer, table = torch.empty(16 * INNER // 64 // 256), torch.empty(256)
+    outer, levels = torch.empty(16 * INNER // 64 // 256), torch.empty(256)
     into = eight_bit.empty_rows(codes, 16, INNER, to)
-    triton_eight_bit.quantize_weight(codes, absmax, table[:16], into, 64, to, outer, table, torch.zeros(()), 256)
+    triton_eight_bit.quantize_weight(codes, absmax, into, 64, to, outer, levels, torch.zeros(()), 256)
 
 
 def launch_decode_step(texts: int) -> None:

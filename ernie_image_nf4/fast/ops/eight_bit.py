@@ -103,7 +103,7 @@ def quantize_weights(weights: Sequence[tuple[torch.Tensor, QuantState]], to: For
 def _quantize_into(into: Rounded, codes: torch.Tensor, state: QuantState, to: Format) -> None:
     if kernels := triton_kernels(codes, KERNELS):
         outer = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if state.nested else ()
-        kernels.quantize_weight(codes, state.absmax, state.code, into, state.blocksize, to, *outer)
+        kernels.quantize_weight(codes, state.absmax, into, state.blocksize, to, *outer)
         return
     rows, columns = state.shape
     weight = dequantize_4bit(codes, with_dtype(state, torch.float32)).view(rows, columns)

@@ -13,6 +13,7 @@ import triton.language as tl
 from .eight_bit import SMALLEST, Format, Rounded, empty_rows
 from .rotation import GROUP, hadamard
 from .triton_launch import NO_FMA, on_its_device
+from .triton_nf4 import INTERPRETED, number_bytes, numbers_on
 
 VALUES_A_WARP = 1024  # of an activation's row
 WEIGHTS_A_WARP = 1024  # of a weight's row
@@ -134,7 +135,7 @@ def _quantize_weight(
     codes_pointer, absmax_pointer, table_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer,
     matrix_pointer, out_pointer, scale_pointer, NESTED: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr,
     BLOCKS: tl.constexpr, PADDED: tl.constexpr, ROTATED: tl.constexpr, TENSOR_CORES: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, GROUP: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A row is BLOCKS blocks of BYTES bytes, two codes a byte, the first in the upper half."""
     row = tl.program_id(0).to(tl.int64)
@@ -143,13 +144,14 @@ def _quantize_weight(
     scale = _block_scales(
         absmax_pointer, outer_absmax_pointer, outer_table_pointer, offset_pointer, place, inside, NESTED, OUTER_SIZE
     )
-    codes = tl.load(codes_pointer + place * BYTES + tl.arange(0, BYTES)[None, :], inside, 0).to(tl.int32)
+    codes = tl.load(codes_pointer + place * BYTES + tl.arange(0, BYTES)[None, :], inside, 0)
     COUNT: tl.constexpr = PADDED * BYTES * 2 // GROUP
     unit = 1.0
     if ROTATED:
         unit, inverse = _unit(_largest_bits(scale))  # no value is larger than its block's scale
         scale *= inverse
-    first, second = tl.load(table_pointer + (codes >> 4)) * scale, tl.load(table_pointer + (codes & 15)) * scale
+    first, second = number_bytes(codes, table_pointer, INTERPRETED)
+    first, second = first * scale, second * scale
     if ROTATED:
         first, second = first.to(tl.float16), second.to(tl.float16)
     if ROTATED and TENSOR_CORES:  # first and second values of the pairs apart, which spares bringing them in order
@@ -166,7 +168,7 @@ def _quantize_weight(
 
 @on_its_device
 def quantize_weight(
-    codes, absmax, table, into, block_size, to, outer_absmax=None, outer_table=None, offset=None, outer_size=1
+    codes, absmax, into, block_size, to, outer_absmax=None, outer_table=None, offset=None, outer_size=1
 ) -> None:
     """As ``eight_bit.quantize_weight`` into such tensors; the parts of a quantization state one by one."""
     out, scale = into
@@ -176,9 +178,9 @@ def quantize_weight(
     outer = (outer_absmax, outer_table, offset) if nested else (absmax, absmax, absmax)
     padded = triton.next_power_of_2(max(blocks, triton.cdiv(16 * GROUP, block_size)))
     _quantize_weight[(rows,)](
-        codes, absmax, table, *outer, hadamard(GROUP, codes.device), out, scale, nested, outer_size, block_size // 2,
-        blocks, padded, to.rotated, rotates_by_tensor_cores(codes.device), to.largest, SMALLEST, GROUP,
-        num_warps=_warps(padded * block_size, WEIGHTS_A_WARP), **NO_FMA,
+        codes, absmax, numbers_on(codes.device, exact=True), *outer, hadamard(GROUP, codes.device), out, scale, nested,
+        outer_size, block_size // 2, blocks, padded, to.rotated, rotates_by_tensor_cores(codes.device), to.largest,
+        SMALLEST, GROUP, INTERPRETED, num_warps=_warps(padded * block_size, WEIGHTS_A_WARP), **NO_FMA,
     )  # fmt: skip
 
 
