@@ -14,7 +14,7 @@ from torch import nn
 from ..upstream.models import is_hooked
 from .adapters import LowRank, low_rank_of
 from .ops import eight_bit, elementwise
-from .ops.eight_bit import FP8, INT8, Format
+from .ops.eight_bit import FP8, INT8, Format, RoundedTokens
 from .subclassing import named_as_upstream
 
 DEQUANTIZER = "triton_nf4"
@@ -46,18 +46,31 @@ def multiplies_in_eight_bits(layer: nn.Module) -> TypeGuard[EightBitLayer]:
     return isinstance(layer, EightBitLayer) and not is_hooked(layer)
 
 
-def apply_layers(x: torch.Tensor, *layers: nn.Module, joined: bool = False) -> list[torch.Tensor]:
+def common_format(dtype: torch.dtype, *layers: nn.Module) -> Format | None:
+    """The format in which all of these layers, or those below their adapters, multiply an input of a dtype."""
+    found = set()
+    for layer in layers:
+        part = _low_rank(layer, dtype)
+        base = layer if part is None else base_of(layer)
+        found.add(base.products if multiplies_in_eight_bits(base) else None)
+    return found.pop() if len(found) == 1 else None
+
+
+def apply_layers(x: torch.Tensor | RoundedTokens, *layers: nn.Module, joined: bool = False) -> list[torch.Tensor]:
     """``[layer(x) for layer in layers]``. Those in 8 bits share one rounding of `x`, (..., in), adapters one product.
 
     Args:
-        x: The input.
+        x: The input, rounded already if all have a `common_format`.
         layers: The layers, all of those that take this input.
         joined: Whether their products may be one, which leaves fewer multiprocessors idle, but may round otherwise.
     """
     adapted = [_low_rank(layer, x.dtype) for layer in layers]
     bases = [layer if part is None else base_of(layer) for layer, part in zip(layers, adapted, strict=True)]
-    formats = {layer.products for layer in bases if multiplies_in_eight_bits(layer)}
-    rounded = {each: eight_bit.quantize_rows(x.flatten(0, -2), each) for each in formats}
+    if isinstance(x, RoundedTokens):
+        rounded = {x.to: x.rounded}
+    else:
+        formats = {layer.products for layer in bases if multiplies_in_eight_bits(layer)}
+        rounded = {each: eight_bit.quantize_rows(x.flatten(0, -2), each) for each in formats}
     inner = _inner_product(x, adapted, bases, rounded)
     together = _joined_products(x, bases, rounded) if joined and (inner is None or rounded) else None
     if together is not None and inner is None:
@@ -70,12 +83,17 @@ def apply_layers(x: torch.Tensor, *layers: nn.Module, joined: bool = False) -> l
             if part is not None and inner is not None:
                 part.add_product(out, inner)
         elif part is not None and is_adapted and inner is not None:
-            out = add_base_product(base, x.flatten(0, -2), part.product(inner))
+            out = add_base_product(base, _tokens(x).flatten(0, -2), part.product(inner))
         else:
-            outputs.append(_call(base, x))
+            outputs.append(_call(base, _tokens(x)))
             continue
         outputs.append(out.unflatten(0, x.shape[:-1]))
     return outputs
+
+
+def _tokens(x: torch.Tensor | RoundedTokens) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor)  # what is rounded is for layers of a common format
+    return x
 
 
 def apply_to_gelu(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -105,7 +123,7 @@ def _low_rank(layer: nn.Module, dtype: torch.dtype) -> LowRank | None:
 
 
 def _inner_product(
-    x: torch.Tensor,
+    x: torch.Tensor | RoundedTokens,
     adapted: Sequence[LowRank | None],
     bases: Sequence[nn.Module],
     rounded: Mapping[Format, eight_bit.Rounded],
@@ -117,7 +135,7 @@ def _inner_product(
     shared, base = both[0]
     if all(multiplies_in_eight_bits(each) for _, each in both) and multiplies_in_eight_bits(base):
         return shared.product_in_eight_bits(*rounded[base.products], base.products, x.dtype)
-    return shared.product(x.flatten(0, -2))
+    return shared.product(_tokens(x).flatten(0, -2))
 
 
 def add_base_product(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -183,20 +201,20 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _joined_products(
-    x: torch.Tensor, layers: Sequence[nn.Module], rounded: Mapping[Format, eight_bit.Rounded]
+    x: torch.Tensor | RoundedTokens, layers: Sequence[nn.Module], rounded: Mapping[Format, eight_bit.Rounded]
 ) -> list[torch.Tensor] | None:
     """``layer(x)`` of each layer, (N, out) and parts of one matrix; None where they are of several kinds."""
     if len(layers) < 2 or len(set(map(type, layers))) > 1 or getattr(layers[0], "bias", None) is not None:
         return None
     in_eight_bits = all(map(multiplies_in_eight_bits, layers))
-    if not in_eight_bits and not all(_dequantizes(layer, x) and _state_in(layer, x.dtype) for layer in layers):
+    if not in_eight_bits and not all(_dequantizes(layer, _tokens(x)) and _state_in(layer, x.dtype) for layer in layers):
         return None
     weights = [(layer.weight, layer.weight.quant_state) for layer in cast("Sequence[Linear4bit]", layers)]
     if in_eight_bits:
         ((to, values),) = rounded.items()
         out = eight_bit.scaled_product(*values, *eight_bit.quantize_weights(weights, to), x.dtype)
     else:
-        out = F.linear(x.flatten(0, -2), _dequantized(weights, x.dtype))
+        out = F.linear(_tokens(x).flatten(0, -2), _dequantized(weights, x.dtype))
     return list(out.split([state.shape[0] for _, state in weights], dim=1))
 
 

@@ -33,8 +33,8 @@ from . import float16
 from .adapters import Adapters
 from .attention import attend_rows
 from .cuda_graphs import CapturedStep
-from .linear import apply_layers, apply_to_gelu
-from .ops import elementwise
+from .linear import apply_layers, apply_to_gelu, common_format
+from .ops import eight_bit, elementwise
 from .packing import Packing, pack, packed_rotary, token_positions
 from .subclassing import Runtime, become, named_as_upstream
 from .turns import Turn
@@ -196,17 +196,25 @@ class FastErnieImageBlock(ErnieImageSharedAdaLNBlock):
         if packing.mixed:
             return float16.block_forward(self, x, cast(Rotary, rotary_pos_emb), temb, packing)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb
-        norm, mlp_norm, mlp, rows = self.adaLN_sa_ln, self.adaLN_mlp_ln, self.mlp, packing.rows
-        hidden = elementwise.modulated_norm(x, norm.weight, scale_msa, shift_msa, norm.eps, rows)
-        hidden = attend(self.self_attention, hidden, cast(Rotary, rotary_pos_emb), packing)
-        x, hidden = elementwise.gated_add_norm(
-            x, hidden, gate_msa, mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps, rows
-        )
+        attention, mlp, rows = cast(Any, self.self_attention), self.mlp, packing.rows
+        norm, mlp_norm = self.adaLN_sa_ln, self.adaLN_mlp_ln
+        modulation = norm.weight, scale_msa, shift_msa, norm.eps, rows
+        hidden: torch.Tensor | eight_bit.RoundedTokens
+        if to := common_format(x.dtype, attention.to_q, attention.to_k, attention.to_v):
+            hidden = eight_bit.modulated_norm_rows(x, *modulation, to)
+        else:
+            hidden = elementwise.modulated_norm(x, *modulation)
+        branch = attend(attention, hidden, cast(Rotary, rotary_pos_emb), packing)
+        modulation = mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps, rows
+        if to := common_format(x.dtype, mlp.gate_proj, mlp.up_proj):
+            x, hidden = eight_bit.gated_add_norm_rows(x, branch, gate_msa, *modulation, to)
+        else:
+            x, hidden = elementwise.gated_add_norm(x, branch, gate_msa, *modulation)
         gate, up = apply_layers(hidden, mlp.gate_proj, mlp.up_proj)
         return elementwise.gated_add(x, apply_to_gelu(gate, up, mlp.linear_fc2), gate_mlp, rows)
 
 
-def attend(attention: Any, x: torch.Tensor, rotary: Rotary, packing: Packing) -> torch.Tensor:
+def attend(attention: Any, x: torch.Tensor | eight_bit.RoundedTokens, rotary: Rotary, packing: Packing) -> torch.Tensor:
     """Self-attention of an ``ErnieImageAttention`` on packed tokens, (1, N, H), row by row."""
     query, key, value = (
         part.unflatten(-1, (attention.heads, -1))

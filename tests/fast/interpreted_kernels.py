@@ -24,6 +24,8 @@ def main() -> None:
         compare_rows(width, dtype)
         for nested in (True, False):
             compare_weight(width, nested, block_size)
+        for packed in (True, False):
+            compare_norms(width, dtype, packed)
     compare_product()
     compare_numbers_that_are_none()
     compare_panels()
@@ -37,6 +39,21 @@ def compare_rows(width: int, dtype: torch.dtype) -> None:
     for to in (INT8, FP8):
         compare(triton_eight_bit.quantize_rows(x, to), eight_bit.round_rows(x.float(), to), to)
         compare(triton_eight_bit.gelu_times_rows(x, up, to), eight_bit.round_rows(product, to), to)
+
+
+def compare_norms(width: int, dtype: torch.dtype, packed: bool) -> None:
+    x, branch = ((torch.randn(1 if packed else 2, 6, width) * size).to(dtype) for size in (8, 0.5))
+    gate, scale, shift = (torch.randn(2, 3 * width).to(dtype)[:, :width] for _ in range(3))
+    weight, rows = torch.rand(width).to(dtype), torch.tensor([0, 0, 1, 1, 1, 0]) if packed else None
+    modulation = (weight, scale, shift, 1e-5, rows)
+    for to in (INT8, FP8):
+        _, found = triton_eight_bit.gated_add_norm_rows(x, None, None, *modulation, to)
+        compare(found, eight_bit.modulated_norm_rows(x, *modulation, to).rounded, to)
+        total, found = triton_eight_bit.gated_add_norm_rows(x, branch, gate, *modulation, to)
+        expected, _ = eight_bit.gated_add_norm_rows(x, branch, gate, *modulation, to)
+        slack = 2.0**-6 if dtype == torch.bfloat16 else 0.0  # the interpreter cuts off where a GPU rounds
+        torch.testing.assert_close(total, expected, rtol=slack, atol=slack)
+        compare(found, eight_bit.modulated_norm_rows(total, *modulation, to).rounded, to)
 
 
 def compare_weight(width: int, nested: bool, block_size: int) -> None:

@@ -169,6 +169,10 @@ def launch_eight_bits(to: eight_bit.Format, dtype: torch.dtype) -> None:
     if to is INT8:  # in fp8 it is the next one without the GELU
         triton_eight_bit.quantize_rows(x, to)
     triton_eight_bit.gelu_times_rows(inner, inner, to)
+    packed, modulation, rows = x[None], torch.empty(1, HIDDEN, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+    triton_eight_bit.gated_add_norm_rows(
+        packed, packed, modulation, modulation[0], modulation, modulation, 1e-6, rows, to
+    )  # fmt: skip
     codes, absmax = (torch.empty(16 * INNER // size, dtype=torch.uint8) for size in (2, 64))
     outer, levels = torch.empty(16 * INNER // 64 // 256), torch.empty(256)
     into = eight_bit.empty_rows(codes, 16, INNER, to)

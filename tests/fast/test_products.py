@@ -250,6 +250,45 @@ def test_kernels_round_as_plain_torch_does(rows, columns, block_size, nested, to
 
 
 @pytest.mark.gpu
+@ROUNDINGS
+@pytest.mark.parametrize("width", [128, 768, 4096])
+def test_norms_are_rounded_as_by_plain_torch(monkeypatch, width, to):
+    torch.manual_seed(0)
+    x, branch = (torch.randn(1, 37, width, device="cuda").bfloat16() for _ in range(2))
+    gate, scale, shift = (torch.randn(2, width, device="cuda").bfloat16() for _ in range(3))
+    weight, rows = torch.rand(width, device="cuda").bfloat16(), torch.arange(37, device="cuda") // 20
+    arguments = (x, branch, gate, weight, scale, shift, 1e-5, rows, to)
+    total, found = eight_bit.gated_add_norm_rows(*arguments)
+    alone = eight_bit.modulated_norm_rows(total, *arguments[3:])
+    for module in (eight_bit, elementwise):
+        monkeypatch.setattr(module, "triton_kernels", lambda *_: None)
+    expected_total, expected = eight_bit.gated_add_norm_rows(*arguments)
+    assert torch.equal(total, expected_total)
+    assert all(map(torch.equal, alone.rounded, found.rounded))
+    torch.testing.assert_close(found.rounded[1], expected.rounded[1], rtol=1e-5, atol=0)
+    mine, theirs = found.rounded[0].float(), expected.rounded[0].float()
+    assert (mine != theirs).float().mean() < 2e-3  # where a last bit of float32 decides
+    assert ((mine - theirs).abs() <= (1.0 if to is INT8 else theirs.abs() * 2 * FP8_ROUNDING + 2.0**-9)).all()
+
+
+@in_each_format
+def test_norms_of_a_block_are_in_eight_bits_only(monkeypatch, transformer, to):
+    make_transformer_fast(transformer, capture_steps=False)
+    set_products(transformer, to.name)
+    expected, calls = predict(transformer), []
+
+    def counted(x: torch.Tensor, to: Format) -> eight_bit.Rounded:
+        calls.append(x.shape)
+        return quantize_rows(x, to)
+
+    for name in ("modulated_norm", "gated_add_norm"):
+        monkeypatch.setattr(elementwise, name, lambda *args: pytest.fail("a norm in 16 bits"))
+    monkeypatch.setattr(eight_bit, "quantize_rows", counted)
+    assert torch.equal(predict(transformer), expected)
+    assert len(calls) == len(transformer.layers)  # what attention gives
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 37, 2200])
 @pytest.mark.parametrize(("columns", "width"), [(48, 192), (4096, 4096), (12288, 4096), (4096, 12288)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 
 from ...repository.nf4_format import block_scales
 from ...upstream.models import int8_matmul
-from .elementwise import triton_kernels
+from .elementwise import gated_add, modulated_norm, triton_kernels
 from .rotation import GROUP, rotate_rows
 
 KERNELS, PRODUCT_KERNELS = "triton_eight_bit", "triton_int8"
@@ -53,6 +54,22 @@ Rounded = tuple[torch.Tensor, torch.Tensor]
 """Values in 8 bits, (N, H), and the scales of their rows, (N, 1) float32."""
 
 
+class RoundedTokens(NamedTuple):
+    """Tokens that are there in 8 bits only.
+
+    Attributes:
+        rounded: Values and scales, N rows.
+        to: The format.
+        shape: Of the tokens, (..., H) with N rows.
+        dtype: Of what they are multiplied to.
+    """
+
+    rounded: Rounded
+    to: Format
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 def fits(state: QuantState) -> bool:
     """Whether a weight of this NF4 state is of a shape that can be multiplied in 8 bits."""
     rows, columns = state.shape
@@ -76,6 +93,43 @@ def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor, to: Format) -> Rounded
     if kernels := triton_kernels(gate, KERNELS):
         return kernels.gelu_times_rows(gate, up, to)
     return round_rows(F.gelu(gate.float()) * up.float(), to)
+
+
+def modulated_norm_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None,
+    to: Format,
+) -> RoundedTokens:
+    """`quantize_rows` of ``elementwise.modulated_norm``, which isn't rounded to 16 bits in between."""
+    if kernels := triton_kernels(x, KERNELS):
+        _, rounded = kernels.gated_add_norm_rows(x, None, None, weight, scale, shift, eps, rows, to)
+    else:
+        normed = modulated_norm(x.float(), weight.float(), scale, shift, eps, rows)
+        rounded = round_rows(normed.flatten(0, -2), to)
+    return RoundedTokens(rounded, to, x.shape, x.dtype)
+
+
+def gated_add_norm_rows(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None,
+    to: Format,
+) -> tuple[torch.Tensor, RoundedTokens]:
+    """``elementwise.gated_add``, and `modulated_norm_rows` of the sum."""
+    if kernels := triton_kernels(x, KERNELS):
+        total, rounded = kernels.gated_add_norm_rows(x, branch, gate, weight, scale, shift, eps, rows, to)
+        return total, RoundedTokens(rounded, to, x.shape, x.dtype)
+    total = gated_add(x, branch, gate, rows)
+    return total, modulated_norm_rows(total, weight, scale, shift, eps, rows, to)
 
 
 def quantize_weight(codes: torch.Tensor, state: QuantState, to: Format) -> Rounded:

@@ -71,6 +71,16 @@ def _matrix(pointer, FIRST: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
+def _turned(x, matrix_pointer, TENSOR_CORES: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """(COUNT, GROUP) float32 of magnitudes below 2, rounded to float16 and rotated."""
+    x = x.to(tl.float16)
+    if TENSOR_CORES:
+        return tl.dot(x, _matrix(matrix_pointer, 0, 1, GROUP))
+    else:
+        return _rotated(x.to(tl.float32), COUNT, GROUP)
+
+
+@triton.jit
 def _quantize_rows(
     x_pointer, up_pointer, matrix_pointer, out_pointer, scale_pointer, width, IS_GELU: tl.constexpr,
     ROTATED: tl.constexpr, TENSOR_CORES: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
@@ -86,11 +96,7 @@ def _quantize_rows(
     unit = 1.0
     if ROTATED:
         unit, inverse = _unit(_largest_bits(x))
-        x = (x * inverse).to(tl.float16)
-        if TENSOR_CORES:
-            x = tl.dot(x, _matrix(matrix_pointer, 0, 1, GROUP))
-        else:
-            x = _rotated(x.to(tl.float32), COUNT, GROUP)
+        x = _turned(x * inverse, matrix_pointer, TENSOR_CORES, COUNT, GROUP)
     _store_rounded(x, unit, out_pointer, scale_pointer, row, width, LARGEST, SMALLEST, COUNT, GROUP)
 
 
@@ -116,6 +122,54 @@ def _launch_rows(x: torch.Tensor, up: torch.Tensor, to: Format, is_gelu: bool) -
         to.largest, SMALLEST, count, GROUP, num_warps=_warps(count * GROUP, VALUES_A_WARP), **NO_FMA,
     )  # fmt: skip
     return out, scale
+
+
+@triton.jit(do_not_specialize=["tokens"])  # they change with the prompt's length
+def _norm_rows(
+    x_pointer, branch_pointer, gate_pointer, weight_pointer, shift_pointer, modulation_pointer, rows_pointer,
+    total_pointer, matrix_pointer, out_pointer, scale_pointer, tokens, width, eps, modulation_stride,
+    HAS_BRANCH: tl.constexpr, HAS_ROWS: tl.constexpr, ROTATED: tl.constexpr, TENSOR_CORES: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """An optional gated addition, a norm and a modulation, whose result is stored in 8 bits only."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_pointer + token) if HAS_ROWS else token // tokens
+    column = tl.arange(0, COUNT)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside, place, modulation = column < width, token * width + column, row * modulation_stride + column
+    x = tl.load(x_pointer + place, inside, 0.0)
+    if HAS_BRANCH:
+        branch = tl.load(branch_pointer + place, inside, 0.0).to(tl.float32)
+        branch *= tl.load(gate_pointer + modulation, inside, 0.0).to(tl.float32)
+        x = (x.to(tl.float32) + branch.to(x.dtype).to(tl.float32)).to(x.dtype)
+        tl.store(total_pointer + place, x, inside)
+    x = x.to(tl.float32)
+    x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps)
+    x *= tl.load(weight_pointer + column, inside, 0.0).to(tl.float32)
+    x *= 1 + tl.load(modulation_pointer + modulation, inside, 0.0).to(tl.float32)
+    x += tl.load(shift_pointer + modulation, inside, 0.0).to(tl.float32)
+    unit = 1.0
+    if ROTATED:
+        unit, inverse = _unit(_largest_bits(x))
+        x = _turned(x * inverse, matrix_pointer, TENSOR_CORES, COUNT, GROUP)
+    _store_rounded(x, unit, out_pointer, scale_pointer, token, width, LARGEST, SMALLEST, COUNT, GROUP)
+
+
+@on_its_device
+def gated_add_norm_rows(x, branch, gate, weight, scale, shift, eps, rows, to) -> tuple[torch.Tensor, Rounded]:
+    """As ``eight_bit.gated_add_norm_rows``, and without a branch ``modulated_norm_rows`` with `x` before it."""
+    x = x.contiguous()
+    batch, tokens, width = x.shape
+    has_branch = branch is not None
+    total = torch.empty_like(x) if has_branch else x
+    out, out_scale = empty_rows(x, batch * tokens, width, to)
+    count = max(16, triton.next_power_of_2(triton.cdiv(width, GROUP)))
+    _norm_rows[(batch * tokens,)](
+        x, branch.contiguous() if has_branch else x, gate if has_branch else x, weight, shift, scale,
+        x if rows is None else rows, total, hadamard(GROUP, x.device), out, out_scale, tokens, width, eps,
+        scale.stride(0), has_branch, rows is not None, to.rotated, rotates_by_tensor_cores(x.device), to.largest,
+        SMALLEST, count, GROUP, num_warps=_warps(count * GROUP, VALUES_A_WARP), **NO_FMA,
+    )  # fmt: skip
+    return total, (out, out_scale)
 
 
 @triton.jit
