@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Every figure that hangs on the mini's weights, measured anew on one GPU after training/recipe.sh. What needs a CPU's
+# float32, or fonts for its labels, stands below as comments. With the packages of docs/fidelity.md's other formats.
+#
+#   bash benchmarks/renew_mini.sh training/work
+#
+# What each run says goes to a file in WORK/log.
+set -uo pipefail
+
+work=${1:?usage: bash benchmarks/renew_mini.sh WORK}
+mkdir -p "$work/log"
+# By these names in the commands that the results record.
+ln -sfn "$work/original" ORIGINAL
+ln -sfn "$work/classifier.safetensors" CLASSIFIER
+mkdir -p WORK
+cp -r "$work/nf4" WORK/calibrated
+
+run() { # NAME COMMAND...: its words in a file; the others go on if it fails
+  local name=$1
+  shift
+  python3 "$@" > "$work/log/$name" 2>&1 || echo "$name failed: see $work/log/$name" >&2
+}
+
+run evaluate -m training.evaluate "$work" --model . --output training/report.json &
+run blemishes -m training.blemishes "$work" --model . --output training/corners.png --card training/first_command.png
+run nf4_mini benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini.json --device cuda \
+  --dtype float32 --batch 50 --classifier CLASSIFIER --peers sdnq-uint4 quanto-int4 gguf-q4_0 &
+formats=$!
+run products_mini benchmarks/products_mini.py --output benchmarks/products_mini.json --device cuda --batch 50 \
+  --classifier CLASSIFIER
+wait "$formats" # the next one takes the repositories that it made
+run nf4_mini_bfloat16 benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini_bfloat16.json \
+  --device cuda --batch 50 --classifier CLASSIFIER --peers sdnq-uint4 torchao-int4 torchao-float8 quanto-int4 gguf-q4_0 &
+run skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_mini.json --device cuda --captions 200 \
+  --batch 50 --classifier CLASSIFIER &
+run nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json --device cuda \
+  --size 128 --captions 24 --batch 24 --scales scale_search
+wait
+rm -f ORIGINAL CLASSIFIER
+# On a CPU, then:
+#   python -m training.samples --model . --output training/samples.png
+#   python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json
+#   python -m benchmarks.summary
