@@ -128,6 +128,14 @@ TEXTS = {
     "serve.throughput_vs_batch.h100_16": "full-size model with random weights served on an H100, 512x512, 50 steps: "
     "pictures a minute with 16 clients over those of `generate_batch`",
     "serve.extra_latency_s.h100": "... seconds that a lone request takes beyond `generate` of a loaded model",
+    "lora.step_vs_base.one": "full-size model with random weights on an H100, 512x512: a step with a LoRA of rank 16 "
+    "on all layers of the blocks, time over that without",
+    "lora.step_vs_base.two": "... with two of them",
+    "lora.step_vs_base.int8": '... with one and `products="int8"`, over that without a LoRA',
+    "lora.step_vs_base.fp8": '... and `products="fp8"`',
+    "lora.train_step_s.h100_11_gib": "... a step of `examples/train_lora.py`, one picture, rank 16, where 11.0 GiB are "
+    "free, s",
+    "lora.train_peak_gib": "... peak of PyTorch's memory on the GPU, GiB",
     "reload.growth_mib_per_round": "the mini on an H100, loaded, drawn with and deleted 100 times, the memory modes in "
     "turn: allocated memory that stays, MiB a round",
     "reload.freed_by_del": "... least share of a pipeline's memory that `del pipe` frees",
@@ -221,6 +229,8 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             found[file] = skipping_figures(run, "skipping.psnr_db", "psnr")
     if run := read("skipping_h100.json"):
         found["skipping_h100.json"] = skipping_figures(run, "h100.time_vs_full", "time_vs_full")
+    if run := read("lora_h100.json"):
+        found["lora_h100.json"] = lora_figures(run)
     if run := read("threads_and_reloads_h100.json"):
         cases = [case for memory in run["threads"].values() for case in memory.values()]
         found["threads_and_reloads_h100.json"] = {
@@ -299,6 +309,20 @@ def skipping_figures(run: dict[str, Any], prefix: str, key: str) -> dict[str, fl
     return {
         f"{prefix}.{name}": rounded(run["results"][arm][key]) for name, arm in arms.items() if arm in run["results"]
     }
+
+
+def lora_figures(run: dict[str, Any]) -> dict[str, float]:
+    """What LoRAs cost a step, and what training one takes, of the rows that came to an end."""
+    wanted = {"one": ("auto", "one"), "two": ("auto", "two"), "int8": ("int8", "one"), "fp8": ("fp8", "one")}
+    found = {
+        f"lora.step_vs_base.{name}": run["step"][products][f"{loras}_vs_base"]
+        for name, (products, loras) in wanted.items()
+        if "error" not in run["step"].get(products, {"error": ""})
+    }
+    if "error" not in run["train"]:
+        found["lora.train_step_s.h100_11_gib"] = run["train"]["step_s"]
+        found["lora.train_peak_gib"] = run["train"]["peak_reserved_gib"]
+    return found
 
 
 def skipping_table(run: dict[str, Any]) -> str:
