@@ -69,6 +69,9 @@ FORMATS = {
 TEXTS = {
     "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over the plain calls'",
     "h100.pe_ms_per_token": "prompt enhancer, milliseconds a token",
+    "h100.pe_ms_per_token.four_texts": "... of four texts at once, milliseconds a token of any",
+    "h100.pe_first_call_s": "... what its first call takes beyond later ones, with warm caches, s",
+    "h100.first_picture_extra_s": "what a first picture takes beyond later ones, with warm caches, s",
     "h100.step_ms.eager_512": "denoising step with guidance at 512x512, ms",
     "h100.step_ms.eager_1024": "... at 1024x1024",
     "h100.step_vs_demo.resident_512": "... at 512x512, time over that of the plain calls",
@@ -88,6 +91,7 @@ TEXTS = {
     "h100.prediction_error.resident_int8": "... largest relative difference of a prediction to that of the plain calls",
     "h100.time_vs_demo.resident_fp8": 'with `products="fp8"`: time of a picture over that of the plain calls',
     "h100.step_ms.fp8_512": "... denoising step at 512x512, ms",
+    "h100.step_ms.fp8_1024": "... at 1024x1024, ms",
     "h100.step_vs_demo.fp8_1024": "... step at 1024x1024: time over that of the plain calls",
     "h100.prediction_error.resident_fp8": "... largest relative difference of a prediction to that of the plain calls",
     "h100.step_vs_bfloat16.float16_512": "in float16: denoising step at 512x512, time over that in bfloat16",

@@ -28,6 +28,7 @@ class Arm:
         pictures: How many to draw in a row; None for the workload's number. Slow arms draw fewer: a median needs only a
             few.
         work: What differs from the workload, fields of `Workload`: such an arm has a table of its own.
+        texts: Texts that the prompt enhancer is also given at once; 0 for none.
         cold: Whether to empty the caches of compiled kernels first, so that the first picture is that of a first start.
     """
 
@@ -36,6 +37,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     pictures: int | None = None
     work: dict[str, Any] = field(default_factory=dict)
+    texts: int = 0
     cold: bool = False
 
 
@@ -44,7 +46,7 @@ TURBO_WORK: dict[str, Any] = {"steps": 8, "guidance": 1.0}
 ARMS = (
     Arm("demo", "demo", pictures=4),
     Arm("resident, first start", "ours", {"memory": "resident"}, pictures=2, cold=True),
-    Arm("resident", "ours", {"memory": "resident"}),
+    Arm("resident", "ours", {"memory": "resident"}, texts=4),
     Arm("resident, exact", "ours", {"memory": "resident", "fast": "exact"}, pictures=4),
     Arm("offload", "ours", {"memory": "offload"}, pictures=4),
     Arm("stream", "ours", {"memory": "stream"}, pictures=4),

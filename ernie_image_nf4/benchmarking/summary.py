@@ -19,6 +19,9 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     figures = {
         "time_vs_demo.resident": _ratio(resident, demo, "seconds"),
         "pe_ms_per_token": resident.get("prompt_enhancer_ms_per_token"),
+        "pe_ms_per_token.four_texts": resident.get("prompt_enhancer_together", {}).get("ms_per_token"),
+        "pe_first_call_s": resident.get("prompt_enhancer_first_overhead_s"),
+        "first_picture_extra_s": _difference(resident, "first_s", "seconds"),
         "step_ms.eager_512": resident.get("step_ms"),
         "step_ms.eager_1024": resident.get("large", {}).get("step_ms"),
         "peak_gib.resident_512": _peak(resident),
@@ -35,6 +38,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         "prediction_error.resident_int8": int8.get("prediction_error"),
         "time_vs_demo.resident_fp8": _ratio(fp8, demo, "seconds"),
         "step_ms.fp8_512": fp8.get("step_ms"),
+        "step_ms.fp8_1024": fp8.get("large", {}).get("step_ms"),
         "step_vs_demo.fp8_1024": _ratio(fp8.get("large", {}), demo.get("large", {}), "step_ms"),
         "step_vs_bfloat16.float16_512": _ratio(float16, resident, "step_ms"),
         "turbo_s.enhanced_512": turbo.get("seconds"),
@@ -59,6 +63,10 @@ def cards_summary(result: dict[str, Any]) -> dict[str, float]:
 
 def _ratio(one: dict[str, float], other: dict[str, float], key: str) -> float | None:
     return one[key] / other[key] if key in one and key in other else None
+
+
+def _difference(arm: dict[str, float], one: str, other: str) -> float | None:
+    return arm[one] - arm[other] if one in arm and other in arm else None
 
 
 def _peak(arm: dict[str, float]) -> float | None:

@@ -20,12 +20,14 @@ from diffusers import ErnieImagePipeline
 
 from ..errors import InvalidSettings
 from ..evaluation.baselines import load_baseline
+from ..generation.enhancement import enhance_all
+from ..generation.settings import Settings
 from ..loading.from_pretrained import DTYPE_ARGUMENT
 from ..loading.pipeline import load
 from ..repository.components import COMPONENTS, PIPELINE_CLASS, QUANTIZED
 from ..repository.record import open_repository
 from .arms import PROMPT, Arm, Workload
-from .device import peak_memory, reserved_memory, reset_peak_memory, synchronize
+from .device import best_seconds, peak_memory, reserved_memory, reset_peak_memory, synchronize
 from .predictions import save_predictions
 
 
@@ -72,6 +74,12 @@ def measure_arm(
     for seed in range(min(arm.pictures or workload.pictures, workload.pictures)):
         drawn.append(draw_timed(pipe, workload.size, workload.steps, workload.guidance, tokens, seed, device))
     figures |= {"pictures": drawn} | _medians(drawn, tokens) | peak_memory(device)
+    if arm.texts and tokens:
+        seconds = enhance_timed(pipe, arm.texts, workload, device)
+        figures["prompt_enhancer_together"] = {
+            "texts": arm.texts,
+            "ms_per_token": 1000 * seconds / (arm.texts * tokens),
+        }
     if not arm.work:
         save_predictions(pipe, workload.size, device, work, arm.name)
     if workload.large:
@@ -194,6 +202,14 @@ def draw_timed(
         "text_tokens": len(pipe.tokenizer((result.revised_prompts or [PROMPT])[0])["input_ids"]),
         "step_ms": 1000 * statistics.median(later - earlier for earlier, later in itertools.pairwise(moments)),
     } | reserved_memory(device)
+
+
+def enhance_timed(pipe: ErnieImagePipeline, texts: int, workload: Workload, device: str) -> float:
+    """Seconds in which the prompt enhancer writes several texts at once, the shortest of a few."""
+    size, steps, guidance = workload.size, workload.steps, workload.guidance
+    settings = [Settings(PROMPT, "", size, size, steps, guidance, seed, True) for seed in range(texts)]
+    with _fixed_length(pipe, workload.tokens):
+        return best_seconds(lambda: enhance_all(pipe, settings), device)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
 # The names of real arms, with options that a CPU has.
 CPU_ARMS = [
     Arm("demo", "ours", {"fast": False, "dtype": "float32"}),
-    Arm("resident", "ours", {"memory": "resident", "dtype": "bfloat16"}),
+    Arm("resident", "ours", {"memory": "resident", "dtype": "bfloat16"}, texts=2),
     Arm("turbo", "ours", {"dtype": "float32"}, work={"steps": 4, "guidance": 1.0}, pictures=2),
     Arm("turbo, no enhancer", "ours", {"dtype": "float32"}, work={"steps": 4, "tokens": 0}, pictures=2),
     Arm("original, CPU offload", "original"),
@@ -76,6 +76,18 @@ def test_the_figures_of_an_arm_add_up(result):
     enhancing = sorted(picture["prompt_enhancer_s"] for picture in pictures[1:])
     assert figures["prompt_enhancer_ms_per_token"] == pytest.approx(1000 * sum(enhancing) / 2 / TINY.tokens)
     assert figures["large"]["size"] == 48
+    assert figures["prompt_enhancer_together"]["texts"] == 2
+    assert 0 < figures["prompt_enhancer_together"]["ms_per_token"] < 1000 * max(enhancing) / TINY.tokens * 5
+    assert "prompt_enhancer_together" not in arm(result, "demo")
+
+
+def test_headline_figures_of_the_first_picture_and_of_several_texts(result):
+    figures, headline = arm(result, "resident"), summary(result)
+    first = figures["first_s"] - figures["seconds"]
+    assert headline["h100.first_picture_extra_s"] == pytest.approx(first, rel=1e-3)
+    together = figures["prompt_enhancer_together"]["ms_per_token"]
+    assert headline["h100.pe_ms_per_token.four_texts"] == pytest.approx(together, rel=1e-3)
+    assert headline["h100.pe_first_call_s"] == pytest.approx(figures["prompt_enhancer_first_overhead_s"], rel=1e-3)
 
 
 def test_an_arm_with_work_of_its_own_draws_whole_pictures_at_both_sizes(result):
