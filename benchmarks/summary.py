@@ -1,4 +1,4 @@
-"""The headline figures of all measurements here: as one flat object in ``summary.json``, in tables, and as a chart.
+"""The headline figures of all measurements here: as one flat object in ``summary.json``, in tables, and as charts.
 
     python -m benchmarks.summary
 
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import peers_report
 from ernie_image_nf4.benchmarking import report as benchmark_report
 from ernie_image_nf4.benchmarking import summary as benchmark
 from ernie_image_nf4.benchmarking.arms import has_own_work
@@ -22,6 +23,7 @@ from ernie_image_nf4.loading.cards import GENERATIONS
 FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parent
 CHART = FOLDER / "benchmark_h100.png"
+PEERS, PEERS_CHART = "peers_h100.json", FOLDER / "peers_h100.png"
 # Table -> the page it stands on.
 PAGES = {
     "cards": "README.md",
@@ -32,6 +34,7 @@ PAGES = {
     "speed": "docs/speed.md",
     "large": "docs/speed.md",
     "growth": "docs/speed.md",
+    "peers": "docs/speed.md",
     "turbo": "docs/speed.md",
     "skipping": "docs/speed.md",
     "formats": "docs/fidelity.md",
@@ -60,6 +63,8 @@ FORMATS = {
     "default": "NF4, scale search and kept layers (`quantize`)",
     "calibrated": "NF4, calibrated as well (`quantize --calibrate`)",
     "sdnq-uint4": "SDNQ uint4",
+    "sdnq-uint4-products": "SDNQ uint4, quantized products",
+    "sdnq-int8": "SDNQ int8, quantized products",
     "torchao-int4": "torchao int4",
     "torchao-float8": "torchao float8",
     "quanto-int4": "optimum-quanto int4",
@@ -100,6 +105,7 @@ TEXTS = {
     "h100.turbo_s.plain_512": "... without the enhancer",
     "h100.turbo_s.enhanced_1024": "... of 1024x1024, with it",
     "h100.turbo_s.plain_1024": "... without",
+    **peers_report.TEXTS,
     "h100.time_vs_full.guidance_until_half": "denoising with `guidance_until=0.5`: time over that of all steps with "
     "guidance",
     "h100.time_vs_full.cache": "... with `cache=True`, over that of all steps computed",
@@ -193,6 +199,8 @@ def main() -> None:
         page.write_text(replaced(page.read_text(encoding="utf-8"), name, table), encoding="utf-8")
     if run := read_benchmark():
         draw_chart(run, CHART)
+    if run := read(PEERS):
+        peers_report.draw_chart(run, PEERS_CHART)
 
 
 def summary() -> dict[str, float]:
@@ -211,6 +219,8 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             "h100.step_vs_demo.resident_1024": rounded(resident["large"]["step_ms"] / demo["large"]["step_ms"]),
             "h100.prediction_error.resident": rounded(resident["prediction_error"]),
         }
+    if run := read(PEERS):
+        found[PEERS] = peers_report.figures(run)
     if run := read("cards.json"):
         found["cards.json"] = benchmark.cards_summary(run)
     for memory in ("resident", "offload"):
@@ -298,6 +308,8 @@ def tables() -> dict[str, str]:
         }
         if any(has_own_work(arm) and "error" not in arm for arm in run["arms"]):
             made["turbo"] = benchmark_report.turbo_table(run)
+    if run := read(PEERS):
+        made["peers"] = peers_report.section(run, f"../benchmarks/{PEERS_CHART.name}")
     if run := read("skipping_mini.json") or read("skipping_cpu.json"):
         made["skipping"] = skipping_table(run)
     if run := read("nf4_mini.json"):

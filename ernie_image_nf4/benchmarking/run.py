@@ -25,6 +25,8 @@ from .predictions import compare_predictions, remove_predictions, save_exact_pre
 from .processes import in_own_process, process_context
 from .worker import measure_arm
 
+ORIGINAL, NF4 = "ERNIE-Image", "ERNIE-Image-NF4"  # of `make_synthetic`
+
 
 def benchmark(
     model: str | Path,
@@ -103,7 +105,7 @@ def make_synthetic(folder: str | Path, *, preset: str = "full") -> tuple[Path, P
         InvalidSettings: There is something else in their place.
         DiskFull: There is no room for them.
     """
-    original, nf4 = Path(folder) / "ERNIE-Image", Path(folder) / "ERNIE-Image-NF4"
+    original, nf4 = Path(folder) / ORIGINAL, Path(folder) / NF4
     if not is_finished(original):
         synthesize(original, preset=preset)
     if not is_finished(nf4):

@@ -7,7 +7,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +57,7 @@ def measure_arm(
     _use_kernel_caches(work, empty=arm.cold)
     _import_classes()
     folder = _folder(arm, model, original)
-    _fill_page_cache(folder)
+    fill_page_cache(folder)
     torch.zeros(1, device=device)  # Initialize CUDA, which is no part of loading
     began = time.perf_counter()
     pipe = load_arm(arm, folder, device)
@@ -143,7 +143,7 @@ def _folder(arm: Arm, model: str | Path, original: str | Path | None) -> Path:
     return Path(original)
 
 
-def _fill_page_cache(folder: Path) -> None:
+def fill_page_cache(folder: Path) -> None:
     """Read all weight files, so that every arm finds them in the page cache."""
 
     def read(file: Path) -> None:
@@ -154,6 +154,23 @@ def _fill_page_cache(folder: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, folder.rglob("*.safetensors")))
+
+
+def step_clock(device: str) -> tuple[Callable[..., dict[str, Any]], list[float]]:
+    """A pipeline's ``callback_on_step_end``, and the list to which it adds the moment in which each step ended."""
+    moments: list[float] = []
+
+    def on_step_end(pipe: ErnieImagePipeline, step: int, timestep: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        synchronize(device)  # Costs nothing: upstream waits here as well, for the next timestep
+        moments.append(time.perf_counter())
+        return kwargs
+
+    return on_step_end, moments
+
+
+def median_step_ms(moments: Sequence[float]) -> float:
+    """Median milliseconds of the steps after the first, by the moments in which steps ended."""
+    return 1000 * statistics.median(later - earlier for earlier, later in itertools.pairwise(moments))
 
 
 def draw_timed(
@@ -174,13 +191,7 @@ def draw_timed(
         Seconds of the call; of these the prompt enhancer's; tokens of the prompt that is drawn; median milliseconds of
         a step; on a GPU the GiB reserved at the end.
     """
-    moments: list[float] = []
-
-    def on_step_end(pipe: ErnieImagePipeline, step: int, timestep: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        synchronize(device)  # Costs nothing: upstream waits here as well, for the next timestep
-        moments.append(time.perf_counter())
-        return kwargs
-
+    on_step_end, moments = step_clock(device)
     torch.manual_seed(seed)  # The prompt enhancer samples from the global random state
     with _fixed_length(pipe, tokens), _first_encoding(pipe, device) as encoding:
         synchronize(device)
@@ -200,7 +211,7 @@ def draw_timed(
         "seconds": time.perf_counter() - began,
         "prompt_enhancer_s": encoding[0] - began if tokens else 0.0,
         "text_tokens": len(pipe.tokenizer((result.revised_prompts or [PROMPT])[0])["input_ids"]),
-        "step_ms": 1000 * statistics.median(later - earlier for earlier, later in itertools.pairwise(moments)),
+        "step_ms": median_step_ms(moments),
     } | reserved_memory(device)
 
 

@@ -18,8 +18,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="CANDIDATE...",
-            help="Folders, Hub ids, or quantizations made of the reference: nf4-stock, sdnq-uint4, torchao-int4, "
-            "torchao-float8, quanto-int4, quanto-int8, gguf-q4_0.",
+            help="Folders, Hub ids, or quantizations made of the reference: nf4-stock, sdnq-uint4, "
+            "sdnq-uint4-products, sdnq-int8, torchao-int4, torchao-float8, quanto-int4, quanto-int8, gguf-q4_0.",
         ),
     ],
     out_dir: Annotated[Path, typer.Option(help="Folder for tables, grid and plots.")] = Path("evaluation"),

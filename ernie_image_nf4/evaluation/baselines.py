@@ -102,12 +102,17 @@ def _nf4_stock(model: Model) -> None:
         model.set_submodule(name, replacement)
 
 
-def _sdnq_uint4(model: Model) -> None:
+def _sdnq(model: Model, weights: str, *, products: bool) -> None:
     from sdnq import sdnq_post_load_quant
 
     device = next(model.parameters()).device
     sdnq_post_load_quant(
-        model, weights_dtype="uint4", quantization_device=device, return_device=device, torch_dtype=model.dtype
+        model,
+        weights_dtype=weights,
+        use_quantized_matmul=products,
+        quantization_device=device,
+        return_device=device,
+        torch_dtype=model.dtype,
     )
 
 
@@ -177,7 +182,19 @@ BASELINES: dict[str, Baseline] = {
         "NF4 as bitsandbytes makes it: blocks of 64, double quantization", "bitsandbytes", _nf4_stock
     ),
     "sdnq-uint4": Baseline(
-        "unsigned 4-bit integers with scale and zero point, SDNQ's default groups", "sdnq", _sdnq_uint4
+        "unsigned 4-bit integers with scale and zero point, SDNQ's default groups",
+        "sdnq",
+        lambda model: _sdnq(model, "uint4", products=False),
+    ),
+    "sdnq-uint4-products": Baseline(
+        "as sdnq-uint4, rounded to 8-bit integers for products with activations in 8 bits",
+        "sdnq",
+        lambda model: _sdnq(model, "uint4", products=True),
+    ),
+    "sdnq-int8": Baseline(
+        "8-bit integers, a scale a row, products with activations in 8 bits",
+        "sdnq",
+        lambda model: _sdnq(model, "int8", products=True),
     ),
     "torchao-int4": Baseline(
         f"4-bit integers, groups of {TORCHAO_GROUP}, weight only; on CUDA padded to a multiple of 1024 columns",
