@@ -153,6 +153,12 @@ def computation_dtype(transformer: nn.Module) -> torch.dtype:
     return torch.float16 if runtime is not None and runtime.mixed else cast(torch.dtype, transformer.dtype)
 
 
+def is_exact(transformer: nn.Module) -> bool:
+    """Whether a fast transformer gives upstream's bits. Upstream's own, as on a CPU, counts as none."""
+    runtime = runtime_of(transformer)
+    return runtime is not None and runtime.exact
+
+
 @contextmanager
 def several_pictures(transformer: nn.Module, count: int) -> Iterator[None]:
     """Tell a fast transformer that its rows are of `count` pictures at the same timestep.

@@ -18,18 +18,25 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import ErnieImageNF4Error, InvalidSettings, WriteFailed
-from ..fast.products import products_of
 from ..fast.step_plan import check_skipping
 from ..loading.loaded_pipeline import skipping_of
 from ..memory.placement import find_device
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
+from .computation import computation_of
 from .image_file import FORMATS, Drawing, check_name, make_output_folder, remove_leftovers, save_picture
-from .loras import LoraFiles
+from .loras import LoraFiles, active_uses, noting
 from .manifest import MANIFEST, LineCount, Record, append, locked, merge_manifests, part_of, read_manifest
 from .prompt_file import Row, check_rows
 from .schedule import Picture, is_finished, plan_pictures, share
-from .settings import check_settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
+from .settings import (
+    Settings,
+    check_settings,
+    complete_settings,
+    described_model,
+    hub_revision,
+    warn_of_unused_negative,
+)
 from .stages import draw_in_groups
 
 logger = logging.getLogger(__name__)
@@ -134,10 +141,7 @@ def generate_batch(
     make_output_folder(folder)
     if pictures:
         check_name(folder / max((picture.file for picture in pictures), key=lambda file: len(file.encode())))
-    about = Record(
-        "", name, defaults, products=products_of(pipe.transformer), revision=hub_revision(pipe), version=__version__
-    )
-    return _generate(pipe, pictures, folder, about, batch_size, loras, progress)
+    return _generate(pipe, pictures, folder, _about(pipe, name, defaults), batch_size, loras, progress)
 
 
 def process_device(device: str | None) -> str | None:
@@ -233,9 +237,15 @@ def _find_pending(
     return [pictures[number] for number in found]
 
 
+def _about(pipe: ErnieImagePipeline, name: str, defaults: Settings) -> Record:
+    """What all records have in common. Its LoRAs are those that pictures note which name none."""
+    settings = replace(defaults, lora=active_uses(pipe))
+    return Record("", name, settings, **computation_of(pipe), revision=hub_revision(pipe), version=__version__)
+
+
 def _record(picture: Picture, about: Record) -> Record:
     """The record of a picture that isn't drawn yet."""
-    return replace(about, file=picture.file, settings=picture.settings)
+    return replace(about, file=picture.file, settings=noting(picture.settings, about.settings.lora))
 
 
 def _save(picture: Picture, result: Drawing | str, folder: Path, about: Record) -> Record:
@@ -244,7 +254,12 @@ def _save(picture: Picture, result: Drawing | str, folder: Path, about: Record) 
     if isinstance(result, str):
         return replace(record, error=result)
     try:
-        save_picture(result, folder / picture.file, model=record.model, revision=record.revision)
+        save_picture(
+            replace(result, settings=record.settings),
+            folder / picture.file,
+            model=record.model,
+            revision=record.revision,
+        )
     except WriteFailed as error:  # but of a full disk, which would have no room for the next ones either
         return replace(record, error=str(error))
     return replace(
@@ -254,4 +269,6 @@ def _save(picture: Picture, result: Drawing | str, folder: Path, about: Record) 
         batch_size=result.batch_size,
         sha256=file_record(folder / picture.file).sha256,
         products=result.products,
+        dtype=result.dtype,
+        fast=result.fast,
     )

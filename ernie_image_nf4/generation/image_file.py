@@ -64,6 +64,8 @@ class Drawing:
         seconds: Wall time of drawing it.
         batch_size: Pictures that were denoised together.
         products: ``"int8"`` or ``"fp8"`` if the transformer's blocks multiplied in it.
+        dtype: Of the computation, ``"bfloat16"`` for example.
+        fast: ``"exact"`` if the pipeline was loaded so, and it made a difference.
     """
 
     image: Image.Image
@@ -72,6 +74,8 @@ class Drawing:
     seconds: float
     batch_size: int = 1
     products: str | None = None
+    dtype: str | None = None
+    fast: str | None = None
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
@@ -151,8 +155,8 @@ def save_picture(drawing: Drawing, path: Path, *, model: str, revision: str | No
     """Write a picture with its settings, in the format of the file name's ending. Readers see the whole file or none.
 
     The settings are prompt, revised_prompt (if any), negative_prompt, seed, steps, guidance_scale, width, height,
-    model, revision (if any), versions, products (if in 8 bits), guidance_until and cache (if steps left anything out),
-    and lora (if any). `read_settings` has them back.
+    model, revision (if any), versions, dtype, products (if in 8 bits), fast (if ``"exact"``), guidance_until and cache
+    (if steps left anything out), and lora (if any). `read_settings` has them back.
 
     Args:
         drawing: What to write.
@@ -227,8 +231,8 @@ def _described(drawing: Drawing, model: str, revision: str | None) -> dict[str, 
         described["cache"] = settings.cache
     if revision is not None:
         described["revision"] = revision
-    if drawing.products is not None:
-        described["products"] = drawing.products
+    computation = {"dtype": drawing.dtype, "products": drawing.products, "fast": drawing.fast}
+    described |= {name: value for name, value in computation.items() if value is not None}
     if settings.lora:
         described["lora"] = "; ".join(map(str, settings.lora))
     if drawing.revised_prompt is not None:

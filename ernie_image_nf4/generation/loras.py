@@ -7,16 +7,16 @@ those that the pipeline has already are left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidSettings
-from ..repository.lora_file import describe_lora
+from ..errors import InvalidLora, InvalidSettings
 from ..repository.lora_source import find_lora
 from ..repository.metadata import file_record
-from .settings import LoraUse, adapter_of
+from .settings import LoraUse, Settings, adapter_of
 
 if TYPE_CHECKING:
     from diffusers import ErnieImagePipeline
@@ -40,6 +40,24 @@ def parse_lora(text: str) -> tuple[str, float]:
     return source, strength
 
 
+def find_lora_file(source: str, *, local_files_only: bool = False) -> Path:
+    """The file that a source means: a file, a folder, ``user/name`` or ``user/name/FILE``.
+
+    Raises:
+        InvalidLora: It isn't there.
+        RepositoryNotFound: The Hub repository isn't there or can't be reached.
+    """
+    weight_name = None
+    if not Path(source).expanduser().exists() and (match := HUB_FILE.fullmatch(source)):
+        source, weight_name = match["repository"], match["file"]
+    return find_lora(source, weight_name=weight_name, local_files_only=local_files_only)
+
+
+def lora_in(path: Path) -> LoraUse:
+    """The LoRA of a file, at strength 1."""
+    return LoraUse(path.name, 1.0, file_record(path).sha256)
+
+
 class LoraFiles:
     """The LoRA files of a run, each looked for and hashed once.
 
@@ -47,10 +65,10 @@ class LoraFiles:
         paths: By their SHA-256.
     """
 
-    def __init__(self, *, local_files_only: bool = False) -> None:
-        self.paths: dict[str, Path] = {}
+    def __init__(self, paths: Mapping[str, Path] | None = None, *, local_files_only: bool = False) -> None:
+        self.paths: dict[str, Path] = dict(paths or {})
         self._local_files_only = local_files_only
-        self._found: dict[str, tuple[str, str]] = {}  # name of the file and SHA-256, by source
+        self._found: dict[str, LoraUse] = {}  # at strength 1, by source
 
     def find(self, texts: Iterable[str]) -> tuple[LoraUse, ...]:
         """The LoRAs that these mean, each a file, a folder, ``user/name`` or ``user/name/FILE``, with ``:STRENGTH``.
@@ -65,7 +83,7 @@ class LoraFiles:
             source, strength = parse_lora(text)
             if source not in self._found:
                 self._found[source] = self._look_for(source)
-            uses.append(LoraUse(self._found[source][0], strength, self._found[source][1]))
+            uses.append(replace(self._found[source], strength=strength))
         for number, use in enumerate(uses):
             if any(use.sha256 == other.sha256 for other in uses[:number]):
                 raise InvalidSettings(f"LoRA {use.file} is named twice for one picture: add up its strengths.")
@@ -75,16 +93,20 @@ class LoraFiles:
         """Put LoRAs into a pipeline, without effect yet, and remove those of this run that aren't wanted.
 
         Raises:
-            InvalidLora: One doesn't fit the pipeline's transformer.
+            InvalidLora: One doesn't fit the pipeline's transformer, or its file is another one by now.
         """
-        from ..loading.lora import known_adapters, load_lora, switched
+        from ..loading.lora import known_adapters, load_lora, noted_file, switched
 
         names = {use.adapter: use for use in wanted}
         there = [name for name in known_adapters(pipe) if name in {adapter_of(sha256) for sha256 in self.paths}]
         if missing := names.keys() - set(there):
             with switched(pipe, None):
                 for name in sorted(missing):
-                    load_lora(pipe, self.paths[names[name].sha256], name=name)
+                    path = self.paths[names[name].sha256]
+                    load_lora(pipe, path, name=name)
+                    if noted_file(pipe, name) != (path.name, names[name].sha256):  # which the pictures would note
+                        self._remove(pipe, [name])
+                        raise InvalidLora(f"{path} has changed meanwhile: start again to draw with what it is now.")
         self._remove(pipe, [name for name in there if name not in names])
 
     def unload(self, pipe: ErnieImagePipeline) -> None:
@@ -114,15 +136,26 @@ class LoraFiles:
         else:
             pipe.delete_adapters(list(names))
 
-    def _look_for(self, source: str) -> tuple[str, str]:
-        weight_name = None
-        if not Path(source).expanduser().exists() and (match := HUB_FILE.fullmatch(source)):
-            source, weight_name = match["repository"], match["file"]
-        path = find_lora(source, weight_name=weight_name, local_files_only=self._local_files_only)
+    def _look_for(self, source: str) -> LoraUse:
+        from ..repository.lora_file import describe_lora
+
+        path = find_lora_file(source, local_files_only=self._local_files_only)
         describe_lora(path)  # refuses what is no LoRA
-        sha256 = file_record(path).sha256
-        self.paths[sha256] = path
-        return path.name, sha256
+        use = lora_in(path)
+        self.paths[use.sha256] = path
+        return use
+
+
+def active_uses(pipe: ErnieImagePipeline) -> tuple[LoraUse, ...]:
+    """The LoRAs that are on in a pipeline, as pictures that name none of their own note them."""
+    from ..loading.lora import active_loras
+
+    return tuple(LoraUse(each.name, each.strength, each.sha256, each.from_file) for each in active_loras(pipe))
+
+
+def noting(settings: Settings, active: tuple[LoraUse, ...]) -> Settings:
+    """The settings as they are noted: with those LoRAs that are on in the pipeline, if they name none."""
+    return settings if settings.lora else replace(settings, lora=active)
 
 
 @contextmanager

@@ -41,6 +41,8 @@ class Record:
         sha256: Digest of the file.
         products: ``"int8"`` or ``"fp8"`` if the transformer's blocks multiplied in it. Older manifests have ``fp8``
             instead, true or false.
+        dtype: Of the computation, ``"bfloat16"`` for example. None in manifests that didn't note it yet.
+        fast: ``"exact"`` if the pipeline was loaded so, and it made a difference.
         revision: Commit of the Hub repository, None for a local folder.
         version: This package's. None in the manifests of its first one, which didn't note it.
         error: Why there is no picture, None if there is one.
@@ -54,13 +56,18 @@ class Record:
     batch_size: int | None = None
     sha256: str | None = None
     products: str | None = None
+    dtype: str | None = None
+    fast: str | None = None
     revision: str | None = None
     version: str | None = None
     error: str | None = None
 
     @property
     def key(self) -> tuple:
-        """All that decides the picture. A finished one isn't drawn again for an equal key."""
+        """What decides the picture. A finished one isn't drawn again for an equal key.
+
+        Without dtype and `fast`: what overflowed can be drawn in another dtype, and the rest stays.
+        """
         return self.file, self.settings, self.model, self.revision, self.products, self.version
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
+NOTED_LORA = re.compile(
+    r"(?P<file>.+?):(?P<strength>[-+.\de]{1,30}) \(sha256 (?P<sha256>[\da-f]{64})\)(; |$)", re.DOTALL | re.ASCII
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -27,14 +31,16 @@ class LoraUse:
     """A LoRA of a picture.
 
     Attributes:
-        file: Name of its file.
+        file: Name of its file; of its adapter, if it came from none.
         strength: Factor of what it adds.
-        sha256: Digest of the file.
+        sha256: Digest of the file; of its tensors, if it came from none.
+        from_file: Whether it came from a file, as it does unless Python code put it into the pipeline.
     """
 
     file: str
     strength: float
     sha256: str
+    from_file: bool = True
 
     @property
     def adapter(self) -> str:
@@ -42,7 +48,26 @@ class LoraUse:
         return adapter_of(self.sha256)
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.strength:g} (sha256 {self.sha256})"
+        return f"{self.file}:{self.strength:g} ({'' if self.from_file else 'tensors: '}sha256 {self.sha256})"
+
+
+def read_noted_loras(text: str) -> tuple[LoraUse, ...]:
+    """The LoRAs that a picture's file notes: each as `LoraUse` writes itself, with ``"; "`` between them.
+
+    Raises:
+        InvalidSettings: It isn't of this form.
+    """
+    uses: list[LoraUse] = []
+    end = 0
+    while match := NOTED_LORA.match(text, end):
+        try:
+            uses.append(LoraUse(match["file"], float(match["strength"]), match["sha256"]))
+        except ValueError:
+            break
+        end = match.end()
+    if end < len(text):
+        raise InvalidSettings(f"lora is {text[end : end + 40]!r}, which names no LoRA with its strength and SHA-256.")
+    return tuple(uses)
 
 
 def adapter_of(sha256: str) -> str:
@@ -66,7 +91,7 @@ class Settings:
         use_pe: Whether the prompt enhancer rewrites the prompt.
         guidance_until: Share of the steps with guidance.
         cache: Every how many steps the transformer is computed.
-        lora: LoRAs that are on, beside those that the pipeline has from elsewhere if it is empty.
+        lora: LoRAs that are on. Of a picture that isn't drawn yet, none stands for those that are on in the pipeline.
     """
 
     prompt: str

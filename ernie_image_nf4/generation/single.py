@@ -12,14 +12,14 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 from diffusers import ErnieImagePipeline
 
-from ..fast.products import products_of
 from ..fast.random_state import SeededDraws
 from ..loading.loaded_pipeline import skipping_as, skipping_of, taking_turn
 from ..memory.decode_check import noted
 from ..memory.offload import offload_all as free_device
+from .computation import computation_of
 from .failures import check_picture, explained
 from .image_file import Drawing, check_side, format_of, save_picture
-from .loras import LoraFiles, loras_as
+from .loras import LoraFiles, active_uses, loras_as, noting
 from .seeding import initial_latents
 from .settings import Settings, complete_settings, described_model, hub_revision, warn_of_unused_negative
 
@@ -87,10 +87,12 @@ def draw_and_save(
     for path in paths:
         check_side(format_of(path), settings.width, settings.height)
     warn_of_unused_negative([settings])
+    active = active_uses(pipe)
     loras.load(pipe, settings.lora)
     try:
         for number, path in enumerate(paths):
             drawing = draw(pipe, replace(settings, seed=settings.seed + number))
+            drawing = replace(drawing, settings=noting(drawing.settings, active))
             save_picture(drawing, path, model=name, revision=hub_revision(pipe))
             yield drawing, path
     finally:
@@ -140,7 +142,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
     check_picture(pipe, result.images[0], notes)
     revised = result.revised_prompts[0] if result.revised_prompts else None
     seconds = time.perf_counter() - started
-    return Drawing(result.images[0], settings, revised, seconds, products=products_of(pipe.transformer))
+    return Drawing(result.images[0], settings, revised, seconds, **computation_of(pipe))
 
 
 def _free_device(pipe: ErnieImagePipeline) -> None:

@@ -23,12 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import NotFinite
-from ..fast.products import products_of
 from ..fast.transformer import several_pictures
 from ..loading.loaded_pipeline import skipping_as, taking_turn
 from ..memory.apply import memory_mode
 from ..memory.decode_check import is_finite, noted
 from ..upstream.pipelines import execution_device
+from .computation import computation_of
 from .enhancement import enhance_all
 from .failures import check_latents, check_picture, explained
 from .image_file import Drawing
@@ -168,7 +168,7 @@ def draw_group(
                 yield str(error)
                 continue
             seconds = shared + result.seconds + time.perf_counter() - started
-            yield Drawing(image, each, text, seconds, result.batch_size, products_of(pipe.transformer))
+            yield Drawing(image, each, text, seconds, result.batch_size, **computation_of(pipe))
 
 
 def encode(pipe: ErnieImagePipeline, texts: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -113,8 +113,11 @@ class LoadedPipeline(ErnieImagePipeline):
         lora.check_peft()
         sources = {name: kwargs.pop(name) for name in lora.SOURCE_OPTIONS if name in kwargs}
         with taking_turn(self):
-            state = lora.as_diffusers_lora(pretrained_model_name_or_path_or_dict, self.transformer, **sources)
+            state, file = lora.as_diffusers_lora(pretrained_model_name_or_path_or_dict, self.transformer, **sources)
+            before = lora.known_adapters(self)
             super().load_lora_weights(state, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+            new = [name for name in lora.known_adapters(self) if name not in before]
+            lora.note_file(self, [adapter_name] if hotswap and adapter_name else new, file)
 
     @functools.wraps(ErnieImagePipeline.fuse_lora)
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:

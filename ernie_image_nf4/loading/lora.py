@@ -6,11 +6,14 @@ first (``repository/lora_file.py``).
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ from torch import nn
 from ..errors import InvalidSettings
 from ..repository.lora_file import convert_lora, describe_lora, read_lora
 from ..repository.lora_source import find_lora
+from ..repository.metadata import file_record
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 # Arguments of ``load_lora_weights`` that say where a LoRA is.
 SOURCE_OPTIONS = ("weight_name", "revision", "token", "cache_dir", "local_files_only")
 BASE_LAYER = ".base_layer"  # peft's name of a layer within its adapters
+NOTED_FILE = "ernie_image_nf4_file"  # attribute of an adapter's settings
 
 
 def load_lora(
@@ -86,14 +91,15 @@ def load_lora(
     if unused := describe_lora(file).unused:
         logger.warning("%s also holds a LoRA for a text encoder, which is not used: %s ...", file, unused[0])
     pipe.load_lora_weights(state, adapter_name=chosen)
+    note_file(pipe, [chosen], file)
     pipe.set_adapters([*before, chosen], [*before.values(), float(strength)])
     return chosen
 
 
 def as_diffusers_lora(
     source: str | os.PathLike[str] | Mapping[str, torch.Tensor], transformer: nn.Module, **options: object
-) -> Mapping[str, torch.Tensor]:
-    """What ``load_lora_weights`` is given, of any trainer, in the names that diffusers takes.
+) -> tuple[Mapping[str, torch.Tensor], Path | None]:
+    """What ``load_lora_weights`` is given, of any trainer, in the names that diffusers takes, and its file if any.
 
     Args:
         source: Tensors by name, a file, a folder, or a Hub id.
@@ -106,8 +112,9 @@ def as_diffusers_lora(
     """
     layers = layer_shapes(transformer)
     if isinstance(source, Mapping):
-        return in_products_dtype(convert_lora(source, layers), transformer)
-    return in_products_dtype(read_lora(find_lora(source, **options), layers), transformer)  # type: ignore[arg-type]
+        return in_products_dtype(convert_lora(source, layers), transformer), None
+    file = find_lora(source, **options)  # type: ignore[arg-type]
+    return in_products_dtype(read_lora(file, layers), transformer), file
 
 
 def layer_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -162,6 +169,71 @@ def strengths(pipe: ErnieImagePipeline) -> dict[str, float]:
                     whole = layer.lora_alpha[name] / layer.r[name]
                     found.setdefault(name, layer.scaling[name] / whole if whole else 0.0)
     return found
+
+
+@dataclass(frozen=True)
+class ActiveLora:
+    """An adapter that is on.
+
+    Attributes:
+        name: Of its file, or without one the adapter's.
+        strength: Factor of what it adds; of the first layer, if it has several.
+        sha256: Digest of the file, or of its tensors and of its strengths in all layers.
+        from_file: Whether it is just what the file holds.
+    """
+
+    name: str
+    strength: float
+    sha256: str
+    from_file: bool
+
+
+def active_loras(pipe: ErnieImagePipeline) -> list[ActiveLora]:
+    """The adapters of the transformer that are on, with what tells them from others."""
+    found = []
+    for name, strength in strengths(pipe).items():
+        noted = noted_file(pipe, name)
+        everywhere = all(math.isclose(factor, strength * whole) for factor, whole in _factors(pipe, name).values())
+        if noted is not None and everywhere:
+            found.append(ActiveLora(noted[0], strength, noted[1], from_file=True))
+        else:
+            found.append(ActiveLora(name, strength, _tensors_digest(pipe, name), from_file=False))
+    return found
+
+
+def note_file(pipe: ErnieImagePipeline, names: Iterable[str], file: Path | None) -> None:
+    """Keep name and SHA-256 of the file that adapters came from in their settings, with which they go."""
+    noted = None if file is None else (file.name, file_record(file).sha256)
+    for name in names:
+        setattr(pipe.transformer.peft_config[name], NOTED_FILE, noted)
+
+
+def noted_file(pipe: ErnieImagePipeline, name: str) -> tuple[str, str] | None:
+    """Name and SHA-256 of the file that an adapter came from, if it is known."""
+    return getattr(pipe.transformer.peft_config[name], NOTED_FILE, None)
+
+
+def _factors(pipe: ErnieImagePipeline, name: str) -> dict[str, tuple[float, float]]:
+    """What an active adapter is multiplied by in each layer, and what it would be at strength 1."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for key, layer in pipe.transformer.named_modules():
+        if isinstance(layer, LoraLayer) and name in layer.scaling:
+            on = name in layer.active_adapters and not layer.disable_adapters
+            found[key] = layer.scaling[name] if on else 0.0, layer.lora_alpha[name] / layer.r[name]
+    return found
+
+
+def _tensors_digest(pipe: ErnieImagePipeline, name: str) -> str:
+    """SHA-256 of an adapter's tensors, and of the factors that stand before them."""
+    from peft import get_peft_model_state_dict
+
+    digest = hashlib.sha256(repr(_factors(pipe, name)).encode())
+    for key, tensor in sorted(get_peft_model_state_dict(pipe.transformer, adapter_name=name).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -219,6 +291,7 @@ def without_adapters(pipe: ErnieImagePipeline) -> Iterator[list[str]]:
     finally:
         for name, config, state in kept:
             transformer.load_lora_adapter(state, prefix=None, adapter_name=name, metadata=_as_metadata(config))
+            setattr(transformer.peft_config[name], NOTED_FILE, getattr(config, NOTED_FILE, None))
         if active:
             pipe.set_adapters(list(active), list(active.values()))
         else:

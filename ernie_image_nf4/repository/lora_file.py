@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidLora, InvalidRepository
+from .lora_source import PEFT_CONFIG
 from .safetensors_io import read_header
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ WRITERS = {
     ("diffusion_model.", "lora_down.weight"): "ComfyUI",
 }
 BASES = ("modelspec.architecture", "ss_base_model_version", "base_model", "base_model_name_or_path", "ss_sd_model_name")
-PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # of a safetensors file's metadata, in JSON
 MANY = 3  # names that an error lists
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from ..errors import InvalidLora
-from .lora_file import PEFT_CONFIG
 from .resolve import download_snapshot
 
 SUFFIX = ".safetensors"
+PEFT_CONFIG = "adapter_config.json"
 
 
 def find_lora(

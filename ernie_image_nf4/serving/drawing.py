@@ -11,12 +11,12 @@ from diffusers import ErnieImagePipeline
 
 from ..errors import ErnieImageNF4Error
 from ..generation.image_file import png_bytes
+from ..generation.loras import LoraFiles
 from ..generation.schedule import Picture, choose_pixels_at_once, free_beside_transformer
-from ..generation.settings import Settings, described_model, hub_revision
+from ..generation.settings import LoraUse, Settings, described_model, hub_revision
 from ..generation.stages import DrawingStopped, Limits, Watch, draw_group_or_each
 from ..loading.pipeline import load
 from ..upstream.pipelines import execution_device
-from .lora import Adapters
 from .messages import Draw, Drawn, Drop, Failed, Idle, Ready, StepDone, TextRevised, Unable, WorkerOptions
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def load_and_draw(connection: Connection, options: WorkerOptions) -> None:
         if options.device is not None and options.device.startswith("cuda:"):
             torch.cuda.set_device(options.device)  # else a context on the first GPU takes memory from its own worker
         pipe = load(options.folder, device=options.device, **options.loading)
-        adapters = Adapters(pipe, options.loras)
+        loras = LoraFiles(options.loras)
+        try_loras(pipe, loras)
     except ErnieImageNF4Error as error:
         connection.send(Unable(str(error)))
         return
@@ -55,7 +56,7 @@ def load_and_draw(connection: Connection, options: WorkerOptions) -> None:
         if message is None:
             return
         try:
-            adapters.use(message.lora)
+            loras.load(pipe, {use for task in message.tasks for use in task.settings.lora})
             draw_batch(pipe, connection, message, limits, name)
         except ServerStops:
             return
@@ -64,6 +65,17 @@ def load_and_draw(connection: Connection, options: WorkerOptions) -> None:
         except ErnieImageNF4Error as error:
             for task in message.tasks:
                 connection.send(Failed(task.number, str(error)))
+
+
+def try_loras(pipe: ErnieImagePipeline, loras: LoraFiles) -> None:
+    """Load each once, so that one that doesn't fit shows before the first request.
+
+    Raises:
+        ErnieImageNF4Error: One can't be loaded.
+    """
+    for sha256, path in loras.paths.items():
+        loras.load(pipe, [LoraUse(path.name, 1.0, sha256)])
+    loras.unload(pipe)
 
 
 def devices_beside(device: torch.device) -> tuple[str, tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """OpenAI's images API over the engine, and what a service is watched by: ``/healthz`` and ``/metrics``.
 
-Beyond OpenAI's fields: ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``, ``use_pe`` and ``lora``. With
-``stream`` the answer is server-sent events, from ``image_generation.queued`` to ``image_generation.completed``.
+Beyond OpenAI's fields: ``negative_prompt``, ``seed``, ``steps``, ``guidance_scale``, ``guidance_until``, ``cache``,
+``use_pe`` and ``lora``. With ``stream`` the answer is server-sent events, from ``image_generation.queued`` to
+``image_generation.completed``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InvalidRequest, NotAuthorized, UnknownModel
+from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from .answers import answer, server_sent
 from .engine import Engine
 from .events import Event, Picture
@@ -59,6 +61,8 @@ class ImageRequest(BaseModel):
     seed: Annotated[int | None, Field(description="Makes the picture repeatable. Default: a random one.")] = None
     steps: Annotated[int | None, Field(description="Denoising steps.")] = None
     guidance_scale: Annotated[float | None, Field(description="1 for none.")] = None
+    guidance_until: Annotated[float | None, Field(description="Share of the steps with guidance. Default: 1.")] = None
+    cache: Annotated[int | None, Field(description="Compute about every n-th step only. Default: 1, all.")] = None
     use_pe: Annotated[bool | None, Field(description="Whether the prompt enhancer rewrites the prompt.")] = None
     lora: Annotated[list[LoraChoice] | None, Field(description="LoRAs that the server offers.")] = None
 
@@ -151,6 +155,8 @@ def to_draw_request(body: ImageRequest, engine: Engine) -> DrawRequest:
         height=height,
         steps=recommended.num_inference_steps if body.steps is None else body.steps,
         guidance_scale=recommended.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+        guidance_until=ALL_STEPS if body.guidance_until is None else body.guidance_until,
+        cache=EVERY_STEP if body.cache is None else body.cache,
         seed=body.seed,
         count=1 if body.n is None else body.n,
         use_pe=body.use_pe is not False,

@@ -26,7 +26,7 @@ from ..errors import (
 from ..repository.metadata import Recommended, read_metadata_if_ours
 from ..repository.resolve import find_repository
 from .events import Event, Picture, Queued, Revised, Started, Step
-from .lora import find_load_lora
+from .lora import find_loras
 from .messages import Drawn, Failed, Idle, StepDone, TextRevised, WorkerOptions
 from .metrics import Metrics
 from .pool import WorkerPool
@@ -66,7 +66,7 @@ class Engine:
         model: Folder or Hub id as it was asked for, None for the repository of this package.
         recommended: Size, steps and guidance scale that suit the model.
         limits: What a request may ask for.
-        lora_names: The adapters that a request may name.
+        loras: The LoRAs that a request may name, at strength 1.
         prompt_enhancer: Whether a request can have its prompt rewritten.
         log_prompts: Whether prompts are logged.
         created: When, in seconds since 1970.
@@ -102,7 +102,8 @@ class Engine:
         Raises:
             RepositoryNotFound: No such folder or Hub repository, or it can't be reached.
             InvalidRepository: Its metadata can't be read.
-            InvalidSettings: This version can't load a LoRA.
+            InvalidLora: A LoRA isn't there.
+            InvalidSettings: Two names stand for one LoRA.
         """
         folder = find_repository(
             model, prompt_enhancer=prompt_enhancer, revision=revision, local_files_only=local_files_only
@@ -112,15 +113,13 @@ class Engine:
         self.name = metadata.name if metadata is not None else model or folder.resolve().name
         self.recommended = metadata.recommended if metadata is not None else Recommended()
         self.limits = limits or Limits()
-        if loras:
-            find_load_lora()
-        self.lora_names = tuple(loras or ())
+        self.loras, lora_paths = find_loras(loras or {}, local_files_only=local_files_only)
         self.prompt_enhancer = prompt_enhancer
         self.log_prompts = log_prompts
         self.created = int(time.time())
         self.metrics = Metrics()
         loading["prompt_enhancer"] = prompt_enhancer
-        options = WorkerOptions(model, str(folder), None, loading, dict(loras or {}))
+        options = WorkerOptions(model, str(folder), None, loading, lora_paths)
         self._pool = WorkerPool(options, devices, hear=self._hear, lost=self._lost)
         self._queue = PictureQueue()
         self._jobs: dict[int, _Job] = {}
@@ -147,7 +146,7 @@ class Engine:
             RequestTimedOut: It took too long.
             DrawingFailed: A picture came to an error.
         """
-        check_request(request, self.limits, lora_names=self.lora_names)
+        check_request(request, self.limits, lora_names=self.loras)
         self._check_open()
         job = self._accept(request)
         expiry = asyncio.get_running_loop().call_later(self.limits.seconds, self._expire, job)
@@ -235,7 +234,7 @@ class Engine:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         job = _Job(next(self._numbers), request, seed, asyncio.get_running_loop().time(), request.count)
         self._jobs[job.number] = job
-        self._queue.add(pictures_of(request, job.number, seed))
+        self._queue.add(pictures_of(request, job.number, seed, self.loras))
         about = f": {request.prompt!r}" if self.log_prompts else ""
         logger.info(
             "Request %d: %d of %dx%d, %d steps%s", job.number, request.count, request.width, request.height,

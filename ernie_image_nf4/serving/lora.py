@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidSettings
-
-if TYPE_CHECKING:
-    from diffusers import ErnieImagePipeline
-
-PACKAGE = __package__.partition(".")[0]
+from ..generation.loras import find_lora_file, lora_in
+from ..generation.settings import LoraUse
 
 
 def named_loras(options: Iterable[str]) -> dict[str, str]:
@@ -34,59 +29,30 @@ def named_loras(options: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def find_load_lora() -> Callable[..., Any]:
-    """The package's ``load_lora``.
+def find_loras(
+    sources: Mapping[str, str], *, local_files_only: bool = False
+) -> tuple[dict[str, LoraUse], dict[str, Path]]:
+    """Find the files of LoRAs. What is in them, the workers see: that takes torch.
+
+    Args:
+        sources: Name -> file, folder or Hub id.
+        local_files_only: Take what the Hub cache holds, without any network call.
+
+    Returns:
+        Name -> the LoRA at strength 1, and SHA-256 -> file.
 
     Raises:
-        InvalidSettings: This version has none.
+        InvalidLora: One isn't there.
+        RepositoryNotFound: Its Hub repository isn't there or can't be reached.
+        InvalidSettings: Two names stand for one file, which a picture can't have twice.
     """
-    package = importlib.import_module(PACKAGE)
-    if "load_lora" not in package.__all__:
-        raise InvalidSettings("This version of ernie-image-nf4 can't load a LoRA: leave --lora out.")
-    return package.load_lora
-
-
-class Adapters:
-    """Which adapters a pipeline has, one set at a time. Without any it is as if none had ever been loaded."""
-
-    def __init__(self, pipe: ErnieImagePipeline, sources: Mapping[str, str]) -> None:
-        """Load each once, so that a bad one shows before the first request.
-
-        Args:
-            pipe: The pipeline that gets them.
-            sources: Name -> file or Hub id.
-
-        Raises:
-            ErnieImageNF4Error: One can't be loaded.
-        """
-        self._pipe = pipe
-        self._sources = sources
-        self._used: tuple[tuple[str, float], ...] = ()
-        for name in sources:
-            self.use(((name, 1.0),))
-        self.use(())
-
-    def use(self, wanted: tuple[tuple[str, float], ...]) -> None:
-        """Let the pipeline have these adapters, and no others.
-
-        Args:
-            wanted: Names and strengths.
-
-        Raises:
-            ErnieImageNF4Error: One can't be loaded. The pipeline has none then.
-        """
-        if wanted == self._used:
-            return
-        if self._used:
-            self._pipe.unload_lora_weights()
-            self._used = ()
-        if not wanted:
-            return
-        load_lora = find_load_lora()
-        try:
-            for name, strength in wanted:
-                load_lora(self._pipe, self._sources[name], name=name, strength=strength)
-            self._used = wanted
-        finally:
-            if not self._used:
-                self._pipe.unload_lora_weights()
+    found: dict[str, LoraUse] = {}
+    paths: dict[str, Path] = {}
+    for name, source in sources.items():
+        path = find_lora_file(source, local_files_only=local_files_only)
+        use = lora_in(path)
+        if use.sha256 in paths:
+            (other,) = (other for other, its in found.items() if its.sha256 == use.sha256)
+            raise InvalidSettings(f"LoRAs {other} and {name} are the same file: offer it under one name.")
+        found[name], paths[use.sha256] = use, path
+    return found, paths

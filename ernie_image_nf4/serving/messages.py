@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..generation.settings import Settings
@@ -17,14 +18,14 @@ class WorkerOptions:
         folder: Where the repository lies.
         device: As for `load`.
         loading: Further arguments of `load`.
-        loras: Name that the server offers -> file or Hub id.
+        loras: Files of the LoRAs that the server offers, by their SHA-256.
     """
 
     model: str | None
     folder: str
     device: str | None = None
     loading: dict[str, Any] = field(default_factory=dict)
-    loras: dict[str, str] = field(default_factory=dict)
+    loras: dict[str, Path] = field(default_factory=dict)
 
 
 # To a worker
@@ -40,10 +41,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Draw:
-    """A batch: pictures of one shape, with the adapters of all of them."""
+    """A batch: pictures of one shape."""
 
     tasks: tuple[Task, ...]
-    lora: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 (() => {
   const SIZES = /* SIZES */ {};
+  const LARGEST_FILE = /* LARGEST_FILE */ Infinity;
   const LANGUAGES = ["en", "zh"];
 
   // What is remembered in this browser; without storage (private windows) nothing is
@@ -31,6 +32,8 @@
     return LANGUAGES.includes(chosen) ? chosen : "en";
   };
 
+  let refused = "";
+
   window.ernie = {
     size: (shape, width, height) => SIZES[shape] ?? [width, height],
     shape: (width, height) =>
@@ -43,6 +46,7 @@
     },
     // The field that holds the language is set by the server, a moment after the page shows it
     spoken: (_, ...others) => [spoken(), ...others],
+    refused: () => [refused, spoken()],
     otherLanguage: (language, ...others) => {
       return [speak(remember("language", language === "zh" ? "en" : "zh")), ...others];
     },
@@ -71,6 +75,16 @@
       document.querySelector("#draw")?.click();
     }
   });
+
+  // A file that the server wouldn't read isn't sent; it only says so. Gradio would, in English
+  document.addEventListener("change", (event) => {
+    const file = event.target.matches("input[type=file]") ? event.target.files[0] : null;
+    if (!file || file.size <= LARGEST_FILE) return;
+    event.stopImmediatePropagation();
+    event.target.value = "";
+    refused = file.name;
+    document.querySelector("#too-large")?.click();
+  }, true);
 
   // A file dropped anywhere goes the way of the button that reads settings
   const bringsFiles = (event) => event.dataTransfer?.types.includes("Files");

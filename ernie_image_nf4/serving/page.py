@@ -22,9 +22,10 @@ from gradio.i18n import I18nData
 from gradio.processing_utils import save_bytes_to_cache
 
 from ..errors import ErnieImageNF4Error
+from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from .page_drawing import Running, follow, message, problem, status
 from .page_layout import EXAMPLES, WORDS, Parts, lay_out
-from .page_settings import max_file_bytes, read_request, request_of, shape_sizes
+from .page_settings import max_file_bytes, read_request, request_of, shape_sizes, too_large
 from .page_texts import texts
 from .requests import DrawRequest
 from .security import is_api_key
@@ -78,15 +79,13 @@ def mount_page(app: FastAPI, engine: Engine, *, path: str = "/", api_key: str | 
         The same application.
     """
     page = make_page(engine)
-    sizes = shape_sizes(engine.recommended.width, engine.recommended.height)
-    script = (HERE / "page.js").read_text(encoding="utf-8").replace("/* SIZES */ {}", json.dumps(sizes))
     return gr.mount_gradio_app(
         app,
         page,
         path=path,
         theme=make_theme(),
         css_paths=HERE / "page.css",
-        head=f"<style>body.dark {{ color-scheme: dark; }}</style><script>{script}</script>",
+        head=f"<style>body.dark {{ color-scheme: dark; }}</style><script>{page_script(engine)}</script>",
         i18n=WORDS,
         auth=None if api_key is None else lambda _, password: is_api_key(password, api_key),
         auth_message="Any user name; the password is the server's API key. 用户名任意，密码为服务器的 API 密钥。",
@@ -98,6 +97,16 @@ def mount_page(app: FastAPI, engine: Engine, *, path: str = "/", api_key: str | 
         enable_monitoring=False,
         pwa=False,
     )
+
+
+def page_script(engine: Engine) -> str:
+    """`page.js` with what it needs to know of the server."""
+    sizes = shape_sizes(engine.recommended.width, engine.recommended.height)
+    known = {"/* SIZES */ {}": sizes, "/* LARGEST_FILE */ Infinity": max_file_bytes(engine.limits)}
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    for stand_in, value in known.items():
+        script = script.replace(stand_in, json.dumps(value))
+    return script
 
 
 def _no_history() -> dict[str, Any]:
@@ -197,7 +206,7 @@ def connect_drawing(parts: Parts, engine: Engine, folder: str) -> None:
         return draw
 
     def edited_request(paths: list[str], selected: int, prompt: str) -> DrawRequest:
-        drawn, _ = read_request(Path(paths[selected]), "", engine.limits, engine.lora_names)
+        drawn, _ = read_request(Path(paths[selected]), "", engine.limits, engine.loras)
         return replace(drawn, prompt=prompt, use_pe=False)
 
     def stop(tab: gr.Request) -> None:
@@ -243,7 +252,7 @@ def _picture_parts(parts: Parts) -> list[Any]:
 
 def show_picture(parts: Parts, engine: Engine, paths: list[str], selected: int, language: str) -> Updates:
     """A picture, and what stands below it by the settings in its file."""
-    request, revised = read_request(Path(paths[selected]), "", engine.limits, engine.lora_names)
+    request, revised = read_request(Path(paths[selected]), "", engine.limits, engine.loras)
     return {
         parts.selected: selected,
         parts.picture: gr.update(value=paths[selected], visible=True),
@@ -256,8 +265,13 @@ def show_picture(parts: Parts, engine: Engine, paths: list[str], selected: int, 
 
 def picture_line(request: DrawRequest, language: str) -> str:
     """A picture's settings in a line."""
-    guidance = f"{request.guidance_scale:g}"
-    return texts(language)["picture_line"].format(**{**vars(request), "guidance": guidance})
+    values = {**vars(request), "guidance": f"{request.guidance_scale:g}", "until": f"{request.guidance_until:.0%}"}
+    keys = ["picture_line"]
+    if request.guidance_until != ALL_STEPS:
+        keys.append("guided_line")
+    if request.cache != EVERY_STEP:
+        keys.append("cache_line")
+    return " · ".join(texts(language)[key].format(**values) for key in keys)
 
 
 def download_link(path: Path, language: str) -> str:
@@ -283,7 +297,7 @@ def connect_pictures(parts: Parts, engine: Engine) -> None:
 
     def take(path: str, name: str, language: str) -> Updates:
         try:
-            request, _ = read_request(Path(path), name, engine.limits, engine.lora_names)
+            request, _ = read_request(Path(path), name, engine.limits, engine.loras)
         except ErnieImageNF4Error as error:
             return {parts.status: problem(message(error, language))}
         line = texts(language)["read_done"].format(name=name)
@@ -295,10 +309,15 @@ def connect_pictures(parts: Parts, engine: Engine) -> None:
     def take_selected(paths: list[str], selected: int, language: str) -> Updates:
         return take(paths[selected], Path(paths[selected]).name, language)
 
+    def refuse(name: str, language: str) -> Updates:
+        return {parts.status: problem(too_large(name, engine.limits).said(language))}
+
     shown = [part for part in _picture_parts(parts) if part not in (parts.gallery, parts.paths)]
     parts.gallery.select(look_at, [parts.language, parts.paths], shown, **QUICK)
     form = [parts.status, *parts.form.values(), parts.lora, *parts.strengths]
     parts.read.upload(take_dropped, [parts.read, parts.language], [*form, parts.read], **QUICK)
+    refused: dict[str, Any] = {"js": "window.ernie.refused", **QUICK}
+    parts.too_large.click(refuse, [parts.refused, parts.language], [parts.status], **refused)
     parts.reuse.click(take_selected, [parts.paths, parts.selected, parts.language], form, **QUICK)
 
 

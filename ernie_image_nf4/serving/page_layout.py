@@ -11,7 +11,7 @@ import gradio as gr
 
 from ..repository.components import PIXELS_PER_PATCH
 from ..repository.metadata import Recommended
-from .page_settings import MAX_GUIDANCE, shape_sizes, skipping_fields
+from .page_settings import LORA_STRENGTHS, MAX_GUIDANCE, SKIPPING, shape_sizes
 from .page_texts import TEXTS
 from .requests import Limits
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Gradio's names of the languages that it shows in the browser's own; others are told by `page.js`.
 WORDS = gr.I18n(en=TEXTS["en"], **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
-LORA_STRENGTHS = (0.0, 2.0)  # of the sliders, within what a request may ask for
 EXAMPLES = ("example_1", "example_2", "example_3")
 
 
@@ -43,6 +42,8 @@ class Parts:
         lora: Names of the adapters to use.
         strengths: A slider for each adapter.
         read: Takes a picture to read its settings.
+        too_large: Button that isn't shown; `page.js` clicks it for a file that it doesn't send.
+        refused: Name of that file, a text field that isn't shown.
         draw: Button.
         stop: Button, there while drawing.
         status: Progress, result or problem.
@@ -69,6 +70,8 @@ class Parts:
     lora: gr.Dropdown
     strengths: list[gr.Slider]
     read: gr.UploadButton
+    too_large: gr.Button
+    refused: gr.Textbox
     draw: gr.Button
     stop: gr.Button
     status: gr.HTML
@@ -99,7 +102,7 @@ def lay_out(engine: Engine) -> Parts:
         with gr.Column(elem_id="result"):
             parts |= _result()
         with gr.Column(elem_id="settings"):
-            parts |= _settings(engine.recommended, engine.limits, engine.lora_names)
+            parts |= _settings(engine.recommended, engine.limits, [*engine.loras])
     parts["form"] = parts.pop("texts") | parts.pop("numbers")
     return Parts(**parts)
 
@@ -238,14 +241,16 @@ def _settings(recommended: Recommended, limits: Limits, lora_names: Sequence[str
         "lora": lora,
         "strengths": strengths,
         "read": read,
+        "too_large": gr.Button("", elem_id="too-large"),
+        "refused": gr.Textbox("", visible=False),
     }
 
 
 def _skipping() -> dict[str, Any]:
-    """Sliders for the fields about skipping that requests have."""
+    """Sliders for what steps leave out."""
     return {
         name: gr.Slider(
             low, high, usual, step=step, label=word(name), info=word(f"{name}_info"), elem_id=name.replace("_", "-")
         )
-        for name, (low, high, usual, step) in skipping_fields().items()
+        for name, (low, high, usual, step) in SKIPPING.items()
     }

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidRequest, InvalidSettings
+from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from ..generation.image_file import read_settings
+from ..generation.settings import LoraUse, read_noted_loras
 from ..repository.components import PIXELS_PER_PATCH
 from .page_texts import Refusal
 from .requests import DrawRequest, Limits, check_request
 
 MAX_GUIDANCE = 20.0  # of the slider
+LORA_STRENGTHS = (0.0, 2.0)  # likewise, within what a request may ask for
 SHAPES = {"1:1": 1.0, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "3:4": 3 / 4, "2:3": 2 / 3, "9:16": 9 / 16}
 MAX_SEED_DIGITS = 30
 # Fields that can be left blank by mistake -> key of their label
-NUMBERS = {"width": "width", "height": "height", "steps": "steps", "guidance_scale": "guidance", "count": "count"}
+NUMBERS = {
+    "width": "width",
+    "height": "height",
+    "steps": "steps",
+    "guidance_scale": "guidance",
+    "guidance_until": "guidance_until",
+    "cache": "cache",
+    "count": "count",
+}
+WHOLE_NUMBERS = ("width", "height", "steps", "count", "cache")
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")  # those that the package writes, by Pillow's names
-# Fields of `DrawRequest` that not every version has: least, most, what skips nothing, and step of a slider
-SKIPPING = {"guidance_until": (0.0, 1.0, 1.0, 0.05), "cache": (1, 8, 1, 1)}
+# Sliders for what steps leave out: least, most, what leaves out nothing, and step
+SKIPPING = {"guidance_until": (0.05, 1.0, ALL_STEPS, 0.05), "cache": (1, 8, EVERY_STEP, 1)}
 
 
 def shape_sizes(width: int, height: int) -> dict[str, tuple[int, int]]:
@@ -53,24 +64,18 @@ def request_of(values: Mapping[str, Any], lora: Mapping[str, float]) -> DrawRequ
     seed = values["seed"].strip()
     if seed and not (seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
         raise Refusal("not_a_seed", found=seed[:40])
-    whole = {field: int(values[field]) for field in ("width", "height", "steps", "count")}
+    whole = {field: int(values[field]) for field in WHOLE_NUMBERS}
     return DrawRequest(**{**values, **whole, "seed": int(seed) if seed else None, "lora": tuple(lora.items())})
 
 
-def skipping_fields() -> dict[str, tuple[float, float, float, float]]:
-    """Those of `SKIPPING` that requests have."""
-    known = {field.name for field in fields(DrawRequest)}
-    return {name: slider for name, slider in SKIPPING.items() if name in known}
-
-
-def read_request(path: Path, name: str, limits: Limits, lora_names: Collection[str]) -> tuple[DrawRequest, str | None]:
+def read_request(path: Path, name: str, limits: Limits, loras: Mapping[str, LoraUse]) -> tuple[DrawRequest, str | None]:
     """The request that a picture was drawn by, and its prompt as the enhancer rewrote it.
 
     Args:
         path: The file.
         name: What to call it in messages.
         limits: What the server draws. Larger pictures aren't read either.
-        lora_names: The adapters that the server offers.
+        loras: Those that the server offers, by name.
 
     Raises:
         Refusal: It is no picture, too large, holds no settings, or some that can't be drawn here.
@@ -83,8 +88,8 @@ def read_request(path: Path, name: str, limits: Limits, lora_names: Collection[s
     if not {"prompt", "seed", "steps"} <= settings.keys():
         raise Refusal("no_settings", name=name)
     try:
-        request = _parse(settings)
-        check_request(request, limits, lora_names=lora_names)
+        request = _parse(settings, loras)
+        check_request(request, limits, lora_names=loras)
     except (InvalidRequest, InvalidSettings) as error:
         raise Refusal("bad_settings", name=name, reason=str(error)) from error
     return request, str(settings["revised_prompt"]) if request.use_pe else None
@@ -95,12 +100,17 @@ def max_file_bytes(limits: Limits) -> int:
     return 4 * limits.max_pixels + 2**20
 
 
+def too_large(name: str, limits: Limits) -> Refusal:
+    """Says that a file has too many bytes."""
+    return Refusal("too_large", name=name, most=max_file_bytes(limits) // 10**6)
+
+
 def _check_picture(path: Path, name: str, limits: Limits) -> None:
     """Refuse a file by its size in bytes and the size in its header, before its pixels are decoded."""
     from PIL import Image
 
     if path.stat().st_size > max_file_bytes(limits):
-        raise Refusal("too_large", name=name, most=max_file_bytes(limits) // 10**6)
+        raise too_large(name, limits)
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             pixels = image.width * image.height
@@ -110,20 +120,18 @@ def _check_picture(path: Path, name: str, limits: Limits) -> None:
         raise Refusal("too_many_pixels", name=name, pixels=f"{pixels:,}", most=f"{limits.max_pixels:,}")
 
 
-def _parse(settings: Mapping[str, str]) -> DrawRequest:
+def _parse(settings: Mapping[str, str], loras: Mapping[str, LoraUse]) -> DrawRequest:
     """A picture's settings as a request for one picture.
 
     Raises:
-        InvalidSettings: One is missing or no number.
+        InvalidSettings: One is missing or no number, or there is no such LoRA here.
     """
     guidance = _number(settings, "guidance_scale")
-    if not 0 <= guidance <= MAX_GUIDANCE:
-        raise InvalidSettings(f"guidance_scale {guidance} is out of range: use 0 to {MAX_GUIDANCE:g}.")
-    skipping = {
-        name: _number(settings, name, type(usual))
-        for name, (_, _, usual, _) in skipping_fields().items()
-        if name in settings
-    }
+    _check_range("guidance_scale", guidance, 0, MAX_GUIDANCE)
+    skipping: dict[str, Any] = {}
+    for name, (least, most, usual, _) in SKIPPING.items():
+        skipping[name] = _number(settings, name, type(usual)) if name in settings else usual
+        _check_range(name, skipping[name], least, most)
     return DrawRequest(
         prompt=str(settings["prompt"]),
         negative_prompt=str(settings.get("negative_prompt", "")),
@@ -133,8 +141,24 @@ def _parse(settings: Mapping[str, str]) -> DrawRequest:
         guidance_scale=guidance,
         seed=_number(settings, "seed", int),
         use_pe="revised_prompt" in settings,
+        lora=tuple(_offered(use, loras) for use in read_noted_loras(str(settings.get("lora", "")))),
         **skipping,
     )
+
+
+def _offered(use: LoraUse, loras: Mapping[str, LoraUse]) -> tuple[str, float]:
+    """A picture's LoRA by the name under which the server offers its file, and its strength."""
+    name = next((name for name, offered in loras.items() if offered.sha256 == use.sha256), None)
+    if name is None:
+        raise InvalidSettings(f"its LoRA {use.file} isn't offered here.")
+    _check_range(f"LoRA {name}: strength", use.strength, *LORA_STRENGTHS)
+    return name, use.strength
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    """Refuse what the form's slider has no place for."""
+    if not least <= value <= most:
+        raise InvalidSettings(f"{name} {value} is out of range: use {least:g} to {most:g}.")
 
 
 def _number(settings: Mapping[str, str], key: str, kind: type = float) -> Any:

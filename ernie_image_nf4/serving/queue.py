@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from ..generation.settings import Settings
+from ..generation.settings import LoraUse, Settings
 from .requests import DrawRequest
 
 MAX_BATCH = 8  # as in `generation.schedule`, which imports torch; a test compares them
 
-Shape = tuple[int, int, int, float, tuple[tuple[str, float], ...]]
+Shape = tuple[int, int, int, float, float, int, tuple[LoraUse, ...]]
 
 
 @dataclass(eq=False)
@@ -21,7 +21,6 @@ class Pending:
         owner: Identifies the request that it belongs to.
         index: Of the request's pictures, which one.
         settings: What to draw, and how.
-        lora: Adapters and their strengths.
         alone: Whether it is to be drawn in a batch of its own: the worker that had it died, and if it is to blame, its
             neighbours aren't to suffer again.
     """
@@ -29,22 +28,30 @@ class Pending:
     owner: int
     index: int
     settings: Settings
-    lora: tuple[tuple[str, float], ...] = ()
     alone: bool = False
 
     @property
     def shape(self) -> Shape:
         """What pictures of a batch have in common."""
         each = self.settings
-        return each.height, each.width, each.num_inference_steps, each.guidance_scale, self.lora
+        size = each.height, each.width, each.num_inference_steps
+        return *size, each.guidance_scale, each.guidance_until, each.cache, each.lora
 
     @property
     def pixels(self) -> int:
         return self.settings.height * self.settings.width
 
 
-def pictures_of(request: DrawRequest, owner: int, seed: int) -> list[Pending]:
-    """The pictures of a request, with seeds counting up from `seed`."""
+def pictures_of(request: DrawRequest, owner: int, seed: int, loras: Mapping[str, LoraUse]) -> list[Pending]:
+    """The pictures of a request.
+
+    Args:
+        request: What to draw.
+        owner: Identifies the request.
+        seed: Of the first picture, the next ones count up.
+        loras: Those that the server offers, by name.
+    """
+    lora = tuple(replace(loras[name], strength=float(strength)) for name, strength in request.lora)
     return [
         Pending(
             owner,
@@ -58,8 +65,10 @@ def pictures_of(request: DrawRequest, owner: int, seed: int) -> list[Pending]:
                 guidance_scale=float(request.guidance_scale),
                 seed=seed + index,
                 use_pe=request.use_pe,
+                guidance_until=float(request.guidance_until),
+                cache=request.cache,
+                lora=lora,
             ),
-            request.lora,
         )
         for index in range(request.count)
     ]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import InvalidRequest, InvalidSettings
+from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from ..generation.settings import check_settings
 
 MAX_LORA_STRENGTH = 4.0
@@ -24,6 +25,8 @@ class DrawRequest:
         height: Pixels, a multiple of 16.
         steps: Denoising steps.
         guidance_scale: Weight of the prompt against the negative prompt, 1 for none.
+        guidance_until: Share of the steps with guidance, as for `set_skipping`.
+        cache: Every how many steps the transformer is computed, likewise.
         seed: Of the first picture, the next ones count up. None: the engine takes a random one.
         count: Pictures.
         use_pe: Whether the prompt enhancer rewrites the prompt.
@@ -36,6 +39,8 @@ class DrawRequest:
     height: int
     steps: int
     guidance_scale: float
+    guidance_until: float = ALL_STEPS
+    cache: int = EVERY_STEP
     seed: int | None = None
     count: int = 1
     use_pe: bool = True
@@ -85,6 +90,10 @@ def check_request(request: DrawRequest, limits: Limits, *, lora_names: Collectio
             check_settings("-", **{field: getattr(request, field)})
     with _naming("guidance_scale"):
         check_settings("-", guidance=request.guidance_scale)
+    with _naming("guidance_until"):
+        check_settings("-", guidance_until=request.guidance_until)
+    with _naming("cache"):
+        check_settings("-", cache=request.cache)
     with _naming("seed"):
         check_settings("-", seed=request.seed, count=request.count)
 

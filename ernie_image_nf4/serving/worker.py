@@ -78,8 +78,7 @@ class Worker:
     def draw(self, tasks: dict[int, Pending]) -> None:
         """Give it a batch."""
         self.idle, self.batch, self.began = False, dict(tasks), self._loop.time()
-        lora = next(iter(tasks.values())).lora
-        self._send(Draw(tuple(Task(number, each.settings) for number, each in tasks.items()), lora))
+        self._send(Draw(tuple(Task(number, each.settings) for number, each in tasks.items())))
 
     def drop(self, owner: int) -> None:
         """Tell it that nobody waits for the pictures of a request. It stops within a step if all of its batch go."""

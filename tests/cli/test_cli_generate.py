@@ -68,7 +68,7 @@ def test_upstreams_bits_are_an_option(generate, monkeypatch, options, fast):
 
 
 def test_draws_a_png_that_says_how_it_was_made(generate, tmp_path):
-    result = generate("a cat", "--seed", 7, "--guidance", 3, "--negative", "dogs")
+    result = generate("a cat", "--seed", 7, "--guidance", 3, "--negative", "dogs", "--dtype", "float32")
     assert result.code == 0
     assert pixels(tmp_path / "out.png").shape == (32, 48, 3)
     text = chunks(tmp_path / "out.png")
@@ -85,6 +85,7 @@ def test_draws_a_png_that_says_how_it_was_made(generate, tmp_path):
         "width": "48",
         "height": "32",
         "model": "ERNIE-Tiny-NF4",
+        "dtype": "float32",
     }
 
 

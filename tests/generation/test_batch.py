@@ -123,7 +123,7 @@ def test_a_line_of_the_manifest_is_flat(whole):
     assert list(line) == [
         "file", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "seed",
         "use_pe", "guidance_until", "cache", "lora", "model", "revised_prompt", "seconds", "batch_size", "sha256",
-        "products", "revision", "version", "error",
+        "products", "dtype", "fast", "revision", "version", "error",
     ]  # fmt: skip
     assert (line["prompt"], line["seed"], line["model"]) == ("一只橙色的小猫坐在木桌上", 7, "ERNIE-Tiny-NF4")
 

@@ -61,10 +61,11 @@ def test_every_format_keeps_the_settings(tmp_path, drawing, name, kind):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_what_holds_for_some_pictures_only_is_there_then(tmp_path, drawing, suffix):
     path = tmp_path / f"a.{suffix}"
-    save_picture(replace(drawing, revised_prompt=None, products="int8"), path, model="mini", revision="0123abc")
+    computation = {"products": "int8", "dtype": "bfloat16", "fast": "exact"}
+    save_picture(replace(drawing, revised_prompt=None, **computation), path, model="mini", revision="0123abc")
     settings = read_settings(path)
     assert settings.pop("versions")
-    assert settings == EXPECTED | {"products": "int8", "revision": "0123abc"}
+    assert settings == EXPECTED | computation | {"revision": "0123abc"}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])

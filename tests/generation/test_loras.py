@@ -20,6 +20,7 @@ from ernie_image_nf4.generation.manifest import MANIFEST, read_manifest
 from ernie_image_nf4.generation.prompt_file import read_prompts
 from ernie_image_nf4.generation.schedule import Picture, groups
 from ernie_image_nf4.generation.settings import LoraUse, Settings
+from ernie_image_nf4.generation.single import draw_and_save
 from ernie_image_nf4.loading.lora import known_adapters, strengths
 
 pytest.importorskip("peft")
@@ -226,6 +227,99 @@ def test_a_run_goes_on_by_the_files_of_its_loras(pipeline, files, tmp_path):
     assert len(draw(pipeline, tmp_path / "out", rows, lora=[f"{moved}:0.5"])) == 1
     moved.write_bytes(files["oil"].read_bytes())
     assert len(draw(pipeline, tmp_path / "out", rows, lora=[f"{moved}:0.5"])) == 1
+
+
+def test_loras_that_the_pipeline_has_already_are_noted(pipeline, files, tmp_path):
+    load_lora(pipeline, files["oil"], name="mine", strength=0.25)
+    noted = LoraUse("oil.safetensors", 0.25, sha256(files["oil"]))
+    rows = [Row("a cat"), Row("a cat", lora=[str(files["ink"])])]
+    plain, own = draw(pipeline, tmp_path, rows)
+    assert plain.settings.lora == (noted,)
+    assert own.settings.lora == (LoraUse("ink.safetensors", 1.0, sha256(files["ink"])),)
+    (file, _) = sorted(tmp_path.glob("*.png"))
+    assert read_settings(file)["lora"] == f"oil.safetensors:0.25 (sha256 {noted.sha256})"
+    assert draw(pipeline, tmp_path, rows) == []
+    ((drawing, path),) = draw_and_save(pipeline, [tmp_path / "one.png"], "a cat", **SMALL, seed=0, use_pe=False)
+    assert drawing.settings.lora == (noted,)
+    assert read_settings(path)["lora"] == read_settings(file)["lora"]
+
+
+def switch_off(pipe) -> None:
+    pipe.disable_lora()
+
+
+def change_strength(pipe) -> None:
+    pipe.set_adapters(["mine"], [0.5])
+
+
+def change_one_layer(pipe) -> None:
+    pipe.set_adapters(["mine"], [{"layers.0": 0.25, "layers.1": 0.5}])
+
+
+def leave_out(pipe) -> None:
+    pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize("change", [switch_off, change_strength, change_one_layer, leave_out])
+def test_other_loras_in_the_pipeline_are_other_pictures(pipeline, files, tmp_path, change):
+    load_lora(pipeline, files["oil"], name="mine", strength=0.25)
+    rows = [Row("a cat"), Row("a dog", lora=[str(files["ink"])])]
+    draw(pipeline, tmp_path, rows)
+    change(pipeline)
+    before = pixels_of(tmp_path)
+    (again,) = draw(pipeline, tmp_path, rows)  # that with a LoRA of its own stays
+    assert again.settings.prompt == "a cat"
+    assert not np.array_equal(pixels_of(tmp_path)[again.file], before[again.file])
+    assert draw(pipeline, tmp_path, rows) == []
+
+
+def test_a_lora_of_the_same_name_from_another_file_is_another(pipeline, files, tmp_path):
+    for loading in (load_lora, type(pipeline).load_lora_weights):
+        for name in ("ink", "oil"):
+            pipeline.unload_lora_weights()
+            if loading is load_lora:
+                load_lora(pipeline, files[name], name="mine")
+            else:
+                pipeline.load_lora_weights(files[name], adapter_name="mine")
+            (record,) = draw(pipeline, tmp_path, [Row("a cat")]) or read_manifest(tmp_path / MANIFEST)
+            assert record.settings.lora == (LoraUse(f"{name}.safetensors", 1.0, sha256(files[name])),)
+    pipeline.load_lora_weights(files["ink"], adapter_name="mine", hotswap=True)
+    (record,) = draw(pipeline, tmp_path, [Row("a cat")])
+    assert record.settings.lora == (LoraUse("ink.safetensors", 1.0, sha256(files["ink"])),)
+
+
+def test_a_lora_from_no_file_is_known_by_its_tensors(pipeline, files, tmp_path):
+    from safetensors.torch import load_file
+
+    digests = set()
+    for name in ("ink", "oil", "ink"):
+        pipeline.unload_lora_weights()
+        pipeline.load_lora_weights(load_file(files[name]), adapter_name="mine")
+        (record,) = draw(pipeline, tmp_path, [Row("a cat")])
+        (use,) = record.settings.lora
+        assert (use.file, use.strength, use.from_file) == ("mine", 1.0, False)
+        digests.add(use.sha256)
+        assert draw(pipeline, tmp_path, [Row("a cat")]) == []
+        assert read_settings(tmp_path / record.file)["lora"] == f"mine:1 (tensors: sha256 {use.sha256})"
+    assert len(digests) == 2
+
+
+def test_saving_leaves_what_is_known_of_a_lora(pipeline, files, tmp_path):
+    load_lora(pipeline, files["oil"], strength=0.25)
+    pipeline.save_pretrained(tmp_path / "saved")
+    (record,) = draw(pipeline, tmp_path / "out", [Row("a cat")])
+    assert record.settings.lora == (LoraUse("oil.safetensors", 0.25, sha256(files["oil"])),)
+
+
+def test_a_manifest_that_noted_no_loras_of_the_pipeline_holds_for_none(pipeline, files, tmp_path):
+    draw(pipeline, tmp_path, [Row("a cat")])
+    manifest = tmp_path / MANIFEST
+    values = json.loads(manifest.read_text())
+    assert values.pop("lora") == []
+    manifest.write_text(json.dumps(values) + "\n")
+    assert draw(pipeline, tmp_path, [Row("a cat")]) == []
+    load_lora(pipeline, files["oil"])
+    assert len(draw(pipeline, tmp_path, [Row("a cat")])) == 1
 
 
 def test_the_command(command, repository, files, tmp_path):

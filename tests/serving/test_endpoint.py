@@ -12,6 +12,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
@@ -77,6 +78,24 @@ def test_openais_client_draws_what_generate_draws(client, pipe, tmp_path):
     assert abs(answer.created - time.time()) < 60
 
 
+def test_what_steps_leave_out_is_left_out_as_generate_does(client, pipe, tmp_path):
+    path, skipping = tmp_path / "cat.png", {"guidance_until": 0.5, "cache": 2}
+    list(draw_and_save(pipe, [path], "a cat", height=32, width=32, steps=6, guidance=3.0, seed=3, **skipping))
+    asked = {"steps": 6, "guidance_scale": 3.0, "seed": 3}
+    whole, skipped = (
+        client.images.generate(prompt="a cat", size="32x32", extra_body=asked | extra) for extra in ({}, skipping)
+    )
+    assert base64.b64decode(skipped.data[0].b64_json) == path.read_bytes()
+    assert {key: read_settings(path)[key] for key in skipping} == {"guidance_until": "0.5", "cache": "2"}
+    assert pixels(skipped) != pixels(whole)
+
+
+def pixels(answer: Any) -> bytes:
+    """Those of the first picture of an answer."""
+    with Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))) as image:
+        return image.tobytes()
+
+
 def test_several_pictures_have_seeds_that_count_up(client):
     answer = client.images.generate(prompt="a cat", n=3, **SMALL)
     assert [each.seed for each in answer.data] == [3, 4, 5]
@@ -136,6 +155,9 @@ def test_the_lines_of_the_documentation_draw(url, engine, tmp_path, monkeypatch)
         ({"extra_body": {"steps": 0}}, "steps", "1 or more"),
         ({"extra_body": {"steps": "2"}}, "steps", "valid integer"),
         ({"extra_body": {"guidance_scale": 1e30}}, "guidance_scale", "up to 100"),
+        ({"extra_body": {"guidance_until": 1.5}}, "guidance_until", "no share of the steps"),
+        ({"extra_body": {"cache": 0}}, "cache", "no number of steps"),
+        ({"extra_body": {"cache": 1.5}}, "cache", "valid integer"),
         ({"extra_body": {"seed": -1}}, "seed", "out of range"),
         ({"extra_body": {"stepz": 2}}, "stepz", "no field 'stepz'"),
         ({"extra_body": {"lora": [{"name": "/etc/passwd"}]}}, "lora", "offers none"),

@@ -18,12 +18,10 @@ import torch
 from PIL import Image
 from running import Loop, events_of, request, running_engine, running_loop, until
 
-import ernie_image_nf4
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import (
     ErnieImageNF4Error,
     InvalidRequest,
-    InvalidSettings,
     QueueFull,
     RequestTimedOut,
     ShuttingDown,
@@ -278,16 +276,6 @@ def test_every_gpu_has_a_worker(loop, repository):
 def pixels(png: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image).astype(int)
-
-
-# Limits of a version
-
-
-def test_loras_are_refused_by_a_version_that_has_none(repository):
-    if "load_lora" in ernie_image_nf4.__all__:
-        pytest.skip("this version has load_lora")
-    with pytest.raises(InvalidSettings, match="--lora"):
-        Engine(str(repository), loras={"style": "style.safetensors"})
 
 
 def test_limits_are_those_that_were_given(repository):

@@ -19,6 +19,7 @@ from running import Loop, request, running_engine, running_loop, serving, until
 from ernie_image_nf4.generation.image_file import Drawing, read_settings, save_picture
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.serving.engine import Engine, Picture
+from ernie_image_nf4.serving.page_settings import max_file_bytes
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -332,11 +333,31 @@ def test_a_dropped_picture_fills_the_form(visit, picture):
     page = visit()
     drop(page, "dropped.png", picture("一只橙色的猫"))
     page.wait_for_selector("#status >> text=The form has the settings of dropped.png.")
+    assert skipping(page) == ("1", "1")
     expected = {"prompt": '一只猫, "quoted"', "negative": "blurry", "width": "192", "height": "144", "steps": "7"}
     assert form(page) == expected | {"guidance": "2.5", "seed": str(2**60 + 1), "enhance": "True"}
     drop(page, "other.jpg", picture(None, "other.jpg", seed=3))
     page.wait_for_selector("#status >> text=The form has the settings of other.jpg.")
     assert form(page) == expected | {"guidance": "2.5", "seed": "3", "enhance": "False"}
+
+
+def skipping(page: Any) -> tuple[str, str]:
+    return page.input_value("#guidance-until input >> nth=0"), page.input_value("#cache input >> nth=0")
+
+
+def test_what_steps_leave_out_is_drawn_and_comes_back_from_the_picture(visit, picture, tmp_path):
+    page = visit()
+    drop(page, "dropped.png", picture(guidance_until=0.33, cache=2, num_inference_steps=4, height=128, width=128))
+    page.wait_for_selector("#status >> text=The form has the settings of dropped.png.")
+    assert skipping(page) == ("0.33", "2")
+    page.click("#draw")
+    drawn(page)
+    assert page.inner_text("#line").endswith(" · guidance until 33% · one of 2 steps computed")
+    with page.expect_download() as download:
+        page.click("#download a")
+    download.value.save_as(tmp_path / "drawn.png")
+    settings = read_settings(tmp_path / "drawn.png")
+    assert (settings["guidance_until"], settings["cache"]) == ("0.33", "2")
 
 
 def test_a_file_that_doesnt_fit_leaves_the_form_as_it_is(visit, picture, tmp_path):
@@ -356,6 +377,28 @@ def test_a_file_that_doesnt_fit_leaves_the_form_as_it_is(visit, picture, tmp_pat
         drop(page, name, content)
         page.wait_for_selector(f"[role=alert] >> text={text}")
     assert form(page) == before
+
+
+@pytest.mark.parametrize(
+    ("locale", "text"),
+    [("en-GB", "large.png is too large: up to 17 MB are read."), ("zh-CN", "large.png 太大：最多读取 17 MB。")],
+)
+def test_a_file_too_large_to_send_is_told_of_in_the_pages_language(visit, picture, engine, locale, text):
+    page = visit(locale=locale)
+    sent: list[str] = []
+    page.on("request", lambda each: sent.append(each.url))
+    script = """(bytes) => {
+      const held = new DataTransfer();
+      held.items.add(new File([new Uint8Array(bytes)], "large.png"));
+      return held;
+    }"""
+    held = page.evaluate_handle(script, max_file_bytes(engine.limits) + 1)
+    page.dispatch_event("#result", "drop", {"dataTransfer": held})
+    page.wait_for_selector(f"[role=alert] >> text={text}")
+    assert not [each for each in sent if "upload" in each]
+    page.set_input_files("input[type=file]", {"name": "x.png", "mimeType": "image/png", "buffer": picture()})
+    page.wait_for_selector("#status >> text=x.png")  # the button goes on working
+    assert form(page)["seed"] == str(2**60 + 1)
 
 
 # Safety

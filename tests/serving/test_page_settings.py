@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from string import Formatter
 from typing import Any
 
@@ -19,9 +20,10 @@ from ernie_image_nf4.errors import (
     RequestTimedOut,
     WorkerLost,
 )
+from ernie_image_nf4.generation.settings import LoraUse
 from ernie_image_nf4.serving.engine import Engine
 from ernie_image_nf4.serving.events import Event, Queued, Revised, Started, Step
-from ernie_image_nf4.serving.page import Page, fill_form, form_request, make_page
+from ernie_image_nf4.serving.page import Page, fill_form, form_request, make_page, picture_line
 from ernie_image_nf4.serving.page_drawing import Progress, last_line, note, progress_line, seconds_left
 from ernie_image_nf4.serving.page_layout import Parts, lay_out
 from ernie_image_nf4.serving.page_settings import max_file_bytes, read_request, request_of, shape_sizes
@@ -29,6 +31,7 @@ from ernie_image_nf4.serving.page_texts import CHINESE, ENGLISH, LANGUAGES, Refu
 from ernie_image_nf4.serving.requests import DrawRequest, Limits
 
 GOOD = {"prompt": "a cat", "seed": "3", "steps": "4", "guidance_scale": "2.5", "width": "64", "height": "48"}
+INK = LoraUse("ink.safetensors", 1.0, "0" * 64)
 VALUES = {
     "prompt": "a cat",
     "negative_prompt": "",
@@ -36,6 +39,8 @@ VALUES = {
     "height": 48,
     "steps": 4,
     "guidance_scale": 2.5,
+    "guidance_until": 1,
+    "cache": 1,
     "seed": " 12 ",
     "count": 1,
     "use_pe": True,
@@ -59,7 +64,7 @@ def png(tmp_path):
 
 def refusal(path, **limits) -> str:
     with pytest.raises(Refusal) as caught:
-        read_request(path, "x.png", Limits(**limits), ())
+        read_request(path, "x.png", Limits(**limits), {"ink": INK})
     return str(caught.value)
 
 
@@ -67,12 +72,31 @@ def refusal(path, **limits) -> str:
 
 
 def test_a_pictures_settings_are_the_request_that_drew_it(png):
-    request, revised = read_request(png(**GOOD, revised_prompt="an orange cat"), "x.png", Limits(), ())
+    request, revised = read_request(png(**GOOD, revised_prompt="an orange cat"), "x.png", Limits(), {})
     assert request == DrawRequest(prompt="a cat", seed=3, steps=4, guidance_scale=2.5, width=64, height=48)
     assert revised == "an orange cat"
-    request, revised = read_request(png(**GOOD), "x.png", Limits(), ())
+    request, revised = read_request(png(**GOOD), "x.png", Limits(), {})
     assert not request.use_pe
     assert revised is None
+
+
+def test_what_a_pictures_steps_left_out_is_part_of_its_request(png):
+    request, _ = read_request(png(**GOOD, guidance_until="0.33", cache="3"), "x.png", Limits(), {})
+    assert (request.guidance_until, request.cache) == (0.33, 3)
+    filled = fill_form(parts := layout(), request)
+    assert (filled[parts.form["guidance_until"]], filled[parts.form["cache"]]) == (0.33, 3)
+    plain, _ = read_request(png(**GOOD), "x.png", Limits(), {})
+    assert (plain.guidance_until, plain.cache) == (1.0, 1)
+    assert picture_line(plain, "en") == "Seed 3 · 64×48 · 4 steps · guidance 2.5"
+    assert picture_line(request, "en").endswith(" · guidance until 33% · one of 3 steps computed")
+    assert picture_line(request, "zh").endswith(" · 引导截止 33% · 每 3 步计算一步")
+
+
+def test_a_pictures_loras_are_found_among_those_offered_by_their_digest(png):
+    oil = LoraUse("a: b; c:1 (x).safetensors", 0.125, "f" * 64)
+    noted = "; ".join(map(str, (oil, replace(INK, file="renamed.safetensors", strength=0.75))))
+    request, _ = read_request(png(**GOOD, lora=noted), "x.png", Limits(), {"ink": INK, "oil": oil})
+    assert request.lora == (("oil", 0.125), ("ink", 0.75))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +108,18 @@ def test_a_pictures_settings_are_the_request_that_drew_it(png):
         ("width", "63", "Width 63 is not a positive multiple of 16"),
         ("guidance_scale", "nan", "guidance_scale nan is out of range"),
         ("guidance_scale", "30", "guidance_scale 30.0 is out of range: use 0 to 20."),
+        ("guidance_until", "0", "guidance_until 0.0 is out of range: use 0.05 to 1."),
+        ("cache", "9", "cache 9 is out of range: use 1 to 8."),
+        ("cache", "1.5", "cache is '1.5', not a whole number."),
+        ("lora", f"ink.safetensors:1 (sha256 {'e' * 64})", "its LoRA ink.safetensors isn't offered here."),
+        (
+            "lora",
+            f"ink.safetensors:-1 (sha256 {'0' * 64})",
+            "LoRA ink: strength -1.0 is out of range: use 0 to 2.",
+        ),
+        ("lora", f"ink.safetensors:1e999 (sha256 {'0' * 64})", "out of range"),
+        ("lora", f"ink.safetensors:{'1' * 10000}", "names no LoRA with its strength and SHA-256."),
+        ("lora", "style", "lora is 'style', which names no LoRA"),
         ("seed", str(2**63), "out of range"),
         ("prompt", "x" * 8001, "prompt has 8001 characters"),
     ],
@@ -115,9 +151,17 @@ def test_files_are_refused_before_their_pixels_are_read(png, tmp_path):
 
 
 def test_the_forms_values_become_a_request():
-    request = request_of(VALUES, {"ink": 0.5})
+    request = request_of(VALUES | {"guidance_until": 0.5, "cache": 3.0}, {"ink": 0.5})
     assert request == DrawRequest(
-        prompt="a cat", width=64, height=48, steps=4, guidance_scale=2.5, seed=12, lora=(("ink", 0.5),)
+        prompt="a cat",
+        width=64,
+        height=48,
+        steps=4,
+        guidance_scale=2.5,
+        guidance_until=0.5,
+        cache=3,
+        seed=12,
+        lora=(("ink", 0.5),),
     )
     assert request_of({**VALUES, "seed": ""}, {}).seed is None
 
@@ -127,6 +171,8 @@ def test_the_forms_values_become_a_request():
     [
         ("prompt", " \n", "The prompt is empty"),
         ("steps", None, "fill in Steps"),
+        ("guidance_until", None, "fill in Guidance until"),
+        ("cache", None, "fill in Compute every"),
         ("count", None, "fill in Pictures"),
         ("seed", "1.5", "The seed 1.5 is no whole number"),
         ("seed", "1" * 31, "is no whole number"),
@@ -151,7 +197,7 @@ def test_shapes_have_about_the_pixels_that_suit_the_model(width, height):
 def layout(*lora_names: str, **options: Any) -> Parts:
     """The page's parts over the mini, which isn't loaded."""
     engine = Engine(str(CHECKOUT), **options)
-    engine.lora_names = lora_names  # whose files are read by its workers only
+    engine.loras = {name: LoraUse(f"{name}.safetensors", 1.0, name) for name in lora_names}  # which only workers read
     with gr.Blocks(analytics_enabled=False):
         return lay_out(engine)
 

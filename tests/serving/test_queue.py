@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ernie_image_nf4.generation.settings import LoraUse
 from ernie_image_nf4.serving.queue import Pending, PictureQueue, pictures_of
 from ernie_image_nf4.serving.requests import DrawRequest
 
@@ -11,7 +12,7 @@ BASE = DrawRequest(prompt="a cat", width=64, height=64, steps=4, guidance_scale=
 
 
 def pictures(owner: int, **changes) -> list[Pending]:
-    return pictures_of(replace(BASE, **changes), owner, seed=7)
+    return pictures_of(replace(BASE, **changes), owner, 7, {"style": LoraUse("style.safetensors", 1.0, "0" * 64)})
 
 
 def queue_of(*requests: list[Pending]) -> PictureQueue:
@@ -47,6 +48,11 @@ def test_a_batch_is_as_large_as_the_worker_says_and_the_rest_waits_in_order():
 def test_other_adapters_make_another_batch():
     queue = queue_of(pictures(1), pictures(2, lora=(("style", 1.0),)), pictures(3, lora=(("style", 0.5),)))
     assert [owners(queue.take(lambda each: 8)) for _ in range(3)] == [[1], [2], [3]]
+
+
+def test_what_steps_leave_out_makes_another_batch():
+    queue = queue_of(pictures(1), pictures(2, guidance_until=0.5), pictures(3, cache=2), pictures(4, cache=2))
+    assert [owners(queue.take(lambda each: 8)) for _ in range(3)] == [[1], [2], [3, 4]]
 
 
 def test_what_a_dead_worker_had_comes_first_and_alone():
