@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -52,15 +52,15 @@ def capture(
     on: CaptureStream,
     *,
     warm_up: bool = False,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] = (),
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Record the kernels that `work` starts on the stream's device, which has to be the current one.
 
     Args:
-        work: Reads and writes tensors whose addresses stay. It draws no random numbers but from `generator`.
+        work: Reads and writes tensors whose addresses stay. It draws no random numbers but from `generators`.
         on: To capture on. The owner of the graph keeps it as long as the graph.
         warm_up: Whether to run `work` once before, so that what is allocated or compiled the first time isn't recorded.
-        generator: Random generator that `work` draws from. After an error it can't be used any more.
+        generators: Random generators that `work` draws from. After an error they can't be used any more.
 
     Returns:
         The graph, and what `work` returned: tensors that each replay writes anew.
@@ -71,7 +71,7 @@ def capture(
     device, stream = on.device, on.stream
     current = torch.cuda.current_stream(device)
     graph = Graph()
-    if generator is not None:
+    for generator in generators:
         graph.register_generator_state(generator)
     # The outer context brings the current stream back: a capture that fails leaves its own.
     with CAPTURING, torch.cuda.stream(current):

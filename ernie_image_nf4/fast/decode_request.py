@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import (
@@ -29,6 +29,20 @@ WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 MINIMUM = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 STOPPING = (EosTokenCriteria, MaxLengthCriteria)
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class Sampling(NamedTuple):
+    """How tokens are sampled, where no more than this is asked for.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Likeliest tokens to sample from; 0 for all.
+        top_p: Least mass of those that are sampled from, among the `top_k`.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,26 @@ class DecodeRequest:
         """All that a captured step depends on, apart from the cache's size."""
         warpers = tuple((type(item).__name__, *sorted(vars(item).items())) for item in self.warpers)
         return len(self.input_ids), self.do_sample, warpers, self.eos_token_ids, self.pad_token_id
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """What the warpers do, None if it is something else or in another order."""
+        if not self.do_sample:
+            return Sampling(temperature=0.0)
+        kinds = [type(warper) for warper in self.warpers]
+        if kinds != [kind for kind in WARPERS if kind in kinds]:
+            return None
+        found = Sampling()
+        for warper in self.warpers:
+            if type(warper) is TemperatureLogitsWarper:
+                found = found._replace(temperature=float(warper.temperature))
+            elif type(warper) is TopKLogitsWarper:
+                found = found._replace(top_k=int(warper.top_k))
+            elif type(warper) is TopPLogitsWarper and warper.min_tokens_to_keep == 1:
+                found = found._replace(top_p=float(warper.top_p))
+            else:
+                return None
+        return found
 
 
 def may_be_served(kwargs: dict[str, Any]) -> bool:

@@ -1,6 +1,8 @@
 """A decode step of a prompt enhancer in NF4 by kernels of its own, five a layer.
 
-The same step through the model's modules is many more, which take longer to start than to read the weights.
+The same step through the model's modules is many more, which take longer to start than to read the weights. Rows of a
+step are texts that don't depend on each other: each has its position, its part of the cache and its settings, shares
+the reads of the weights, and gets the bits that it gets alone.
 """
 
 from __future__ import annotations
@@ -10,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..upstream.models import is_hooked, ministral_attention_scale
-from .decode_request import DecodeRequest
 from .ops.elementwise import triton_kernels
 
 if TYPE_CHECKING:
@@ -64,52 +65,42 @@ def find_step(model: PreTrainedModel) -> DecodeStep | None:
 
 def step_by(model: PreTrainedModel, products: ModuleType, kernels: ModuleType) -> DecodeStep | None:
     """How to decode with these modules of kernels, or None if they don't know all of the model."""
-    if model.model.norm.weight.dtype != torch.bfloat16 or not _is_known(model.config):
+    if model.model.norm.weight.dtype != torch.bfloat16 or not (_is_known(model.config) and _is_plain(model.lm_head)):
         return None
     layers = [_weights_of(layer, products) for layer in model.model.layers]
     return None if None in layers else DecodeStep(products, kernels, tuple(each for each in layers if each is not None))
 
 
 def forward(model: PreTrainedModel, step: DecodeStep, buffers: DecodeBuffers) -> torch.Tensor:
-    """Logits behind the newest token, (batch, vocabulary) bfloat16. Its keys and values go into the cache."""
-    products, position = step.products, buffers.position.repeat(len(buffers.token), 1)
+    """Logits behind the newest token, (rows, vocabulary) bfloat16. Its keys and values go into the cache."""
+    products = step.products
     x = model.model.embed_tokens(buffers.token)
-    cosine, sine = (each[:, 0] for each in model.model.rotary_emb(x, position)[:2])
-    scale = _query_scale(model, position).to(x.dtype)
+    cosine, sine = (each[:, 0] for each in model.model.rotary_emb(x, buffers.position)[:2])
+    scale = _query_scale(model, buffers.position).to(x.dtype)
+    position = buffers.position.flatten()
     x = x[:, 0]
     for layer, weights, cache in zip(model.model.layers, step.layers, buffers.cache.layers, strict=True):
         norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         qkv = products.products(x, norm.weight, norm.variance_epsilon, weights.query_key_value)
         attended = step.kernels.attention(
-            qkv, cosine, sine, scale, position.flatten(), cache.keys, cache.values, layer.self_attn.scaling
+            qkv, cosine, sine, scale, position, cache.keys, cache.values, layer.self_attn.scaling
         )
         x = products.added_product(attended, x, weights.output)
         inner = products.gated_products(x, mlp_norm.weight, mlp_norm.variance_epsilon, weights.gate, weights.up)
         x = products.added_product(inner, x, weights.down)
-    return model.lm_head(model.model.norm(x))
+    return step.kernels.head_product(model.model.norm(x), model.lm_head.weight)
 
 
-def sample(step: DecodeStep, buffers: DecodeBuffers, logits: torch.Tensor, request: DecodeRequest) -> torch.Tensor:
-    """The next tokens, (batch, 1) int64, of a request whose `nucleus` is known."""
-    found = nucleus(request.warpers)
-    assert found is not None
-    temperature, top_p = found
+def sample(step: DecodeStep, buffers: DecodeBuffers, logits: torch.Tensor) -> torch.Tensor:
+    """The next tokens, (rows, 1) int64, each by its row's settings."""
+    generators = buffers.generators
     noise = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    noise.exponential_(generator=buffers.generator)
-    return step.kernels.sample(logits, noise, buffers.end, buffers.count, buffers.minimum, temperature, top_p)
-
-
-def nucleus(warpers: LogitsProcessorList) -> tuple[float, float] | None:
-    """Temperature and top-p, or None if these warpers do something else."""
-    temperature, top_p = 1.0, 1.0
-    for number, warper in enumerate(warpers):
-        if type(warper) is TemperatureLogitsWarper and number == 0:
-            temperature = warper.temperature
-        elif type(warper) is TopPLogitsWarper and number == len(warpers) - 1 and warper.min_tokens_to_keep == 1:
-            top_p = float(warper.top_p)
-        else:
-            return None
-    return temperature, top_p
+    # A generator's part is drawn as it is alone. Without generators all rows are greedy, which takes no noise.
+    for part, generator in zip(noise.chunk(len(generators) or 1), generators, strict=False):
+        part.exponential_(generator=generator)
+    # What top-k leaves depends on the values alone, however many of them are looked up.
+    ranked = logits.topk(buffers.largest_top_k).values if buffers.largest_top_k else None
+    return step.kernels.sample(logits, noise, ranked, buffers.temperature, buffers.top_k, buffers.top_p)
 
 
 def _is_known(config: Any) -> bool:
@@ -120,6 +111,17 @@ def _is_known(config: Any) -> bool:
         and config.head_dim & (config.head_dim - 1) == 0
         and config.head_dim >= 16
         and ministral_attention_scale() is not None
+    )
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the head is nothing but a product in bfloat16, which the kernels can compute."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not is_hooked(head)
+        and head.weight.dtype == torch.bfloat16
+        and head.weight.is_contiguous()
     )
 
 

@@ -31,20 +31,32 @@ CACHE_STEP = 512  # tokens by which the cache's capacity is rounded up; 54 MB fo
 LOOK_BACK = 4  # steps under way before the end of a finished one is looked at, so that the GPU never waits for Python
 
 
+# Of `DecodeBuffers`, what each row has of its own beside its part of the cache.
+ROW_STATE = (
+    "token", "position", "count", "minimum", "most", "ended", "end", "padding", "temperature", "top_k", "top_p",
+)  # fmt: skip
+
+
 @dataclass
 class DecodeBuffers:
-    """What one decode step reads and writes, at addresses that stay.
+    """What one decode step reads and writes, at addresses that stay. Each row is a text.
 
     Attributes:
         cache: Keys and values, `capacity` tokens long.
         capacity: Tokens that there is room for.
-        token: (batch, 1) int64, the newest token.
-        position: (1, 1) int64, its position.
-        count: () int64, new tokens so far.
-        minimum: () int64, new tokens before which no end token may come.
-        ended: (batch, 1) bool, whether the text has its end token.
-        end: (vocabulary,) bool, True at end tokens.
-        generator: Random generator to sample from, that of the slot.
+        token: (rows, 1) int64, the newest token.
+        position: (rows, 1) int64, its position. That of a text that has ended stays.
+        count: (rows, 1) int64, new tokens so far.
+        minimum: (rows, 1) int64, new tokens before which no end token may come.
+        most: (rows, 1) int64, new tokens with which a text has ended.
+        ended: (rows, 1) bool, whether the text has its end token or all of its tokens.
+        end: (rows, vocabulary) bool, True at end tokens.
+        padding: (rows, 1) int64, the token that follows the end while other rows go on.
+        temperature: (rows, 1) float32, as the step's kernel samples; 0 for the likeliest token.
+        top_k: (rows, 1) int64, 0 for all.
+        top_p: (rows, 1) float32.
+        largest_top_k: No row's `top_k` is larger.
+        generators: Random generators to sample from: one for all rows or one for each; none if all are greedy.
         step: Kernels that the step is computed by; None if by the model's modules.
         graph: The step, where it is captured.
     """
@@ -55,29 +67,41 @@ class DecodeBuffers:
     position: torch.Tensor
     count: torch.Tensor
     minimum: torch.Tensor
+    most: torch.Tensor
     ended: torch.Tensor
     end: torch.Tensor
-    generator: torch.Generator
+    padding: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    largest_top_k: int
+    generators: tuple[torch.Generator, ...]
     step: DecodeStep | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
-    def reset(self, minimum: int) -> None:
-        """Start a text of at least `minimum` new tokens."""
+    def reset(self, request: DecodeRequest) -> None:
+        """Start the texts of a request, one in each row."""
         self.cache.reset()
-        for counter in (self.position, self.count, self.ended):
-            counter.zero_()
-        self.minimum.fill_(minimum)
+        for state in (self.position, self.count, self.ended, self.end):
+            state.zero_()
+        self.end[:, list(request.eos_token_ids)] = True
+        self.padding.fill_(request.pad_token_id)
+        self.minimum.fill_(request.min_new_tokens)
+        self.most.fill_(min(request.max_new_tokens, torch.iinfo(self.most.dtype).max))
+        if request.sampling is not None:
+            self.temperature.fill_(request.sampling.temperature)
+            self.top_k.fill_(min(request.sampling.top_k, self.end.shape[1]))
+            self.top_p.fill_(request.sampling.top_p)
 
-    def continue_from(self, smaller: DecodeBuffers) -> None:
-        """Take over a text from buffers that have no room for more of it."""
-        self.reset(0)
-        for old, new in zip(smaller.cache.layers, self.cache.layers, strict=True):
-            new.keys[:, :, : smaller.capacity].copy_(old.keys)
-            new.values[:, :, : smaller.capacity].copy_(old.values)
+    def continue_from(self, others: DecodeBuffers, rows: slice = slice(None)) -> None:
+        """Take over the texts of other buffers, which have no more capacity, into these rows."""
+        for old, new in zip(others.cache.layers, self.cache.layers, strict=True):
+            new.keys[rows, :, : others.capacity].copy_(old.keys)
+            new.values[rows, :, : others.capacity].copy_(old.values)
             if torch.is_tensor(getattr(old, "cumulative_length", None)):
                 new.cumulative_length.copy_(old.cumulative_length)
-        for name in ("token", "position", "count", "minimum", "ended"):
-            getattr(self, name).copy_(getattr(smaller, name))
+        for name in ROW_STATE:
+            getattr(self, name)[rows].copy_(getattr(others, name))
 
 
 @dataclass
@@ -136,8 +160,8 @@ def decode_n_tokens(
         Input and new tokens, (batch, length + new) int64.
     """
     length = ids.shape[1]
-    buffers = slot.buffers_for(model, request, _rounded_up(length + CACHE_STEP // 2))
-    buffers.reset(request.min_new_tokens)
+    buffers = slot.buffers_for(model, request, first_capacity(length))
+    buffers.reset(request)
     if seed is not None:
         slot.generator.manual_seed(seed)
     tokens, pending = [], []
@@ -147,14 +171,15 @@ def decode_n_tokens(
         if step:
             if length + step > buffers.capacity:
                 smaller, buffers = buffers, slot.buffers_for(model, request, 2 * buffers.capacity)
+                buffers.reset(request)
                 buffers.continue_from(smaller)
             if buffers.graph:
                 buffers.graph.replay()
             else:
                 decode_one_token(model, buffers, request)
         tokens.append(buffers.token.clone())
-        pending.append(_copy_to_host(buffers.ended))
-        if len(pending) > LOOK_BACK and _all_true(*pending.pop(0)):
+        pending.append(CopyToHost(buffers.ended))
+        if len(pending) > LOOK_BACK and bool(pending.pop(0).wait().all()):
             break
         yield
     return torch.cat([ids, trim(torch.cat(tokens, 1), buffers.end)], 1)
@@ -163,24 +188,43 @@ def decode_n_tokens(
 def new_buffers(
     model: PreTrainedModel, request: DecodeRequest, capacity: int, generator: torch.Generator
 ) -> DecodeBuffers:
-    """Empty buffers on the model's device."""
-    batch, device = len(request.input_ids), model.get_input_embeddings().weight.device
-    end = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-    end[list(request.eos_token_ids)] = True
+    """Buffers for the texts of a request, on the model's device."""
+    largest_top_k = 0 if request.sampling is None else request.sampling.top_k
+    generators = (generator,) if request.do_sample else ()
+    buffers = empty_buffers(model, len(request.input_ids), capacity, largest_top_k, generators)
+    buffers.reset(request)
+    return buffers
+
+
+def empty_buffers(
+    model: PreTrainedModel, rows: int, capacity: int, largest_top_k: int, generators: tuple[torch.Generator, ...]
+) -> DecodeBuffers:
+    """Buffers in which all texts have ended, on the model's device."""
+    vocabulary, device = model.config.vocab_size, model.get_input_embeddings().weight.device
     cache = StaticCache(config=model.config, max_cache_len=capacity)
     cache.early_initialization(
-        batch, model.config.num_key_value_heads, model.config.head_dim, activation_dtype(model), device
+        rows, model.config.num_key_value_heads, model.config.head_dim, activation_dtype(model), device
     )
+
+    def numbers(dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.zeros(rows, 1, dtype=dtype, device=device)
+
     return DecodeBuffers(
         cache=cache,
         capacity=capacity,
-        token=torch.zeros(batch, 1, dtype=torch.long, device=device),
-        position=torch.zeros(1, 1, dtype=torch.long, device=device),
-        count=torch.zeros((), dtype=torch.long, device=device),
-        minimum=torch.zeros((), dtype=torch.long, device=device),
-        ended=torch.zeros(batch, 1, dtype=torch.bool, device=device),
-        end=end,
-        generator=generator,
+        token=numbers(),
+        position=numbers(),
+        count=numbers(),
+        minimum=numbers(),
+        most=numbers(),
+        ended=numbers(torch.bool).fill_(True),
+        end=torch.zeros(rows, vocabulary, dtype=torch.bool, device=device),
+        padding=numbers(),
+        temperature=numbers(torch.float32),
+        top_k=numbers(),
+        top_p=numbers(torch.float32),
+        largest_top_k=min(largest_top_k, vocabulary),
+        generators=generators,
     )
 
 
@@ -197,26 +241,30 @@ def prefill(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, r
     sample(buffers, logits, request)
 
 
-def decode_one_token(model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest) -> None:
-    """The newest token in, the next one out. Everything stays on the device: this is what is captured."""
+def decode_one_token(model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest | None) -> None:
+    """The newest token in, the next one out. Everything stays on the device: this is what is captured.
+
+    `request` is None where rows have settings of their own, which only the step's kernels know.
+    """
     if buffers.step is None:
-        logits = forward(model, buffers, buffers.token, buffers.position)
+        # All texts that go on are at the same position.
+        logits = forward(model, buffers, buffers.token, buffers.position.amax(0, keepdim=True))
     else:
         logits = decode_step.forward(model, buffers.step, buffers)
-    buffers.position.add_(1)
     sample(buffers, logits, request)
+    buffers.position.add_(~buffers.ended)
 
 
 def capture_decode_step(
-    model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest, stream: CaptureStream
+    model: PreTrainedModel, buffers: DecodeBuffers, request: DecodeRequest | None, stream: CaptureStream
 ) -> None:
-    """Record `decode_one_token` as the CUDA graph of `buffers`. The random state stays as it was."""
-    generator = buffers.generator
-    kept = generator.get_state()
+    """Record `decode_one_token` as the CUDA graph of `buffers`. The random states stay as they were."""
+    kept = [generator.get_state() for generator in buffers.generators]
     buffers.graph, _ = capture(
-        lambda: decode_one_token(model, buffers, request), stream, warm_up=True, generator=generator
+        lambda: decode_one_token(model, buffers, request), stream, warm_up=True, generators=buffers.generators
     )
-    generator.set_state(kept)
+    for generator, state in zip(buffers.generators, kept, strict=True):
+        generator.set_state(state)
 
 
 def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -237,24 +285,19 @@ def forward(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, p
     return model.lm_head(output.last_hidden_state[:, -1])
 
 
-def sample(buffers: DecodeBuffers, logits: torch.Tensor, request: DecodeRequest) -> None:
+def sample(buffers: DecodeBuffers, logits: torch.Tensor, request: DecodeRequest | None) -> None:
     """Set `buffers.token` to the next token, or to the padding token where the text has ended."""
-    if request.do_sample and buffers.step is not None and decode_step.nucleus(request.warpers) is not None:
-        _take(buffers, decode_step.sample(buffers.step, buffers, logits, request), request)
-        return
-    logits = logits.float().masked_fill(buffers.end & (buffers.count < buffers.minimum), -torch.inf)
-    if request.do_sample:
-        token = multinomial_sample_one_no_sync(request.warpers(None, logits).softmax(-1), buffers.generator)
+    logits = logits.masked_fill(buffers.end & (buffers.count < buffers.minimum), -torch.inf)
+    if buffers.step is not None and (request is None or request.sampling is not None):
+        token = decode_step.sample(buffers.step, buffers, logits)
+    elif request is not None and request.do_sample:
+        probabilities = request.warpers(None, logits.float()).softmax(-1)
+        token = multinomial_sample_one_no_sync(probabilities, buffers.generators[0])
     else:
         token = logits.argmax(-1, keepdim=True)
-    _take(buffers, token, request)
-
-
-def _take(buffers: DecodeBuffers, token: torch.Tensor, request: DecodeRequest) -> None:
-    """Go on with these tokens, (batch, 1), or with padding where the text has ended."""
-    buffers.token.copy_(torch.where(buffers.ended, request.pad_token_id, token))
-    buffers.ended.logical_or_(buffers.end[buffers.token])
+    buffers.token.copy_(torch.where(buffers.ended, buffers.padding, token))
     buffers.count.add_(1)
+    buffers.ended.logical_or_(buffers.end.gather(1, buffers.token) | (buffers.count >= buffers.most))
 
 
 def multinomial_sample_one_no_sync(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -269,27 +312,36 @@ def multinomial_sample_one_no_sync(probabilities: torch.Tensor, generator: torch
 
 def trim(tokens: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     """New tokens, (batch, new), up to the end token of the longest text: without those decoded while looking back."""
-    has_end = end[tokens]
+    has_end = end.gather(1, tokens)
     ends = torch.where(has_end.any(1), has_end.int().argmax(1) + 1, tokens.shape[1])
     return tokens[:, : int(ends.max())]
 
 
-def _rounded_up(length: int) -> int:
+def first_capacity(length: int) -> int:
+    """Capacity that a text of this input starts with. Its prefill may round by it."""
+    return rounded_up(length + CACHE_STEP // 2)
+
+
+def rounded_up(length: int) -> int:
+    """A cache's capacity for this many tokens."""
     return -(-length // CACHE_STEP) * CACHE_STEP
 
 
-def _copy_to_host(ended: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """`ended` on its way to the host, and the event after which it is there."""
-    if not ended.is_cuda:
-        return ended.clone(), None
-    host = torch.empty(ended.shape, dtype=torch.bool, pin_memory=True)
-    host.copy_(ended, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(ended.device))
-    return host, event
+class CopyToHost:
+    """A small tensor on its way to the host, which doesn't wait for it until it is asked for."""
 
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if not tensor.is_cuda:
+            self._host = tensor.clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tensor.device))
 
-def _all_true(host: torch.Tensor, event: torch.cuda.Event | None) -> bool:
-    if event is not None:
-        event.synchronize()
-    return bool(host.all())
+    def wait(self) -> torch.Tensor:
+        """The copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..upstream.offloading import hook_of, kept_on_device
+from .decode_batch import DecodeBatch, decode_together, may_share_steps
 from .decode_request import DecodeRequest
-from .decode_step import DecodeStep
+from .decode_step import MOST_TEXTS, DecodeStep
 from .decoder import DecodeSlot, decode_n_tokens
 from .random_state import drawing_as_caller
 from .streams import CaptureStream
@@ -53,17 +54,33 @@ class DecoderRuntime(Runtime):
     ) -> list[torch.Tensor]:
         """What `generate` gives for each request after ``torch.manual_seed(seed)``; `count` are decoded at a time.
 
-        A step of one text leaves much of the GPU idle. Here several texts take turns, each with buffers, a stream and a
-        random state of its own: their steps run at once and are the same as alone, so no text depends on the others.
+        A step of one text leaves much of the GPU idle. Several texts are rows of one step where kernels serve that,
+        `MOST_TEXTS` at most. Else they take turns, each with buffers, a stream and a random state of its own: their
+        steps run at once. Either way they are the same as alone, so no text depends on the others.
         """
+        count = min(count, len(requests))
         with self._onloaded(model) as device:
-            slots = [self._new_slot(device, 1 + number) for number in range(min(count, len(requests)))]
+            step = self._find_shared_step(model, requests, count)
+            decoding: DecodeBatch | list[DecodeSlot]
             try:
-                texts = _take_turns(model, slots, requests, seeds, device)
+                if step is not None:
+                    decoding = DecodeBatch(model, step, requests, min(count, MOST_TEXTS), self._stream(device, 1))
+                    texts = decode_together(decoding, requests, seeds)
+                else:
+                    decoding = [self._new_slot(device, 1 + number) for number in range(count)]
+                    texts = _take_turns(model, decoding, requests, seeds, device)
                 return [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
             finally:
                 if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # before the slots' memory goes, in which steps may be under way
+                    torch.cuda.synchronize(device)  # before the memory of `decoding` goes, in which steps may be
+
+    def _find_shared_step(
+        self, model: PreTrainedModel, requests: Sequence[DecodeRequest], count: int
+    ) -> DecodeStep | None:
+        """Kernels for steps of several texts, None where these can't share steps."""
+        if self.find_step is None or count < 2 or not all(map(may_share_steps, requests)):
+            return None
+        return self.find_step(model)
 
     def release(self) -> None:
         """Drop all buffers: their graphs read weights that are about to move."""

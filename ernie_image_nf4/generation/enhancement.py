@@ -19,7 +19,8 @@ from ..upstream.pipelines import enhance_prompt, execution_device
 from .settings import Settings
 
 MAX_DECODE_SLOTS = 4
-# The full-size enhancer's caches of 512, 1,024 and 2,048 tokens are 0.35 GiB by their shapes; the rest is for its
+# The full-size enhancer's caches of 512, 1,024 and 2,048 tokens are 0.35 GiB a text by their shapes. Of a cache that
+# several texts share, each has 0.46 GiB in the moment in which it grows from 2,048 tokens to 2,560. The rest is for
 # graphs.
 DECODE_SLOT_BYTES = GIB // 2
 

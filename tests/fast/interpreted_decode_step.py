@@ -6,16 +6,20 @@ bfloat16 off where GPUs round it, so results are compared within a few times its
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.ministral3.modeling_ministral3 import apply_rotary_pos_emb
 
-from ernie_image_nf4.fast import decode_step, decoder
+from ernie_image_nf4.fast import decode_batch, decode_step, decoder, decoder_runtime
 from ernie_image_nf4.fast.ops import triton_decode, triton_nf4, triton_nf4_rows
 from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
 
@@ -29,9 +33,11 @@ def main() -> None:
         compare_weights,
         compare_products,
         compare_attention,
+        compare_head,
         compare_sampling,
         compare_steps,
         compare_texts,
+        compare_texts_together,
     ):
         torch.manual_seed(0)
         compare()
@@ -105,21 +111,42 @@ def compare_attention() -> None:
         assert_close(found[text], expected.flatten())
 
 
+def compare_head() -> None:
+    """Logits of several texts, each of which gets what it gets alone, with a vocabulary that no program divides."""
+    x, weight = torch.randn(TEXTS, WIDTH).bfloat16(), torch.randn(triton_decode.HEAD_COLUMNS + 3, WIDTH).bfloat16()
+    found = triton_decode.head_product(x, weight)
+    assert_close(found, x.float() @ weight.float().t())
+    for text in range(TEXTS):
+        assert torch.equal(triton_decode.head_product(x[text : text + 1], weight)[0], found[text])
+
+
 def compare_sampling() -> None:
-    """The draws are those of upstream's warpers and the same noise."""
+    """The draws are those of upstream's warpers and the same noise, whatever the other texts' settings are."""
     vocabulary = triton_decode.VOCABULARY_PART + 100
-    logits = (torch.randn(TEXTS, vocabulary) * 3).bfloat16()
-    end = torch.zeros(vocabulary, dtype=torch.bool)
-    end[logits.argmax(1)] = True
-    minimum = torch.tensor(3)
-    for top_p, temperature, count in ((0.95, 0.6, 5), (0.3, 1.0, 0), (0.3, 1.0, 5), (1.0, 1.3, 5)):
-        noise = torch.empty(TEXTS, vocabulary).exponential_()
-        warped = logits.float().masked_fill(end & (count < 3), -torch.inf)
-        warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, warped))
-        found = triton_decode.sample(logits, noise, end, torch.tensor(count), minimum, temperature, top_p)
-        assert found.tolist() == (warped.softmax(-1) / noise).argmax(-1, keepdim=True).tolist()
+    settings = [(0.6, 50, 0.95), (1.0, 0, 0.3), (1.3, 0, 1.0), (0.0, 0, 1.0), (2.0, 3, 0.5), (1.0, 0, 0.0)]
+    logits = (torch.randn(len(settings), vocabulary) * 3).bfloat16()
+    for _ in range(3):
+        noise = torch.empty(logits.shape).exponential_()
+        found = sampled(logits, noise, settings)
+        for row, (temperature, top_k, top_p) in enumerate(settings):
+            own = slice(row, row + 1)
+            warped = logits[own].float()
+            warpers = [TemperatureLogitsWarper(temperature)] if temperature else []
+            warpers += [TopKLogitsWarper(top_k)] if top_k else []
+            for warper in [*warpers, TopPLogitsWarper(top_p)]:
+                warped = warper(None, warped)
+            expected = (warped.softmax(-1) / noise[own] if temperature else warped).argmax(-1)
+            assert found[row].tolist() == expected.tolist(), settings[row]
+            assert torch.equal(sampled(logits[own], noise[own], settings[own]), found[own])
     without_numbers = torch.full((1, vocabulary), torch.nan)
-    triton_decode.sample(without_numbers, noise[:1], end, torch.tensor(5), minimum, 1.0, 0.9)  # comes to an end
+    sampled(without_numbers, noise[:1], [(1.0, 0, 0.9)])  # comes to an end
+
+
+def sampled(logits: torch.Tensor, noise: torch.Tensor, settings: list[tuple[float, int, float]]) -> torch.Tensor:
+    temperature, top_k, top_p = (torch.tensor(each)[:, None] for each in zip(*settings, strict=True))
+    ranks = int(top_k.max())
+    ranked = logits.topk(ranks).values if ranks else None
+    return triton_decode.sample(logits, noise, ranked, temperature, top_k, top_p)
 
 
 def compare_steps() -> None:
@@ -137,7 +164,7 @@ def compare_steps() -> None:
             logits = (
                 decode_step.forward(pe, step, buffers)
                 if by_kernels
-                else decoder.forward(pe, buffers, buffers.token, buffers.position)
+                else decoder.forward(pe, buffers, buffers.token, buffers.position[:1])
             )
         found.append(
             [logits, *(each[:, :, 3] for layer in buffers.cache.layers for each in (layer.keys, layer.values))]
@@ -148,22 +175,74 @@ def compare_steps() -> None:
 
 def compare_texts() -> None:
     """The tokens of a small prompt enhancer, greedy ones and sampled ones."""
-    pe, ids = small_prompt_enhancer(), torch.tensor([[5, 17, 40]])
-    for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}):
+    pe, ids = small_prompt_enhancer(layers=1, inner=64), torch.tensor([[5, 17, 40]])
+    sampled = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    for options in ({"do_sample": False}, sampled):
         texts = []
-        for find_step in (None, lambda model: decode_step.step_by(model, triton_nf4_rows, triton_decode)):
+        for step_of in (None, find_step):
             assert pe.runtime is not None
-            pe.runtime.find_step, pe.runtime.slot = find_step, None
+            pe.runtime.find_step, pe.runtime.slot = step_of, None
             torch.manual_seed(1)
             texts.append(pe.generate(input_ids=ids, max_new_tokens=4, eos_token_id=3, pad_token_id=0, **options))
-            assert (pe.runtime.slot.buffers[512].step is None) == (find_step is None)
+            assert (pe.runtime.slot.buffers[512].step is None) == (step_of is None)
         assert torch.equal(*texts), texts
     assert len(set(texts[0][0].tolist())) > 3
 
 
-def small_prompt_enhancer() -> FastPromptEnhancer:
+def find_step(model: FastPromptEnhancer) -> decode_step.DecodeStep | None:
+    return decode_step.step_by(model, triton_nf4_rows, triton_decode)
+
+
+def compare_texts_together() -> None:
+    """Texts of different lengths and settings, in one step, in caches that grow: each is the text decoded alone."""
+    pe = small_prompt_enhancer(layers=1, inner=64)
+    assert pe.runtime is not None
+    pe.runtime.find_step = find_step
+    free = pe.generate(input_ids=torch.tensor([[7, 8]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    sampled = {"do_sample": True, "temperature": 2.0}
+    calls = [
+        sampled | {"input_ids": [5, 17, 40, 6], "max_new_tokens": 6, "top_p": 0.95},  # more than its first cache
+        {"input_ids": [7, 8], "max_new_tokens": 9, "do_sample": False, "eos_token_id": int(free[0, 3])},  # ends early
+        sampled | {"input_ids": [9], "max_new_tokens": 3, "top_p": 0.8, "top_k": 0},
+        {"input_ids": [20, 21], "max_new_tokens": 1, "do_sample": False},
+        sampled | {"input_ids": [5, 17, 40], "max_new_tokens": 3, "top_k": 5},
+    ]
+    requests = [
+        pe.decode_request(
+            **{"pad_token_id": 0, "eos_token_id": 3} | call | {"input_ids": torch.tensor([call["input_ids"]])}
+        )
+        for call in calls
+    ]
+    batches: list[decode_batch.DecodeBatch] = []
+
+    def noted(*args: Any) -> decode_batch.DecodeBatch:
+        batches.append(decode_batch.DecodeBatch(*args))
+        return batches[-1]
+
+    with (
+        patch.multiple(decoder, CACHE_STEP=8, LOOK_BACK=1),  # few steps: the interpreter takes seconds for each
+        patch.object(decode_batch, "LOOK_BACK", 1),
+        patch.object(decoder_runtime, "DecodeBatch", noted),
+    ):
+        alone = []
+        for seed, request in enumerate(requests):
+            torch.manual_seed(seed)
+            alone.append(pe.runtime.generate(pe, request).tolist())
+        assert [len(text[0]) for text in alone[1:4]] == [4, 4, 3]
+        state = torch.get_rng_state()
+        together = pe.generate_together(requests, range(len(requests)), len(requests))
+        assert [text.tolist() for text in together] == alone, (together, alone)
+        assert torch.equal(torch.get_rng_state(), state)
+        batch = batches.pop()
+        assert (len(batch.generators), batch.buffers.capacity) == (decode_step.MOST_TEXTS, 16)
+        pair = dataclasses.replace(requests[3], input_ids=torch.tensor([[5], [6]]))
+        pe.generate_together([pair, requests[3]], range(2), 2)  # by turns
+        assert not batches
+
+
+def small_prompt_enhancer(layers: int = 2, inner: int = 128) -> FastPromptEnhancer:
     config = Ministral3Config(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=300, hidden_size=64, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, attn_implementation="sdpa",
     )  # fmt: skip
     pe = Ministral3ForCausalLM(config).eval()

@@ -197,8 +197,10 @@ def launch_decode_step(texts: int) -> None:
         QuantState(torch.empty(1), None, torch.empty(256), 256),
     )
     triton_nf4.dequantize(torch.empty(2048, dtype=torch.uint8), state, torch.empty(64, 64, dtype=torch.bfloat16))
-    logits, count = torch.empty(texts, vocabulary, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64)
-    triton_decode.sample(logits, logits.float(), logits[0] > 0, count, count, 0.6, 0.95)
+    logits = triton_decode.head_product(x, torch.empty(vocabulary, width, dtype=torch.bfloat16))
+    settings, top_k = torch.empty(texts, 1), torch.zeros(texts, 1, dtype=torch.int64)
+    for ranked in (None, logits[:, :50]):
+        triton_decode.sample(logits, logits.float(), ranked, settings, top_k, settings)
 
 
 def packed(rows: int, columns: int) -> triton_nf4_rows.PackedWeight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,12 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.fast import decode_step
+from ernie_image_nf4.fast import decode_step, decoder, decoder_runtime
+from ernie_image_nf4.fast.decode_batch import may_share_steps
+from ernie_image_nf4.fast.decode_request import DecodeRequest, Sampling
+from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
+from ernie_image_nf4.generation.enhancement import enhance
+from ernie_image_nf4.generation.settings import Settings
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA")
 
@@ -34,16 +40,34 @@ def test_interpreted_kernels_compute_what_the_modules_do():
 @pytest.mark.parametrize(
     ("warpers", "expected"),
     [
-        ([], (1.0, 1.0)),
-        ([TemperatureLogitsWarper(0.6)], (0.6, 1.0)),
-        ([TemperatureLogitsWarper(0.6), TopPLogitsWarper(0.95)], (0.6, 0.95)),
+        ([], Sampling(1.0, 0, 1.0)),
+        ([TemperatureLogitsWarper(0.6)], Sampling(0.6, 0, 1.0)),
+        ([TemperatureLogitsWarper(0.6), TopPLogitsWarper(0.95)], Sampling(0.6, 0, 0.95)),
+        ([TemperatureLogitsWarper(0.6), TopKLogitsWarper(50), TopPLogitsWarper(0.95)], Sampling(0.6, 50, 0.95)),
         ([TopPLogitsWarper(0.95), TemperatureLogitsWarper(0.6)], None),
-        ([TopKLogitsWarper(50), TopPLogitsWarper(0.95)], None),
+        ([TopPLogitsWarper(0.95), TopPLogitsWarper(0.9)], None),
         ([TopPLogitsWarper(0.95, min_tokens_to_keep=2)], None),
     ],
 )
-def test_only_temperature_and_a_nucleus_are_sampled_by_the_kernel(warpers, expected):
-    assert decode_step.nucleus(LogitsProcessorList(warpers)) == expected
+def test_only_temperature_top_k_and_a_nucleus_are_sampled_by_the_kernel(warpers, expected):
+    request = DecodeRequest(torch.zeros(1, 1, dtype=torch.long), 4, 0, True, LogitsProcessorList(warpers), (), 0)
+    assert request.sampling == expected
+    greedy = dataclasses.replace(request, do_sample=False, warpers=LogitsProcessorList())
+    assert greedy.sampling == Sampling(0.0, 0, 1.0)
+
+
+def test_the_pipelines_own_request_is_sampled_by_the_kernel(repository):
+    pipe, requests = load(repository, device="cpu"), []
+    make_prompt_enhancer_fast(pipe.pe)
+
+    def generate(**call):
+        requests.append(pipe.pe.decode_request(**call))
+        return call["input_ids"]
+
+    enhance(pipe, Settings("a cat", "", 64, 64, 1, 1.0, seed=0, use_pe=True), generate)
+    (request,) = requests
+    assert may_share_steps(request)
+    assert (request.sampling.temperature, request.sampling.top_p) == (0.6, 0.95)
 
 
 def test_what_the_kernels_do_not_know_goes_through_the_modules(repository):
@@ -58,6 +82,10 @@ def test_what_the_kernels_do_not_know_goes_through_the_modules(repository):
     hook = layer.up_proj.register_forward_hook(lambda *_: None)
     assert decode_step.step_by(pe, *KERNELS) is None
     hook.remove()
+    hook = pe.lm_head.register_forward_hook(lambda *_: None)
+    assert decode_step.step_by(pe, *KERNELS) is None
+    hook.remove()
+    assert decode_step.step_by(pe, *KERNELS) is not None
     layer.up_proj.bias = torch.nn.Parameter(torch.zeros(layer.up_proj.out_features))
     assert decode_step.step_by(pe, *KERNELS) is None
 
@@ -102,12 +130,68 @@ def test_a_captured_step_gives_the_texts_of_the_modules(repository):
 
 
 @pytest.mark.gpu
+def test_logits_at_full_size():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(rows, 3072, device="cuda").bfloat16() for rows in (4, 131072))
+    found = triton_decode.head_product(x, weight)
+    assert relative(found, x.float() @ weight.float().t()) < 4e-3
+    for text in range(4):
+        assert torch.equal(triton_decode.head_product(x[text : text + 1], weight)[0], found[text])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+@pytest.mark.parametrize("step", [512, 16], ids=["one cache", "a cache that grows"])
+def test_texts_in_one_step_are_those_decoded_alone(repository, monkeypatch, count, step):
+    monkeypatch.setattr(decoder, "CACHE_STEP", step)
+    pe = load(repository, device="cuda", dtype="bfloat16", memory="resident").pe
+    pe.runtime.find_step = decode_step.find_step
+    batches, make = [], decoder_runtime.DecodeBatch
+    monkeypatch.setattr(decoder_runtime, "DecodeBatch", lambda *args: batches.append(make(*args)) or batches[-1])
+    samplings = [
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.95},
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 2.0, "top_p": 0.8, "top_k": 0},
+        {"do_sample": True, "temperature": 1.5, "min_new_tokens": 20},
+    ]
+    vocabulary = pe.config.vocab_size
+    torch.manual_seed(0)
+    requests = [
+        pe.decode_request(
+            input_ids=torch.randint(3, vocabulary, (1, 3 + 5 * number)),
+            max_new_tokens=60 - 8 * number,
+            eos_token_id=[*range(number, vocabulary, 40)],  # early ends
+            pad_token_id=0,
+            **samplings[number % len(samplings)],
+        )
+        for number in range(6)
+    ]
+    alone = []
+    for seed, request in enumerate(requests):
+        torch.manual_seed(seed)
+        alone.append(pe.runtime.generate(pe, request).tolist())
+    together = pe.generate_together(requests, range(6), count)
+    assert [text.tolist() for text in together] == alone
+    (batch,) = batches
+    assert len(batch.generators) == min(count, decode_step.MOST_TEXTS)
+    assert batch.buffers.graph is not None
+    new = [len(text[0]) - request.input_ids.shape[1] for text, request in zip(alone, requests, strict=True)]
+    assert len(set(new)) > 2
+
+
+@pytest.mark.gpu
 def test_sampling_draws_what_the_warpers_draw():
     torch.manual_seed(0)
     logits = torch.randn(4, 131072, device="cuda").mul_(3).bfloat16()
-    end, count = torch.zeros(131072, dtype=torch.bool, device="cuda"), torch.tensor(1, device="cuda")
-    for top_p, temperature in ((0.95, 0.6), (0.5, 1.0), (1.0, 1.0)):
+    settings = [(0.6, 50, 0.95), (0.6, 0, 0.95), (1.0, 0, 0.5), (1.0, 0, 1.0)]
+    temperature, top_k, top_p = (torch.tensor(each, device="cuda")[:, None] for each in zip(*settings, strict=True))
+    for _ in range(3):
         noise = torch.empty(4, 131072, device="cuda").exponential_()
-        warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits.float()))
-        found = triton_decode.sample(logits, noise, end, count, count, temperature, top_p)
-        assert found.tolist() == (warped.softmax(-1) / noise).argmax(-1, keepdim=True).tolist()
+        found = triton_decode.sample(logits, noise, logits.topk(50).values, temperature, top_k, top_p)
+        for row, (divisor, most, mass) in enumerate(settings):
+            warped = TemperatureLogitsWarper(divisor)(None, logits[row : row + 1].float())
+            warped = TopKLogitsWarper(most)(None, warped) if most else warped
+            warped = TopPLogitsWarper(mass)(None, warped)
+            assert found[row].tolist() == (warped.softmax(-1) / noise[row]).argmax(-1).tolist()
+    greedy = triton_decode.sample(logits, noise, None, 0 * temperature, 0 * top_k, top_p)
+    assert torch.equal(greedy, logits.argmax(-1, keepdim=True))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import Ministral3Config
 
 from ernie_image_nf4 import load
+from ernie_image_nf4.fast.decode_batch import grown_capacity
+from ernie_image_nf4.fast.decoder import first_capacity, rounded_up
 from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
 from ernie_image_nf4.generation import enhancement
-from ernie_image_nf4.generation.enhancement import choose_decode_slots, enhance, enhance_all
+from ernie_image_nf4.generation.enhancement import DECODE_SLOT_BYTES, choose_decode_slots, enhance, enhance_all
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.generation.schedule import plan_pictures
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.memory.placement import GIB
+from ernie_image_nf4.quantization import synthetic
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -57,6 +62,19 @@ def test_texts_are_written_one_by_one_where_several_take_too_much_memory(reposit
 def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
     assert choose_decode_slots(free_gib * GIB) == count
     assert choose_decode_slots(None) == 1
+
+
+def test_a_row_of_the_full_size_enhancers_cache_fits_what_a_text_may_take():
+    config = Ministral3Config.from_pretrained(Path(synthetic.__file__).parent / "configs" / "full" / "pe")
+    bytes_a_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
+    )
+    capacity, limit = first_capacity(512), rounded_up(512 + 2048)  # of a long prompt and a text that is far longer
+    while capacity < limit:
+        larger = grown_capacity(capacity, capacity + 1, limit)
+        assert (capacity + larger) * bytes_a_token < DECODE_SLOT_BYTES
+        capacity = larger
+    assert capacity == limit
 
 
 def test_requests_that_fast_decoding_does_not_serve_are_left_to_upstream(repository, monkeypatch):
