@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every figure that hangs on the mini's weights, measured anew on one GPU after training/recipe.sh. What needs a CPU's
-# float32, or fonts for its labels, stands below as comments. With the packages of docs/fidelity.md's other formats.
+# The figures that hang on the mini's weights, measured anew on one GPU after training/recipe.sh. Those that are of a CPU,
+# and pictures that need fonts for their labels, stand below as comments. With the packages of the other formats:
+# pip install -e ".[baselines]".
 #
 #   bash benchmarks/renew_mini.sh training/work
 #
@@ -12,7 +13,8 @@ mkdir -p "$work/log"
 # By these names in the commands that the results record.
 ln -sfn "$work/original" ORIGINAL
 ln -sfn "$work/classifier.safetensors" CLASSIFIER
-mkdir -p WORK
+rm -rf WORK # or repositories of earlier weights would be measured
+mkdir WORK
 cp -r "$work/nf4" WORK/calibrated
 
 run() { # NAME COMMAND...: its words in a file; the others go on if it fails
@@ -40,4 +42,5 @@ rm -f ORIGINAL CLASSIFIER
 # On a CPU, then:
 #   python -m training.samples --model . --output training/samples.png
 #   python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json
+#   python benchmarks/quantize_cpu.py --work /tmp/quantize-cpu --output benchmarks/quantize_cpu.json --weights ORIGINAL
 #   python -m benchmarks.summary

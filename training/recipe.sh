@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All stages of README.md on one GPU, from the inputs of stages 0 and 1 to weights in this checkout, side by side where
-# they don't wait for each other. About 25 minutes on an H100 with the seconds below.
+# they don't wait for each other. What an earlier run left in WORK is removed first.
 #
 #   VAE_SECONDS=490 DIT_SECONDS=630 bash training/recipe.sh training/work
 #
@@ -9,6 +9,9 @@ set -euo pipefail
 
 work=${1:?usage: bash training/recipe.sh WORK}
 mkdir -p "$work/log"
+# Else the transformer would take the earlier run's latents, or go on with its weights.
+rm -rf "$work/original/vae" "$work/pools.pt" "$work/dit.pt" "$work/classifier.safetensors"
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # a stage that waits for one that failed would wait for ever
 
 stage() { # NAME ARGUMENTS...: one stage, its words in a file
   local name=$1

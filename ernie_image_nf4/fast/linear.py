@@ -204,7 +204,9 @@ def _joined_products(
     x: torch.Tensor | RoundedTokens, layers: Sequence[nn.Module], rounded: Mapping[Format, eight_bit.Rounded]
 ) -> list[torch.Tensor] | None:
     """``layer(x)`` of each layer, (N, out) and parts of one matrix; None where they are of several kinds."""
-    if len(layers) < 2 or len(set(map(type, layers))) > 1 or getattr(layers[0], "bias", None) is not None:
+    if len(layers) < 2 or len(set(map(type, layers))) > 1:
+        return None
+    if any(getattr(layer, "bias", None) is not None for layer in layers):
         return None
     in_eight_bits = all(map(multiplies_in_eight_bits, layers))
     if not in_eight_bits and not all(_dequantizes(layer, _tokens(x)) and _state_in(layer, x.dtype) for layer in layers):

@@ -229,7 +229,7 @@ class FastPromptEnhancer(Ministral3ForCausalLM):
         Args:
             requests: From `decode_request`.
             seeds: One for each request.
-            count: Texts that are decoded at a time; each takes buffers of its own.
+            count: Texts that are decoded at a time; each takes a cache of its own.
 
         Raises:
             RuntimeError: Too little memory.

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
 NOTED_LORA = re.compile(
-    r"(?P<file>.+?):(?P<strength>[-+.\de]{1,30}) \(sha256 (?P<sha256>[\da-f]{64})\)(; |$)", re.DOTALL | re.ASCII
+    r"(?P<file>.+?):(?P<strength>[-+.\de]{1,30}) \((?P<tensors>tensors: )?sha256 (?P<sha256>[\da-f]{64})\)(; |$)",
+    re.DOTALL | re.ASCII,
 )
 
 
@@ -61,7 +62,7 @@ def read_noted_loras(text: str) -> tuple[LoraUse, ...]:
     end = 0
     while match := NOTED_LORA.match(text, end):
         try:
-            uses.append(LoraUse(match["file"], float(match["strength"]), match["sha256"]))
+            uses.append(LoraUse(match["file"], float(match["strength"]), match["sha256"], match["tensors"] is None))
         except ValueError:
             break
         end = match.end()

@@ -167,7 +167,8 @@ def strengths(pipe: ErnieImagePipeline) -> dict[str, float]:
             for name in layer.active_adapters:
                 if name in layer.scaling:
                     whole = layer.lora_alpha[name] / layer.r[name]
-                    found.setdefault(name, layer.scaling[name] / whole if whole else 0.0)
+                    # Without the last digits, in which the product with a part of the rank has rounded.
+                    found.setdefault(name, float(f"{layer.scaling[name] / whole:.12g}") if whole else 0.0)
     return found
 
 
@@ -179,7 +180,7 @@ class ActiveLora:
         name: Of its file, or without one the adapter's.
         strength: Factor of what it adds; of the first layer, if it has several.
         sha256: Digest of the file, or of its tensors and of its strengths in all layers.
-        from_file: Whether it is just what the file holds.
+        from_file: Whether it was read from a file, at one strength. Training that went on since isn't seen.
     """
 
     name: str

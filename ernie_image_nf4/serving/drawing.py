@@ -16,6 +16,7 @@ from ..generation.schedule import Picture, choose_pixels_at_once, free_beside_tr
 from ..generation.settings import LoraUse, Settings, described_model, hub_revision
 from ..generation.stages import DrawingStopped, Limits, Watch, draw_group_or_each
 from ..loading.pipeline import load
+from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
 from .messages import Draw, Drawn, Drop, Failed, Idle, Ready, StepDone, TextRevised, Unable, WorkerOptions
 
@@ -70,10 +71,15 @@ def load_and_draw(connection: Connection, options: WorkerOptions) -> None:
 def try_loras(pipe: ErnieImagePipeline, loras: LoraFiles) -> None:
     """Load each once, so that one that doesn't fit shows before the first request.
 
+    One whose file has been replaced since the server started is left out: only requests that ask for it fail.
+
     Raises:
         ErnieImageNF4Error: One can't be loaded.
     """
     for sha256, path in loras.paths.items():
+        if not path.is_file() or file_record(path).sha256 != sha256:
+            logger.warning("%s is not the file any more that the server started with: its LoRA is refused.", path)
+            continue
         loras.load(pipe, [LoraUse(path.name, 1.0, sha256)])
     loras.unload(pipe)
 

@@ -213,9 +213,11 @@ def test_it_is_said_where_a_4_bit_format_is_faster() -> None:
     """The original has 16 bits, however fast it is."""
     assert peers_report.comparison(RUN).splitlines() == [
         "- ours, `resident`: slower than SDNQ uint4 at 512x512 (65.0 ms, ours 70.0).",
-        '- ours, `products="int8"`: ahead of each 4-bit format at 512x512 and 1024x1024, plain and compiled, '
-        "as far as it ran.",
+        '- ours, `products="int8"`: ahead of stock NF4, SDNQ uint4 at 512x512 and 1024x1024, plain and compiled, '
+        "as far as these ran.",
     ]
+    alone = {**RUN, "arms": [row for row in RUN["arms"] if row["name"].startswith("ours")]}
+    assert peers_report.comparison(alone) == ""
 
 
 def test_the_chart_has_every_arm_that_ran(tmp_path: Path) -> None:
@@ -233,7 +235,8 @@ def test_the_chart_has_every_arm_that_ran(tmp_path: Path) -> None:
 
 
 def test_the_section_has_chart_table_and_comparison() -> None:
-    chart, table, comparison = peers_report.section(RUN, "../benchmarks/peers_h100.png").split("\n\n")
+    introduction, chart, table, comparison = peers_report.section(RUN, "../benchmarks/peers_h100.png").split("\n\n")
+    assert introduction == peers_report.INTRODUCTION
     assert chart.endswith("](../benchmarks/peers_h100.png)")
     assert table == peers_report.table(RUN)
     assert comparison == peers_report.comparison(RUN)

@@ -112,8 +112,12 @@ def test_joined_layers_in_int8_are_one_product(monkeypatch, device):
 
 
 def test_layers_with_bias_or_of_several_kinds_stay_apart(dequantized):
-    kinds = [nf4_layer("cpu", torch.float32, bias) for bias in (True, False)]
+    with_bias, without = (nf4_layer("cpu", torch.float32, bias) for bias in (True, False))
     x = torch.randn(linear.ROWS + 1, 128)
-    linear.apply_layers(x, kinds[0], kinds[0], joined=True)
-    linear.apply_layers(x, kinds[1], torch.nn.Linear(128, 8, bias=False), joined=True)
-    assert len(dequantized) == 3
+    for others in ((with_bias,), (torch.nn.Linear(128, 8, bias=False),)):
+        layers = (without, *others)
+        dequantized.clear()
+        found = linear.apply_layers(x, *layers, joined=True)
+        assert dequantized == [(64, 128)] * sum(isinstance(layer, Linear4bit) for layer in layers)
+        for out, layer in zip(found, layers, strict=True):
+            assert torch.equal(out, layer(x))

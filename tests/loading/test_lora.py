@@ -166,6 +166,10 @@ def test_loras_add_up_and_keep_their_strengths(pipe, pairs, tmp_path):
     assert np.abs(draw(pipe) - without).max() <= 1
     assert load_lora(pipe, file, name="third") == "third"
     assert strengths(pipe) == {"kohya": 0.5, "kohya-2": -0.5, "third": 1.0}
+    for strength in (0.1, 0.35, 0.7, 1.1):  # some of which round in a product with a rank's part
+        name = load_lora(pipe, file, strength=strength)
+        assert strengths(pipe)[name] == strength
+        pipe.delete_adapters(name)
 
 
 def test_dora_is_pefts(pipe, pairs, repository, tmp_path):

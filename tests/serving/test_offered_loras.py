@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +90,12 @@ def test_a_file_that_is_replaced_while_the_server_runs_is_not_drawn_with(loop, r
         with pytest.raises(DrawingFailed, match="has changed"):
             drawn(loop, engine, ("ink", 1.0))
         until(lambda: engine.workers[0].idle)
-        assert drawn(loop, engine)
+        plain = drawn(loop, engine)
+        os.kill(engine.workers[0].process.pid, signal.SIGKILL)
+        # The next one starts without it.
+        assert drawn(loop, engine) == plain
+        with pytest.raises(DrawingFailed, match="has changed"):
+            drawn(loop, engine, ("ink", 1.0))
 
 
 def test_the_server_itself_never_imports_torch(repository, files):

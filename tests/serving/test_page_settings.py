@@ -117,6 +117,11 @@ def test_a_pictures_loras_are_found_among_those_offered_by_their_digest(png):
             f"ink.safetensors:-1 (sha256 {'0' * 64})",
             "LoRA ink: strength -1.0 is out of range: use 0 to 2.",
         ),
+        (
+            "lora",
+            f"hand-made:1 (tensors: sha256 {'e' * 64}); ink.safetensors:1 (sha256 {'0' * 64})",
+            "its LoRA hand-made isn't offered here.",
+        ),
         ("lora", f"ink.safetensors:1e999 (sha256 {'0' * 64})", "out of range"),
         ("lora", f"ink.safetensors:{'1' * 10000}", "names no LoRA with its strength and SHA-256."),
         ("lora", "style", "lora is 'style', which names no LoRA"),
