@@ -38,7 +38,6 @@ run skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_mini.
 run nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json --device cuda \
   --size 128 --captions 24 --batch 24 --scales scale_search
 wait
-rm -f ORIGINAL CLASSIFIER
 # On a CPU, then:
 #   python -m training.samples --model . --output training/samples.png
 #   python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json
