@@ -14,13 +14,13 @@ from .packing import Packing
 
 def attend_rows(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
-) -> torch.Tensor:
-    """Attention of each row by itself, (1, N, heads * D), of packed queries, keys and values, (1, N, heads, D) each.
+) -> list[torch.Tensor]:
+    """Attention of each row by itself, (1, length, heads * D), of packed queries, keys and values, (1, N, heads, D).
 
     One call for all rows would round by how many there are, and each picture would depend on its neighbours.
     """
     each = zip(*(part.split(packing.lengths, dim=1) for part in (query, key, value)), packing.masks, strict=True)
-    return torch.cat([scaled_attention(attention, *row) for row in each], dim=1).flatten(2, 3)
+    return [scaled_attention(attention, *row).flatten(2, 3) for row in each]
 
 
 def scaled_attention(

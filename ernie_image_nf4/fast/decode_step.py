@@ -27,10 +27,12 @@ MOST_TEXTS = 4  # of a batch: each takes registers
 
 
 class LayerWeights(NamedTuple):
-    """A layer's NF4 weights, as the kernels read them, by what multiplies with them at once."""
+    """A layer's weights, as the kernels read them: norms in planes, NF4 by what multiplies with it at once."""
 
+    norm: torch.Tensor
     query_key_value: tuple[Any, ...]
     output: Any
+    mlp_norm: torch.Tensor
     gate: Any
     up: Any
     down: Any
@@ -67,6 +69,8 @@ def step_by(model: PreTrainedModel, products: ModuleType, kernels: ModuleType) -
     """How to decode with these modules of kernels, or None if they don't know all of the model."""
     if model.model.norm.weight.dtype != torch.bfloat16 or not (_is_known(model.config) and _is_plain(model.lm_head)):
         return None
+    if any(map(is_hooked, model.model.modules())):  # somebody waits for calls of the modules
+        return None
     layers = [_weights_of(layer, products) for layer in model.model.layers]
     return None if None in layers else DecodeStep(products, kernels, tuple(each for each in layers if each is not None))
 
@@ -78,17 +82,17 @@ def forward(model: PreTrainedModel, step: DecodeStep, buffers: DecodeBuffers) ->
     cosine, sine = (each[:, 0] for each in model.model.rotary_emb(x, buffers.position)[:2])
     scale = _query_scale(model, buffers.position).to(x.dtype)
     position = buffers.position.flatten()
-    x = x[:, 0]
+    x = products.in_planes(x[:, 0])
     for layer, weights, cache in zip(model.model.layers, step.layers, buffers.cache.layers, strict=True):
-        norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        qkv = products.products(x, norm.weight, norm.variance_epsilon, weights.query_key_value)
+        eps, mlp_eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
+        qkv = products.products(x, weights.norm, eps, weights.query_key_value)
         attended = step.kernels.attention(
             qkv, cosine, sine, scale, position, cache.keys, cache.values, layer.self_attn.scaling
         )
         x = products.added_product(attended, x, weights.output)
-        inner = products.gated_products(x, mlp_norm.weight, mlp_norm.variance_epsilon, weights.gate, weights.up)
+        inner = products.gated_products(x, weights.mlp_norm, mlp_eps, weights.gate, weights.up)
         x = products.added_product(inner, x, weights.down)
-    return step.kernels.head_product(model.model.norm(x), model.lm_head.weight)
+    return step.kernels.head_product(model.model.norm(products.in_order(x)), model.lm_head.weight)
 
 
 def sample(step: DecodeStep, buffers: DecodeBuffers, logits: torch.Tensor) -> torch.Tensor:
@@ -134,15 +138,17 @@ def _weights_of(layer: Any, products: ModuleType) -> LayerWeights | None:
     if not all(_is_served(each, products) for each in projections):
         return None
     packed = [products.pack(each.weight, each.weight.quant_state) for each in projections]
-    return LayerWeights(tuple(packed[:3]), *packed[3:])
+    norm, mlp_norm = (
+        products.in_planes(each.weight.detach()) for each in (layer.input_layernorm, layer.post_attention_layernorm)
+    )
+    return LayerWeights(norm, tuple(packed[:3]), packed[3], mlp_norm, *packed[4:])
 
 
 def _is_served(layer: Any, products: ModuleType) -> bool:
-    """Whether a layer is nothing but an NF4 product, without bias, hook or adapter."""
+    """Whether a layer is nothing but an NF4 product, without bias or adapter."""
     return (
         type(layer) is Linear4bit
         and layer.bias is None
-        and not is_hooked(layer)
         and getattr(layer.weight, "quant_state", None) is not None
         and products.fits(layer.weight, layer.weight.quant_state)
     )

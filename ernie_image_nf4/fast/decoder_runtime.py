@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..upstream.offloading import hook_of, kept_on_device
 from .decode_batch import DecodeBatch, decode_together, may_share_steps
 from .decode_request import DecodeRequest
-from .decode_step import MOST_TEXTS, DecodeStep
+from .decode_step import MOST_TEXTS, DecodeStep, find_step
 from .decoder import DecodeSlot, decode_n_tokens
 from .random_state import drawing_as_caller
 from .streams import CaptureStream
@@ -30,15 +30,20 @@ class DecoderRuntime(Runtime):
     Attributes:
         turn: Held while texts are decoded.
         slot: What one call at a time is decoded with; None before the first.
-        find_step: Finds kernels for decode steps, as `decode_step.find_step`; None for none.
+        exact: Whether steps are to be computed as upstream does; a setting, which copies keep.
+        find_step: Finds kernels for decode steps; None for none.
         streams: Of the model's device: one for `slot`, then one for each slot of `generate_together`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
         self.turn = Turn()
         self.slot: DecodeSlot | None = None
-        self.find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None
+        self.exact = exact
+        self.find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None if exact else find_step
         self.streams: list[CaptureStream] = []
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.exact,)
 
     def generate(self, model: PreTrainedModel, request: DecodeRequest) -> torch.Tensor:
         """Input and new tokens, (batch, length + new) int64 on the input's device, as from upstream's ``generate``."""

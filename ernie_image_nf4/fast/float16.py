@@ -70,7 +70,7 @@ def attend(
     query = float16.norm_rotary(query, scale, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = float16.norm_rotary(key, scale, attention.norm_k.weight, *rotary, attention.norm_k.eps)
     # All values of a row have the same scale, and so has their sum.
-    out, scale = float16.scaled(attend_rows(attention, query, key, value, packing), scale)
+    out, scale = float16.scaled(torch.cat(attend_rows(attention, query, key, value, packing), 1), scale)
     return _product(out, scale, attention.to_out[0])
 
 

@@ -2,7 +2,8 @@
 
 With one token, a step takes as long as starting its operations does, whatever they compute. So norms are one kernel
 each, what depends on the positions alone is computed once a forward pass instead of in every layer, and queries and
-keys are rotated together. All of it gives upstream's bits.
+keys are rotated together. All of it gives upstream's bits. Where kernels of its own can serve it, decoding takes these
+instead of the modules (`decode_step`): they sum in another order.
 """
 
 from __future__ import annotations
@@ -40,15 +41,21 @@ logger = logging.getLogger(__name__)
 ATTENTION = "sdpa"  # the implementation that the fast attention and the captured step know
 
 
-def make_prompt_enhancer_fast(pe: Ministral3ForCausalLM) -> None:
-    """Make an upstream prompt enhancer a `FastPromptEnhancer`. Parts of other classes stay as they are."""
+def make_prompt_enhancer_fast(pe: Ministral3ForCausalLM, *, exact: bool = False) -> None:
+    """Make an upstream prompt enhancer a `FastPromptEnhancer`. Parts of other classes stay as they are.
+
+    Args:
+        pe: The prompt enhancer.
+        exact: Whether steps are to be computed by its modules, which gives upstream's bits, and not by kernels of their
+            own (`decode_step`).
+    """
     if type(pe) not in (Ministral3ForCausalLM, FastPromptEnhancer):
         logger.info("The prompt enhancer is a %s, which has no fast decoding.", type(pe).__name__)
         return
     if type(pe) is Ministral3ForCausalLM:
         become(pe, FastPromptEnhancer)
-    if pe.runtime is None:
-        pe.runtime = DecoderRuntime()
+    if pe.runtime is None or pe.runtime.exact != exact:
+        pe.runtime = DecoderRuntime(exact)
     fast = {Ministral3RMSNorm: FastRMSNorm}
     if ministral_attention_scale() is not None:
         fast |= {Ministral3Attention: FastAttention, Ministral3RotaryEmbedding: FastRotaryEmbedding}

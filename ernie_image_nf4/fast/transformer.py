@@ -27,14 +27,12 @@ from diffusers.models.transformers.transformer_ernie_image import (
 from torch import nn
 
 from ..errors import InvalidSettings
-from ..upstream.models import attention_dispatch, is_compiled, version_of
+from ..upstream.models import attention_dispatch, is_compiled, is_hooked, version_of
 from ..upstream.offloading import kept_on_device
-from . import float16
 from .adapters import Adapters
-from .attention import attend_rows
+from .block import FastErnieImageBlock, Pending, Rotary
 from .cuda_graphs import CapturedStep
-from .linear import apply_layers, apply_to_gelu, common_format
-from .ops import eight_bit, elementwise
+from .ops import elementwise
 from .packing import Packing, pack, packed_rotary, token_positions
 from .subclassing import Runtime, become, named_as_upstream
 from .turns import Turn
@@ -43,8 +41,6 @@ from .unpickled import restore_nf4_weights
 logger = logging.getLogger(__name__)
 
 MINIMUM_HEAD_SIZE = 8  # `norm_rotary` sums four neighbours in each half of a head
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def make_transformer_fast(
@@ -177,60 +173,6 @@ def several_pictures(transformer: nn.Module, count: int) -> Iterator[None]:
         runtime.pictures = before
 
 
-@named_as_upstream
-class FastErnieImageBlock(ErnieImageSharedAdaLNBlock):
-    """A block that also takes packed tokens. Called as upstream calls it, it is upstream's."""
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary_pos_emb: torch.Tensor | Rotary,
-        temb: Sequence[torch.Tensor],
-        attention_mask: torch.Tensor | Packing | None = None,
-    ) -> torch.Tensor:
-        """The block's output, shape of `x`.
-
-        Args:
-            x: (1, N, H) packed tokens, or what upstream's block takes.
-            rotary_pos_emb: Cosine and sine, (1, N, D) each, of packed tokens.
-            temb: Shift, scale and gate of the attention, then of the feed-forward layer, (B, H) each.
-            attention_mask: How the tokens are packed.
-        """
-        if not isinstance(attention_mask, Packing):
-            return super().forward(x, rotary_pos_emb, temb, attention_mask)
-        packing = attention_mask
-        if packing.mixed:
-            return float16.block_forward(self, x, cast(Rotary, rotary_pos_emb), temb, packing)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb
-        attention, mlp, rows = cast(Any, self.self_attention), self.mlp, packing.rows
-        norm, mlp_norm = self.adaLN_sa_ln, self.adaLN_mlp_ln
-        modulation = norm.weight, scale_msa, shift_msa, norm.eps, rows
-        hidden: torch.Tensor | eight_bit.RoundedTokens
-        if to := common_format(x.dtype, attention.to_q, attention.to_k, attention.to_v):
-            hidden = eight_bit.modulated_norm_rows(x, *modulation, to)
-        else:
-            hidden = elementwise.modulated_norm(x, *modulation)
-        branch = attend(attention, hidden, cast(Rotary, rotary_pos_emb), packing)
-        modulation = mlp_norm.weight, scale_mlp, shift_mlp, mlp_norm.eps, rows
-        if to := common_format(x.dtype, mlp.gate_proj, mlp.up_proj):
-            x, hidden = eight_bit.gated_add_norm_rows(x, branch, gate_msa, *modulation, to)
-        else:
-            x, hidden = elementwise.gated_add_norm(x, branch, gate_msa, *modulation)
-        gate, up = apply_layers(hidden, mlp.gate_proj, mlp.up_proj)
-        return elementwise.gated_add(x, apply_to_gelu(gate, up, mlp.linear_fc2), gate_mlp, rows)
-
-
-def attend(attention: Any, x: torch.Tensor | eight_bit.RoundedTokens, rotary: Rotary, packing: Packing) -> torch.Tensor:
-    """Self-attention of an ``ErnieImageAttention`` on packed tokens, (1, N, H), row by row."""
-    query, key, value = (
-        part.unflatten(-1, (attention.heads, -1))
-        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v, joined=not packing.is_exact)
-    )
-    query = elementwise.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
-    key = elementwise.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)
-    return apply_layers(attend_rows(attention, query, key, value, packing), attention.to_out[0])[0]
-
-
 def refuse_for_nf4(model: object, name: str) -> None:
     """Refuse one of upstream's ways of offloading single tensors: it leaves the quantization states of NF4 behind.
 
@@ -320,13 +262,26 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
         )
         shapes = [whole.shape for whole in embedded]
         del embedded
-        for block in self.layers:
-            x = block(x, rotary, modulation, packing)
+        x = self._through_blocks(x, rotary, modulation, packing)
         parts = x.split(packing.lengths, 1)
         sample = latents.new_empty(len(latents), self.out_channels, *latents.shape[2:])
         for n, shape in enumerate(shapes):
             sample[n::pictures] = self._unembed(parts[n::pictures], x.new_zeros(shape), conditioning, rows, columns)
         return sample
+
+    def _through_blocks(
+        self, x: torch.Tensor, rotary: Rotary, modulation: Sequence[torch.Tensor], packing: Packing
+    ) -> torch.Tensor:
+        """What the blocks make of packed tokens, (1, N, H)."""
+        if packing.mixed or any(map(is_hooked, self.layers.children())):  # hooks expect what upstream's blocks give
+            for block in self.layers:
+                x = block(x, rotary, modulation, packing)
+            return x
+        pending = Pending(x, None)
+        for block in self.layers:
+            pending = block(pending, rotary, modulation, packing)
+        tokens, branch = pending
+        return tokens if branch is None else elementwise.gated_add(tokens, branch, modulation[-1], packing.rows)
 
     def _embed(self, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Tokens (B, S, H) of latents (B, C, height, width) and text (B, T, width)."""

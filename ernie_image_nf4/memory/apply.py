@@ -65,7 +65,7 @@ def _make_models_fast(pipe: ErnieImagePipeline, placement: Placement) -> Callabl
             pipe.transformer, capture_steps=capture_steps, exact=placement.exact, mixed=placement.mixed
         )
     if placement.fast and pipe.pe is not None:
-        make_prompt_enhancer_fast(pipe.pe)
+        make_prompt_enhancer_fast(pipe.pe, exact=placement.exact)
     runtime = runtime_of(pipe.transformer)
     return runtime.release_graph if runtime is not None else None
 

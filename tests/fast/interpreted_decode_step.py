@@ -58,19 +58,21 @@ def compare_products() -> None:
     query, key, value, up = (packed(rows) for rows in (64, 32, 32, 64))
     normed = x.float() * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5) * norm.float()
     weights = [query[0], key[0], value[0]]
-    found = triton_nf4_rows.products(x, norm, 1e-5, weights)
+    planes, norm = triton_nf4_rows.in_planes(x), triton_nf4_rows.in_planes(norm)
+    found = triton_nf4_rows.products(planes, norm, 1e-5, weights)
     assert_close(found, torch.cat([normed @ weight.t() for _, weight in (query, key, value)], 1))
-    assert_close(triton_nf4_rows.products(x, norm, 1e-5, weights[:1]), normed @ query[1].t())
-    gated = triton_nf4_rows.gated_products(x, norm, 1e-5, query[0], up[0])
-    assert_close(gated, F.silu(normed @ query[1].t()) * (normed @ up[1].t()), 2 * PRECISION)
+    assert_close(triton_nf4_rows.products(planes, norm, 1e-5, weights[:1]), normed @ query[1].t())
+    gated = triton_nf4_rows.gated_products(planes, norm, 1e-5, query[0], up[0])
+    assert_close(triton_nf4_rows.in_order(gated), F.silu(normed @ query[1].t()) * (normed @ up[1].t()), 2 * PRECISION)
     residual = torch.randn(TEXTS, 64).bfloat16()
-    added = triton_nf4_rows.added_product(x, residual, up[0])
-    assert_close(added, residual.float() + x.float() @ up[1].t())
+    residual_planes = triton_nf4_rows.in_planes(residual)
+    added = triton_nf4_rows.added_product(planes, residual_planes, up[0])
+    assert_close(triton_nf4_rows.in_order(added), residual.float() + x.float() @ up[1].t())
     for text in range(TEXTS):
-        alone = x[text : text + 1]
+        alone, own = planes[text : text + 1], residual_planes[text : text + 1]
         assert torch.equal(triton_nf4_rows.products(alone, norm, 1e-5, weights)[0], found[text])
         assert torch.equal(triton_nf4_rows.gated_products(alone, norm, 1e-5, query[0], up[0])[0], gated[text])
-        assert torch.equal(triton_nf4_rows.added_product(alone, residual[text : text + 1], up[0])[0], added[text])
+        assert torch.equal(triton_nf4_rows.added_product(alone, own, up[0])[0], added[text])
 
 
 def packed(rows: int, columns: int = WIDTH) -> tuple[triton_nf4_rows.PackedWeight, torch.Tensor]:
@@ -108,7 +110,7 @@ def compare_attention() -> None:
             assert torch.equal(cache[text][:, others], old[text][:, others])
         seen = [cache[text : text + 1, :, : position + 1].float() for cache in (keys, values)]
         expected = F.scaled_dot_product_attention(query[text : text + 1].float(), *seen, scale=scaling, enable_gqa=True)
-        assert_close(found[text], expected.flatten())
+        assert_close(triton_nf4_rows.in_order(found[text]), expected.flatten())
 
 
 def compare_head() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -82,12 +83,23 @@ def test_what_the_kernels_do_not_know_goes_through_the_modules(repository):
     hook = layer.up_proj.register_forward_hook(lambda *_: None)
     assert decode_step.step_by(pe, *KERNELS) is None
     hook.remove()
+    hook = pe.model.layers[0].register_forward_pre_hook(lambda *_: None)
+    assert decode_step.step_by(pe, *KERNELS) is None
+    hook.remove()
     hook = pe.lm_head.register_forward_hook(lambda *_: None)
     assert decode_step.step_by(pe, *KERNELS) is None
     hook.remove()
     assert decode_step.step_by(pe, *KERNELS) is not None
     layer.up_proj.bias = torch.nn.Parameter(torch.zeros(layer.up_proj.out_features))
     assert decode_step.step_by(pe, *KERNELS) is None
+
+
+def test_an_exact_prompt_enhancer_keeps_the_modules_and_so_do_its_copies(repository):
+    pe = load(repository, device="cpu").pe
+    for exact in (False, True, False):
+        make_prompt_enhancer_fast(pe, exact=exact)
+        for model in (pe, copy.deepcopy(pe)):
+            assert (model.runtime.find_step is None) == exact
 
 
 @pytest.mark.gpu
@@ -99,15 +111,16 @@ def test_products_at_full_size():
         packed, expected = triton_nf4_rows.pack(codes, state), dequantize_4bit(codes, state).float()
         x, norm = torch.randn(4, width, device="cuda").bfloat16(), torch.rand(width, device="cuda").bfloat16()
         normed = F.rms_norm(x.float(), (width,), norm.float(), 1e-5)
-        found = triton_nf4_rows.products(x, norm, 1e-5, [packed])
+        in_order, planes, norm = triton_nf4_rows.in_order, triton_nf4_rows.in_planes(x), triton_nf4_rows.in_planes(norm)
+        found = triton_nf4_rows.products(planes, norm, 1e-5, [packed])
         assert relative(found, normed @ expected.t()) < 4e-3
         residual = torch.randn(4, out, device="cuda").bfloat16()
-        added = triton_nf4_rows.added_product(x, residual, packed)
-        assert relative(added, residual.float() + x.float() @ expected.t()) < 4e-3
-        gated = triton_nf4_rows.gated_products(x, norm, 1e-5, packed, packed)
-        assert relative(gated, F.silu(normed @ expected.t()) * (normed @ expected.t())) < 1e-2
+        added = triton_nf4_rows.added_product(planes, residual, packed)
+        assert relative(in_order(added), in_order(residual).float() + x.float() @ expected.t()) < 4e-3
+        gated = triton_nf4_rows.gated_products(planes, norm, 1e-5, packed, packed)
+        assert relative(in_order(gated), F.silu(normed @ expected.t()) * (normed @ expected.t())) < 1e-2
         for text in range(4):
-            alone = x[text : text + 1].contiguous()
+            alone = planes[text : text + 1].contiguous()
             assert torch.equal(triton_nf4_rows.products(alone, norm, 1e-5, [packed])[0], found[text])
             assert torch.equal(triton_nf4_rows.gated_products(alone, norm, 1e-5, packed, packed)[0], gated[text])
             assert torch.equal(triton_nf4_rows.added_product(alone, residual[text : text + 1], packed)[0], added[text])

@@ -275,17 +275,30 @@ def test_norms_are_rounded_as_by_plain_torch(monkeypatch, width, to):
 def test_norms_of_a_block_are_in_eight_bits_only(monkeypatch, transformer, to):
     make_transformer_fast(transformer, capture_steps=False)
     set_products(transformer, to.name)
-    expected, calls = predict(transformer), []
+    expected, calls, quantize_parts = predict(transformer), [], eight_bit.quantize_parts
 
-    def counted(x: torch.Tensor, to: Format) -> eight_bit.Rounded:
-        calls.append(x.shape)
-        return quantize_rows(x, to)
+    def counted(parts: list[torch.Tensor], to: Format) -> eight_bit.RoundedTokens:
+        calls.append(len(parts))
+        return quantize_parts(parts, to)
 
     for name in ("modulated_norm", "gated_add_norm"):
         monkeypatch.setattr(elementwise, name, lambda *args: pytest.fail("a norm in 16 bits"))
-    monkeypatch.setattr(eight_bit, "quantize_rows", counted)
+    monkeypatch.setattr(eight_bit, "quantize_rows", lambda *args: pytest.fail("rounded from 16 bits"))
+    monkeypatch.setattr(eight_bit, "quantize_parts", counted)
     assert torch.equal(predict(transformer), expected)
     assert len(calls) == len(transformer.layers)  # what attention gives
+    assert min(calls) > 1
+
+
+@in_each_format
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parts_are_rounded_as_the_whole(to, device):
+    generator = torch.Generator(device).manual_seed(0)
+    parts = [torch.randn(1, length, 256, generator=generator, device=device).bfloat16() for length in (5, 1, 18)]
+    found, whole = eight_bit.quantize_parts(parts, to), torch.cat(parts, 1)
+    assert (found.shape, found.to, found.dtype) == (whole.shape, to, whole.dtype)
+    for part, expected in zip(found.rounded, quantize_rows(whole[0], to), strict=True):
+        assert torch.equal(part, expected)
 
 
 @pytest.mark.gpu

@@ -92,6 +92,18 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
     assert (again.float() - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@torch.no_grad()
+def test_a_hooked_block_takes_and_gives_tokens_and_changes_nothing(device, dtype, tolerance):
+    transformer, seen = build().to(device, dtype), []
+    make_transformer_fast(transformer, capture_steps=False)
+    arguments = inputs(device, dtype, (1, 9))
+    expected = transformer(**arguments).sample
+    transformer.layers[1].register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+    assert torch.equal(transformer(**arguments).sample, expected)
+    assert [each.shape for each in seen] == [(1, 2 * 48 + 1 + 9, 96)] * 2
+
+
 @torch.no_grad()
 def test_attention_gets_a_mask_only_where_it_is_to_round_as_upstreams(monkeypatch):
     given = []

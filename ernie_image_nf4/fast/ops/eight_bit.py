@@ -88,6 +88,21 @@ def quantize_rows(x: torch.Tensor, to: Format) -> Rounded:
     return round_rows(x.float(), to)
 
 
+def quantize_parts(parts: Sequence[torch.Tensor], to: Format) -> RoundedTokens:
+    """`quantize_rows` of tokens that are there in parts, (1, N, H) each, without joining them before."""
+    like, width = parts[0], parts[0].shape[-1]
+    shape = torch.Size((1, sum(part.shape[1] for part in parts), width))
+    if kernels := triton_kernels(like, KERNELS):
+        rounded = empty_rows(like, shape[1], width, to)
+        first = 0
+        for part in parts:
+            rows = slice(first, first := first + part.shape[1])
+            kernels.quantize_rows(part[0], to, (rounded[0][rows], rounded[1][rows]))
+    else:
+        rounded = round_rows(torch.cat([part[0] for part in parts]).float(), to)
+    return RoundedTokens(rounded, to, shape, like.dtype)
+
+
 def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor, to: Format) -> Rounded:
     """`quantize_rows` of ``gelu(gate) * up``, (N, H) each, with the exact (erf) GELU."""
     if kernels := triton_kernels(gate, KERNELS):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_launch import on_its_device
-from .triton_nf4_rows import INTERPRETED
+from .triton_nf4_rows import INTERPRETED, place_of
 
 WARPS = 4
 POSITIONS = 64  # of the cache that are attended to at a time
@@ -79,7 +79,8 @@ def _attention(
         total = total * kept + tl.sum(weights, 1)
         out = out * kept[:, None] + _matrix_product(weights.to(tl.bfloat16), values, INTERPRETED)
         largest = new
-    at = out_pointer + (text * HEADS + head * GROUP + query)[:, None] * DIM + d[None, :]
+    column = (head * GROUP + query)[:, None] * DIM + d[None, :]
+    at = out_pointer + text * (HEADS * DIM) + place_of(column, HEADS * DIM)
     tl.store(at, (out / total[:, None]).to(tl.bfloat16), (query < GROUP)[:, None])
 
 
@@ -184,7 +185,7 @@ def attention(qkv, cosine, sine, query_scale, position, keys, values, scaling) -
         scaling: Of the scores.
 
     Returns:
-        (texts, heads * D) bfloat16.
+        (texts, heads * D) bfloat16, in planes.
     """
     texts, key_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * key_heads

@@ -101,9 +101,9 @@ def _quantize_rows(
 
 
 @on_its_device
-def quantize_rows(x: torch.Tensor, to: Format) -> Rounded:
-    """As ``eight_bit.quantize_rows``."""
-    return _launch_rows(x, x, to, is_gelu=False)
+def quantize_rows(x: torch.Tensor, to: Format, into: Rounded | None = None) -> Rounded:
+    """As ``eight_bit.quantize_rows``. `into`: memory for the result."""
+    return _launch_rows(x, x, to, is_gelu=False, into=into)
 
 
 @on_its_device
@@ -112,10 +112,10 @@ def gelu_times_rows(gate: torch.Tensor, up: torch.Tensor, to: Format) -> Rounded
     return _launch_rows(gate, up, to, is_gelu=True)
 
 
-def _launch_rows(x: torch.Tensor, up: torch.Tensor, to: Format, is_gelu: bool) -> Rounded:
+def _launch_rows(x: torch.Tensor, up: torch.Tensor, to: Format, is_gelu: bool, into: Rounded | None = None) -> Rounded:
     x, up = x.contiguous(), up.contiguous()
     rows, width = x.shape
-    out, scale = empty_rows(x, rows, width, to)
+    out, scale = empty_rows(x, rows, width, to) if into is None else into
     count = max(16, triton.next_power_of_2(triton.cdiv(width, GROUP)))
     _quantize_rows[(rows,)](
         x, up, hadamard(GROUP, x.device), out, scale, width, is_gelu, to.rotated, rotates_by_tensor_cores(x.device),

@@ -58,9 +58,10 @@ def _modulated_norm(
 ):  # fmt: skip
     """An optional gated addition, an optional norm and an optional modulation, for TOKENS tokens a program.
 
-    A row is read twice, the second time from the GPU's cache: for its mean square and for the result. The mean square
-    is summed as ``torch.mean`` does: a warp takes a row, each lane sums 4 of every 128 values into four sums, these are
-    added, then the upper half of the lanes to the lower one.
+    A row is read twice, the second time from the GPU's cache: for its mean square and for the result. What a gated
+    addition came to is read instead of what it was computed from. The mean square is summed as ``torch.mean`` does: a
+    warp takes a row, each lane sums 4 of every 128 values into four sums, these are added, then the upper half of the
+    lanes to the lower one.
     """
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     here = token < count
@@ -75,13 +76,15 @@ def _modulated_norm(
             tl.store(total_pointer + place, x, inside)
         squares += x.to(tl.float32) * x.to(tl.float32)
     if HAS_NORM:
+        if HAS_BRANCH:
+            tl.debug_barrier()  # other threads of the program stored what this one reads
         mean = _halves(_fours(squares, TOKENS, 32), TOKENS, 32) * (1.0 / WIDTH)
         inverse = tl.rsqrt(mean + eps)
         for start in tl.range(0, WIDTH, COLUMNS):
             column = start + tl.arange(0, COLUMNS)[None, :]
             inside, place = here & (column < WIDTH), token * WIDTH + column
             modulation = row * modulation_stride + column
-            x = _input(x_pointer, branch_pointer, gate_pointer, place, modulation, inside, HAS_BRANCH)
+            x = tl.load((total_pointer if HAS_BRANCH else x_pointer) + place, inside, 0.0)
             weight = tl.load(weight_pointer + column, column < WIDTH, 0.0).to(tl.float32)
             value = (x.to(tl.float32) * inverse).to(x.dtype).to(tl.float32) * weight
             if HAS_MODULATION:

@@ -5,6 +5,9 @@ it. Eight codes are read as one 32-bit word. Their numbers come from a table of 
 by byte permutations (``prmt``), four codes an instruction: no look-up in memory. Norms, the residual stream and the
 gate of the feed-forward layer are part of the products that they belong to.
 
+Eight neighbours of the input meet the eight codes of a word. So that threads read neighbouring bytes, inputs and what
+products hand on are in planes (`in_planes`): all first values of words, then all second ones, and so on.
+
 Each text's sums are taken in the same order however many texts there are, so a text doesn't depend on the others.
 """
 
@@ -20,13 +23,13 @@ from bitsandbytes.functional import QuantState
 
 from ...repository.nf4_format import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from .triton_launch import NO_FMA, on_its_device
-from .triton_nf4 import INTERPRETED, lower, number_words, numbers_on, upper
+from .triton_nf4 import INTERPRETED, number_words, numbers_on
 
 CODES_A_WORD = 8
 ALIGNMENT = 16  # bytes, of a weight's codes: what a thread reads at a time
 WORDS = 128  # of a weight's row that are read at a time
-COLUMNS = 8  # of the result that a program computes; of two weights at once half of them
-WARPS = 4
+COLUMNS = 8  # of a weight's product that a program computes
+WARPS, ADDED_WARPS, GATED_WARPS = 2, 8, 4  # of the three kernels, the fastest of those tried on an H100
 
 
 class PackedWeight(NamedTuple):
@@ -57,15 +60,13 @@ def _scales(absmax_pointer, outer_pointer, offset, levels_pointer, block):
 
 
 @triton.jit
-def _inputs(x_pointer, norm_pointer, pair, NORM: tl.constexpr):
-    """Two neighbours of a text's input, times the norm's weight, and their squares."""
-    values = tl.load(x_pointer + pair)
-    even, odd = lower(values), upper(values)
-    squares = tl.fma(even, even, odd * odd)
+def _input(x_pointer, norm_pointer, at, NORM: tl.constexpr):
+    """One plane of a text's input, times the norm's weight, and the squares."""
+    x = tl.load(x_pointer + at).to(tl.float32)
+    square = x * x
     if NORM:
-        weight = tl.load(norm_pointer + pair)
-        even, odd = even * lower(weight), odd * upper(weight)
-    return even, odd, squares
+        x *= tl.load(norm_pointer + at).to(tl.float32)
+    return x, square
 
 
 @triton.jit
@@ -79,26 +80,36 @@ def _dot(
     numbers_pointer, column, eps, WIDTH: tl.constexpr, TEXTS: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr,
     WORDS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """For each text a (COLUMNS,) float32 tensor: its input, normed, times some rows of a weight."""
+    """For each text a (COLUMNS,) float32 tensor: its input, normed, times some rows of a weight.
+
+    Products of a block's 64 codes are summed before they are scaled.
+    """
+    PLANE: tl.constexpr = WIDTH // 8
     words = tl.arange(0, WORDS)
+    blocks = tl.arange(0, WORDS // 8)
     offset = tl.load(offset_pointer)
     sums, squares = (), ()
     for _ in tl.static_range(TEXTS):
-        sums = sums + (tl.zeros((COLUMNS, WORDS), tl.float32),)
+        sums = sums + (tl.zeros((COLUMNS, WORDS // 8), tl.float32),)
         squares = squares + (tl.zeros((WORDS,), tl.float32),)
-    first = column.to(tl.int64) * WIDTH
-    for start in tl.range(0, WIDTH // 8, WORDS):
+    first = column.to(tl.int64) * PLANE
+    for start in tl.range(0, PLANE, WORDS):
         word = start + words
-        at = first[:, None] // 8 + word[None, :]
+        at = first[:, None] + word[None, :]
         n = number_words(tl.load(codes_pointer + at), numbers_pointer, INTERPRETED)
-        scale = _scales(absmax_pointer, outer_pointer, offset, levels_pointer, at // 8)
+        block = first[:, None] // 8 + (start // 8 + blocks)[None, :]
+        scale = _scales(absmax_pointer, outer_pointer, offset, levels_pointer, block)
         new_sums, new_squares = (), ()
         for text in tl.static_range(TEXTS):
-            x = x_pointer + text * (WIDTH // 2)
-            a, b, square0 = _inputs(x, norm_pointer, 4 * word, NORM)
-            c, d, square1 = _inputs(x, norm_pointer, 4 * word + 1, NORM)
-            e, f, square2 = _inputs(x, norm_pointer, 4 * word + 2, NORM)
-            g, h, square3 = _inputs(x, norm_pointer, 4 * word + 3, NORM)
+            x = x_pointer + text * WIDTH
+            a, square0 = _input(x, norm_pointer, word, NORM)
+            b, square1 = _input(x, norm_pointer, word + PLANE, NORM)
+            c, square2 = _input(x, norm_pointer, word + 2 * PLANE, NORM)
+            d, square3 = _input(x, norm_pointer, word + 3 * PLANE, NORM)
+            e, square4 = _input(x, norm_pointer, word + 4 * PLANE, NORM)
+            f, square5 = _input(x, norm_pointer, word + 5 * PLANE, NORM)
+            g, square6 = _input(x, norm_pointer, word + 6 * PLANE, NORM)
+            h, square7 = _input(x, norm_pointer, word + 7 * PLANE, NORM)
             part = n[0] * a[None, :]
             part = _plus(part, n[1], b)
             part = _plus(part, n[2], c)
@@ -107,8 +118,10 @@ def _dot(
             part = _plus(part, n[5], f)
             part = _plus(part, n[6], g)
             part = _plus(part, n[7], h)
+            part = tl.sum(tl.reshape(part, (COLUMNS, WORDS // 8, 8)), 2)
+            square = ((square0 + square1) + (square2 + square3)) + ((square4 + square5) + (square6 + square7))
             new_sums = new_sums + (tl.fma(part, scale, sums[text]),)
-            new_squares = new_squares + (squares[text] + (square0 + square1) + (square2 + square3),)
+            new_squares = new_squares + (squares[text] + square,)
         sums, squares = new_sums, new_squares
     results = ()
     for text in tl.static_range(TEXTS):
@@ -117,6 +130,12 @@ def _dot(
             total *= tl.rsqrt(tl.sum(squares[text], 0) / WIDTH + eps)
         results = results + (total,)
     return results
+
+
+@triton.jit
+def place_of(column, ROWS):
+    """Where a value lies among ROWS values in planes."""
+    return column % 8 * (ROWS // 8) + column // 8
 
 
 @triton.jit
@@ -157,7 +176,7 @@ def _added_product(
         WIDTH, TEXTS, False, COLUMNS, WORDS, INTERPRETED,
     )  # fmt: skip
     for text in tl.static_range(TEXTS):
-        at = text * rows + column
+        at = text * rows + place_of(column, rows)
         residual = tl.load(residual_pointer + at).to(tl.float32)
         tl.store(out_pointer + at, (residual + found[text].to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16))
 
@@ -182,7 +201,7 @@ def _gated_products(
         rounded = gate[text].to(tl.bfloat16).to(tl.float32)
         opened = (rounded / (1 + tl.exp(-rounded))).to(tl.bfloat16).to(tl.float32)
         out = opened * up[text].to(tl.bfloat16).to(tl.float32)
-        tl.store(out_pointer + text * rows + column, out.to(tl.bfloat16))
+        tl.store(out_pointer + text * rows + place_of(column, rows), out.to(tl.bfloat16))
 
 
 def pack(codes: torch.Tensor, state: QuantState) -> PackedWeight:
@@ -198,8 +217,8 @@ def products(x, norm, eps, weights) -> torch.Tensor:
     """``norm(x) @ weight.T`` for up to three weights, beside each other: (texts, sum of out) bfloat16.
 
     Args:
-        x: (texts, in) bfloat16.
-        norm: (in,) bfloat16, weight of an RMS norm.
+        x: (texts, in) bfloat16, in planes.
+        norm: (in,) bfloat16, weight of an RMS norm, in planes.
         eps: Of the norm.
         weights: One to three `PackedWeight`.
     """
@@ -207,7 +226,7 @@ def products(x, norm, eps, weights) -> torch.Tensor:
     weights = [*weights, *[weights[-1]] * (3 - len(weights))]
     out = x.new_empty(len(x), sum(rows))
     _products[(sum(rows) // COLUMNS,)](
-        _pairs(x), _pairs(norm), out, numbers_on(x.device), *(part for weight in weights for part in weight[:5]),
+        x.contiguous(), norm, out, numbers_on(x.device), *(part for weight in weights for part in weight[:5]),
         *rows, eps, x.shape[1], len(x), COLUMNS, _words(x.shape[1]), INTERPRETED, num_warps=WARPS, **NO_FMA,
     )  # fmt: skip
     return out
@@ -215,22 +234,22 @@ def products(x, norm, eps, weights) -> torch.Tensor:
 
 @on_its_device
 def added_product(x, residual, weight) -> torch.Tensor:
-    """``residual + x @ weight.T``, (texts, out) bfloat16. `x`: (texts, in) bfloat16."""
+    """``residual + x @ weight.T``, (texts, out) bfloat16. `x`: (texts, in) bfloat16. All of them in planes."""
     out = torch.empty_like(residual)
     _added_product[(weight.rows // COLUMNS,)](
-        _pairs(x), residual, out, numbers_on(x.device), *weight, x.shape[1], len(x), COLUMNS, _words(x.shape[1]),
-        INTERPRETED, num_warps=WARPS, **NO_FMA,
+        x.contiguous(), residual, out, numbers_on(x.device), *weight, x.shape[1], len(x), COLUMNS, _words(x.shape[1]),
+        INTERPRETED, num_warps=ADDED_WARPS, **NO_FMA,
     )  # fmt: skip
     return out
 
 
 @on_its_device
 def gated_products(x, norm, eps, gate, up) -> torch.Tensor:
-    """``silu(norm(x) @ gate.T) * (norm(x) @ up.T)``, (texts, out) bfloat16, as of `products`."""
+    """``silu(norm(x) @ gate.T) * (norm(x) @ up.T)``, (texts, out) bfloat16 in planes, arguments as of `products`."""
     out = x.new_empty(len(x), gate.rows)
-    _gated_products[(gate.rows // (COLUMNS // 2),)](
-        _pairs(x), _pairs(norm), out, numbers_on(x.device), *gate[:5], *up[:5], gate.rows, eps, x.shape[1], len(x),
-        COLUMNS // 2, _words(x.shape[1]), INTERPRETED, num_warps=WARPS, **NO_FMA,
+    _gated_products[(gate.rows // COLUMNS,)](
+        x.contiguous(), norm, out, numbers_on(x.device), *gate[:5], *up[:5], gate.rows, eps, x.shape[1], len(x),
+        COLUMNS, _words(x.shape[1]), INTERPRETED, num_warps=GATED_WARPS, **NO_FMA,
     )  # fmt: skip
     return out
 
@@ -249,9 +268,14 @@ def fits(codes: torch.Tensor, state: QuantState) -> bool:
     )
 
 
-def _pairs(x: torch.Tensor) -> torch.Tensor:
-    """Neighbours of bfloat16 values in one int32 each."""
-    return x.contiguous().view(torch.int32)
+def in_planes(x: torch.Tensor) -> torch.Tensor:
+    """(..., width) as the kernels read it: all first values of words of 8, then all second ones ..."""
+    return x.unflatten(-1, (-1, CODES_A_WORD)).transpose(-1, -2).flatten(-2)
+
+
+def in_order(x: torch.Tensor) -> torch.Tensor:
+    """What `in_planes` was given."""
+    return x.unflatten(-1, (CODES_A_WORD, -1)).transpose(-1, -2).flatten(-2)
 
 
 def _words(width: int) -> int:

@@ -1,0 +1,118 @@
+"""A block of the transformer on packed tokens: attention and feed-forward layer, with fused work between products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers.models.transformers.transformer_ernie_image import ErnieImageSharedAdaLNBlock
+
+from . import float16
+from .attention import attend_rows
+from .linear import apply_layers, apply_to_gelu, common_format
+from .ops import eight_bit, elementwise
+from .packing import Packing
+from .subclassing import named_as_upstream
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class Pending(NamedTuple):
+    """Packed tokens, (1, N, H), to which the last block's output is yet to be added.
+
+    The next block adds it in the same pass over memory as its norm.
+
+    Attributes:
+        tokens: The tokens.
+        branch: What ``gate_mlp`` times this is to be added of; None for nothing.
+    """
+
+    tokens: torch.Tensor
+    branch: torch.Tensor | None
+
+
+@named_as_upstream
+class FastErnieImageBlock(ErnieImageSharedAdaLNBlock):
+    """A block that also takes packed tokens. Called as upstream calls it, it is upstream's."""
+
+    def forward(
+        self,
+        x: torch.Tensor | Pending,
+        rotary_pos_emb: torch.Tensor | Rotary,
+        temb: Sequence[torch.Tensor],
+        attention_mask: torch.Tensor | Packing | None = None,
+    ) -> torch.Tensor | Pending:
+        """The block's output, of the kind and shape of `x`.
+
+        Args:
+            x: (1, N, H) packed tokens, also `Pending` ones, or what upstream's block takes.
+            rotary_pos_emb: Cosine and sine, (1, N, D) each, of packed tokens.
+            temb: Shift, scale and gate of the attention, then of the feed-forward layer, (B, H) each.
+            attention_mask: How the tokens are packed.
+        """
+        if not isinstance(attention_mask, Packing):
+            return super().forward(x, rotary_pos_emb, temb, attention_mask)
+        packing = attention_mask
+        if packing.mixed:
+            assert isinstance(x, torch.Tensor)
+            return float16.block_forward(self, x, cast(Rotary, rotary_pos_emb), temb, packing)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = temb
+        attention, mlp, rows = cast(Any, self.self_attention), self.mlp, packing.rows
+        norm, mlp_norm = self.adaLN_sa_ln, self.adaLN_mlp_ln
+        before, pending = (x.tokens, x.branch) if isinstance(x, Pending) else (x, None)
+        to = common_format(before.dtype, attention.to_q, attention.to_k, attention.to_v)
+        total, hidden = add_and_norm(before, pending, gate_mlp, norm, scale_msa, shift_msa, rows, to)
+        branch = attend(attention, hidden, cast(Rotary, rotary_pos_emb), packing)
+        to = common_format(total.dtype, mlp.gate_proj, mlp.up_proj)
+        total, hidden = add_and_norm(total, branch, gate_msa, mlp_norm, scale_mlp, shift_mlp, rows, to)
+        gate, up = apply_layers(hidden, mlp.gate_proj, mlp.up_proj)
+        output = apply_to_gelu(gate, up, mlp.linear_fc2)
+        if isinstance(x, Pending):
+            return Pending(total, output)
+        return elementwise.gated_add(total, output, gate_mlp, rows)
+
+
+def add_and_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor,
+    norm: Any,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    rows: torch.Tensor,
+    to: eight_bit.Format | None,
+) -> tuple[torch.Tensor, torch.Tensor | eight_bit.RoundedTokens]:
+    """``x + gate * branch``, and its modulated norm.
+
+    Args:
+        x: (1, N, H) packed tokens.
+        branch: (1, N, H); None to add nothing.
+        gate: (B, H).
+        norm: An RMS norm.
+        scale: (B, H), of the modulation.
+        shift: As `scale`.
+        rows: (N,) int64, batch row of each token.
+        to: The format in which only the norm is needed; None for the dtype of `x`.
+    """
+    modulation = norm.weight, scale, shift, norm.eps, rows
+    if branch is None:
+        if to is None:
+            return x, elementwise.modulated_norm(x, *modulation)
+        return x, eight_bit.modulated_norm_rows(x, *modulation, to)
+    if to is None:
+        return elementwise.gated_add_norm(x, branch, gate, *modulation)
+    return eight_bit.gated_add_norm_rows(x, branch, gate, *modulation, to)
+
+
+def attend(attention: Any, x: torch.Tensor | eight_bit.RoundedTokens, rotary: Rotary, packing: Packing) -> torch.Tensor:
+    """Self-attention of an ``ErnieImageAttention`` on packed tokens, (1, N, H), row by row."""
+    query, key, value = (
+        part.unflatten(-1, (attention.heads, -1))
+        for part in apply_layers(x, attention.to_q, attention.to_k, attention.to_v, joined=not packing.is_exact)
+    )
+    query = elementwise.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
+    key = elementwise.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)
+    rows, out = attend_rows(attention, query, key, value, packing), attention.to_out[0]
+    to = common_format(query.dtype, out)
+    return apply_layers(torch.cat(rows, 1) if to is None else eight_bit.quantize_parts(rows, to), out)[0]
