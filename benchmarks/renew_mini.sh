@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The figures that hang on the mini's weights, measured anew on one GPU after training/recipe.sh. Those that are of a CPU,
-# and pictures that need fonts for their labels, stand below as comments. With the packages of the other formats:
-# pip install -e ".[baselines]".
+# The figures that hang on the mini's weights, measured anew on one GPU or two after training/recipe.sh. Those that are
+# of a CPU, and pictures that need fonts for their labels, stand below as comments. With the packages of the other
+# formats: pip install -e ".[baselines]".
 #
 #   bash benchmarks/renew_mini.sh training/work
 #
@@ -16,27 +16,29 @@ ln -sfn "$work/classifier.safetensors" CLASSIFIER
 rm -rf WORK # or repositories of earlier weights would be measured
 mkdir WORK
 cp -r "$work/nf4" WORK/calibrated
+second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true) # where there are two, the formats are on this one
 
-run() { # NAME COMMAND...: its words in a file; the others go on if it fails
-  local name=$1
-  shift
-  python3 "$@" > "$work/log/$name" 2>&1 || echo "$name failed: see $work/log/$name" >&2
+run() { # GPU NAME COMMAND...: its words in a file; the others go on if it fails
+  local gpu=$1 name=$2
+  shift 2
+  CUDA_VISIBLE_DEVICES=$gpu python3 "$@" > "$work/log/$name" 2>&1 || echo "$name failed: see $work/log/$name" >&2
 }
 
-run evaluate -m training.evaluate "$work" --model . --output training/report.json &
-run blemishes -m training.blemishes "$work" --model . --output training/corners.png --card training/first_command.png
-run nf4_mini benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini.json --device cuda \
+run 0 evaluate -m training.evaluate "$work" --model . --output training/report.json &
+run 0 blemishes -m training.blemishes "$work" --model . --output training/corners.png --card training/first_command.png
+run "${second:-0}" nf4_mini benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini.json --device cuda \
   --dtype float32 --batch 50 --classifier CLASSIFIER --peers sdnq-uint4 quanto-int4 gguf-q4_0 &
 formats=$!
-run products_mini benchmarks/products_mini.py --output benchmarks/products_mini.json --device cuda --batch 50 \
+run 0 products_mini benchmarks/products_mini.py --output benchmarks/products_mini.json --device cuda --batch 50 \
   --classifier CLASSIFIER
 wait "$formats" # the next one takes the repositories that it made
-run nf4_mini_bfloat16 benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini_bfloat16.json \
-  --device cuda --batch 50 --classifier CLASSIFIER --peers sdnq-uint4 torchao-int4 torchao-float8 quanto-int4 gguf-q4_0 &
-run skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_mini.json --device cuda --captions 200 \
+run "${second:-0}" nf4_mini_bfloat16 benchmarks/nf4_mini.py ORIGINAL --work WORK \
+  --output benchmarks/nf4_mini_bfloat16.json --device cuda --batch 50 --classifier CLASSIFIER \
+  --peers sdnq-uint4 torchao-int4 torchao-float8 quanto-int4 gguf-q4_0 &
+run 0 skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_mini.json --device cuda --captions 200 \
   --batch 50 --classifier CLASSIFIER &
-run nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json --device cuda \
-  --size 128 --captions 24 --batch 24 --scales scale_search
+run "${second:-0}" nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json \
+  --device cuda --size 128 --captions 24 --batch 24 --scales scale_search
 wait
 # On a CPU, then:
 #   python -m training.samples --model . --output training/samples.png

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All stages of README.md on one GPU, from the inputs of stages 0 and 1 to weights in this checkout, side by side where
-# they don't wait for each other. What an earlier run left in WORK is removed first.
+# All stages of README.md on one GPU or two, from the inputs of stages 0 and 1 to weights in this checkout, side by side
+# where they don't wait for each other. What an earlier run left in WORK is removed first.
 #
 #   VAE_SECONDS=490 DIT_SECONDS=630 bash training/recipe.sh training/work
 #
@@ -12,19 +12,21 @@ mkdir -p "$work/log"
 # Else the transformer would take the earlier run's latents, or go on with its weights.
 rm -rf "$work/original/vae" "$work/pools.pt" "$work/dit.pt" "$work/classifier.safetensors"
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # a stage that waits for one that failed would wait for ever
+# A second GPU takes all but the VAE.
+second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true)
 
-stage() { # NAME ARGUMENTS...: one stage, its words in a file
-  local name=$1
-  shift
-  python3 -m "training.$name" "$@" > "$work/log/$name" 2>&1
+stage() { # GPU NAME ARGUMENTS...: one stage, its words in a file
+  local gpu=$1 name=$2
+  shift 2
+  CUDA_VISIBLE_DEVICES=$gpu python3 -m "training.$name" "$@" > "$work/log/$name" 2>&1
 }
 
 # The transformer compiles and prepares captions while the VAE is trained, then takes its latents.
-stage dit "$work" --seconds "${DIT_SECONDS:-630}" --no-monitor --scenes 128000 &
+stage "${second:-0}" dit "$work" --seconds "${DIT_SECONDS:-630}" --no-monitor --scenes 128000 &
 transformer=$!
-stage classifier "$work" --seconds "${CLASSIFIER_SECONDS:-150}" &
+stage "${second:-0}" classifier "$work" --seconds "${CLASSIFIER_SECONDS:-150}" &
 classifier=$!
-stage vae "$work" --seconds "${VAE_SECONDS:-490}"
+stage 0 vae "$work" --seconds "${VAE_SECONDS:-490}"
 wait "$transformer"
 wait "$classifier"
-stage export "$work" --enhancer . --install .
+stage 0 export "$work" --enhancer . --install .
