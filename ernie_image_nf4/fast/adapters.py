@@ -5,8 +5,8 @@ peft's layer calls the base layer, and its two small ones after it. The fast blo
 - layers that take the same input (query, key and value) share one product with all of their ``lora_A``, which lie one
   below the other in one tensor. peft's parameters are its rows: there is no second copy;
 - the strengths are a tensor. A captured step reads them, and changes of them capture nothing anew;
-- the base product stays what it is without an adapter, in 8 bits too. Its sum with the low-rank product is made in its
-  own matrix product where there is one in the dtype of the computation.
+- the base product stays what it is without an adapter, in 8 bits too. With many tokens both are one matrix product:
+  what ``lora_A`` gives lies behind each token, ``lora_B`` behind each row of the weight that was undone from NF4.
 
 An adapter that is switched off leaves the base product alone, to the bit. DoRA, layers beside the blocks and whatever
 else peft knows go through peft's layers; a captured step is then captured with their strengths.
@@ -79,6 +79,12 @@ class SharedDown:
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """(N, rows) of (N, in): the inputs of the layers' ``lora_B``, strengths included."""
         return F.linear(x, self.data).mul_(self._strengths())
+
+    def write_product(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """`product` into the first columns of `out`, (N, columns), and zeros into the others."""
+        rows = len(self.data)
+        torch.mul(F.linear(x, self.data), self._strengths(), out=out[:, :rows])
+        out[:, rows:].zero_()
 
     def product_in_eight_bits(
         self, x: torch.Tensor, scale: torch.Tensor, to: Format, dtype: torch.dtype

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_ernie_image import ErnieImageShar
 
 from . import float16
 from .attention import attend_rows
-from .linear import apply_layers, apply_to_gelu, common_format
+from .linear import Tokens, WideTokens, apply_layers, apply_to_gelu, input_for
 from .ops import eight_bit, elementwise
 from .packing import Packing
 from .subclassing import named_as_upstream
@@ -61,10 +61,10 @@ class FastErnieImageBlock(ErnieImageSharedAdaLNBlock):
         attention, mlp, rows = cast(Any, self.self_attention), self.mlp, packing.rows
         norm, mlp_norm = self.adaLN_sa_ln, self.adaLN_mlp_ln
         before, pending = (x.tokens, x.branch) if isinstance(x, Pending) else (x, None)
-        to = common_format(before.dtype, attention.to_q, attention.to_k, attention.to_v)
+        to = input_for(before, attention.to_q, attention.to_k, attention.to_v)
         total, hidden = add_and_norm(before, pending, gate_mlp, norm, scale_msa, shift_msa, rows, to)
         branch = attend(attention, hidden, cast(Rotary, rotary_pos_emb), packing)
-        to = common_format(total.dtype, mlp.gate_proj, mlp.up_proj)
+        to = input_for(total, mlp.gate_proj, mlp.up_proj)
         total, hidden = add_and_norm(total, branch, gate_msa, mlp_norm, scale_mlp, shift_mlp, rows, to)
         gate, up = apply_layers(hidden, mlp.gate_proj, mlp.up_proj)
         output = apply_to_gelu(gate, up, mlp.linear_fc2)
@@ -81,8 +81,8 @@ def add_and_norm(
     scale: torch.Tensor,
     shift: torch.Tensor,
     rows: torch.Tensor,
-    to: eight_bit.Format | None,
-) -> tuple[torch.Tensor, torch.Tensor | eight_bit.RoundedTokens]:
+    to: eight_bit.Format | WideTokens | None,
+) -> tuple[torch.Tensor, Tokens]:
     """``x + gate * branch``, and its modulated norm.
 
     Args:
@@ -93,19 +93,22 @@ def add_and_norm(
         scale: (B, H), of the modulation.
         shift: As `scale`.
         rows: (N,) int64, batch row of each token.
-        to: The format in which only the norm is needed; None for the dtype of `x`.
+        to: What the norm is needed in, as of `input_for`.
     """
     modulation = norm.weight, scale, shift, norm.eps, rows
+    if isinstance(to, eight_bit.Format):
+        if branch is None:
+            return x, eight_bit.modulated_norm_rows(x, *modulation, to)
+        return eight_bit.gated_add_norm_rows(x, branch, gate, *modulation, to)
+    out = None if to is None else to.tokens
     if branch is None:
-        if to is None:
-            return x, elementwise.modulated_norm(x, *modulation)
-        return x, eight_bit.modulated_norm_rows(x, *modulation, to)
-    if to is None:
-        return elementwise.gated_add_norm(x, branch, gate, *modulation)
-    return eight_bit.gated_add_norm_rows(x, branch, gate, *modulation, to)
+        total, normed = x, elementwise.modulated_norm(x, *modulation, out)
+    else:
+        total, normed = elementwise.gated_add_norm(x, branch, gate, *modulation, out)
+    return total, normed if to is None else to
 
 
-def attend(attention: Any, x: torch.Tensor | eight_bit.RoundedTokens, rotary: Rotary, packing: Packing) -> torch.Tensor:
+def attend(attention: Any, x: Tokens, rotary: Rotary, packing: Packing) -> torch.Tensor:
     """Self-attention of an ``ErnieImageAttention`` on packed tokens, (1, N, H), row by row."""
     query, key, value = (
         part.unflatten(-1, (attention.heads, -1))
@@ -114,5 +117,11 @@ def attend(attention: Any, x: torch.Tensor | eight_bit.RoundedTokens, rotary: Ro
     query = elementwise.norm_rotary(query, attention.norm_q.weight, *rotary, attention.norm_q.eps)
     key = elementwise.norm_rotary(key, attention.norm_k.weight, *rotary, attention.norm_k.eps)
     rows, out = attend_rows(attention, query, key, value, packing), attention.to_out[0]
-    to = common_format(query.dtype, out)
-    return apply_layers(torch.cat(rows, 1) if to is None else eight_bit.quantize_parts(rows, to), out)[0]
+    to = input_for(query.flatten(2), out)
+    if to is None:
+        return apply_layers(torch.cat(rows, 1), out)[0]
+    if isinstance(to, eight_bit.Format):
+        return apply_layers(eight_bit.quantize_parts(rows, to), out)[0]
+    for row, place in zip(rows, to.tokens.split(packing.lengths, 1), strict=True):
+        place.copy_(row)
+    return apply_layers(to, out)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeGuard, cast
+from typing import Any, ClassVar, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from ..upstream.models import is_hooked
-from .adapters import LowRank, low_rank_of
+from .adapters import LowRank, SharedDown, low_rank_of
 from .ops import eight_bit, elementwise
 from .ops.eight_bit import FP8, INT8, Format, RoundedTokens
 from .subclassing import named_as_upstream
@@ -21,6 +21,7 @@ DEQUANTIZER = "triton_nf4"
 # With more rows bitsandbytes dequantizes a weight and multiplies as well, so that results are the same bits. With fewer
 # ones a kernel of its own may do both.
 ROWS = 1536
+ALIGNMENT = 8  # columns of a matrix in 16 bits, for products of full speed
 
 
 @named_as_upstream
@@ -41,6 +42,28 @@ EightBitLayer = Int8Linear4bit | Fp8Linear4bit
 LAYERS: dict[str, type[EightBitLayer]] = {layer.products.name: layer for layer in (Int8Linear4bit, Fp8Linear4bit)}
 
 
+class WideTokens(NamedTuple):
+    """Packed tokens with room behind each for what the adapters of their layers multiply.
+
+    A product of these rows with weights that have ``lora_B`` behind each of theirs is base and low-rank product in one.
+
+    Attributes:
+        rows: (N, in + columns).
+        width: in.
+    """
+
+    rows: torch.Tensor
+    width: int
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(1, N, in), to be written to."""
+        return self.rows[None, :, : self.width]
+
+
+Tokens = torch.Tensor | RoundedTokens | WideTokens
+
+
 def multiplies_in_eight_bits(layer: nn.Module) -> TypeGuard[EightBitLayer]:
     """Whether a layer's products are in 8 bits. One with hooks, which expect a call, isn't."""
     return isinstance(layer, EightBitLayer) and not is_hooked(layer)
@@ -56,16 +79,47 @@ def common_format(dtype: torch.dtype, *layers: nn.Module) -> Format | None:
     return found.pop() if len(found) == 1 else None
 
 
-def apply_layers(x: torch.Tensor | RoundedTokens, *layers: nn.Module, joined: bool = False) -> list[torch.Tensor]:
+def input_for(like: torch.Tensor, *layers: nn.Module) -> Format | WideTokens | None:
+    """In what these layers take their input: a format that it is rounded to, or memory to write it to.
+
+    Args:
+        like: Of the input's shape, (1, N, in), and dtype.
+        layers: All of those that take this input.
+
+    Returns:
+        None for a tensor like any other.
+    """
+    if to := common_format(like.dtype, *layers):
+        return to
+    shared = _shared_down(like, layers)
+    if shared is None:
+        return None
+    width = like.shape[-1]
+    columns = -(-len(shared.data) // ALIGNMENT) * ALIGNMENT
+    return WideTokens(like.new_empty(like.shape[1], width + columns), width)
+
+
+def _shared_down(like: torch.Tensor, layers: Sequence[nn.Module]) -> SharedDown | None:
+    """What all adapters of these layers share, if base and low-rank products of all that have some can be one."""
+    adapted = [(layer, part) for layer in layers if (part := _low_rank(layer, like.dtype)) is not None and part.shared]
+    bases = [base_of(layer) for layer, _ in adapted]
+    if not all(_dequantizes(base, like) and _state_in(base, like.dtype) for base in bases):
+        return None
+    return adapted[0][1].shared if adapted else None
+
+
+def apply_layers(x: Tokens, *layers: nn.Module, joined: bool = False) -> list[torch.Tensor]:
     """``[layer(x) for layer in layers]``. Those in 8 bits share one rounding of `x`, (..., in), adapters one product.
 
     Args:
-        x: The input, rounded already if all have a `common_format`.
+        x: The input, in what `input_for` says.
         layers: The layers, all of those that take this input.
         joined: Whether their products may be one, which leaves fewer multiprocessors idle, but may round otherwise.
     """
-    adapted = [_low_rank(layer, x.dtype) for layer in layers]
+    adapted = [_low_rank(layer, x.rows.dtype if isinstance(x, WideTokens) else x.dtype) for layer in layers]
     bases = [layer if part is None else base_of(layer) for layer, part in zip(layers, adapted, strict=True)]
+    if isinstance(x, WideTokens):
+        return _wide_products(x, adapted, bases, joined)
     if isinstance(x, RoundedTokens):
         rounded = {x.to: x.rounded}
     else:
@@ -91,7 +145,7 @@ def apply_layers(x: torch.Tensor | RoundedTokens, *layers: nn.Module, joined: bo
     return outputs
 
 
-def _tokens(x: torch.Tensor | RoundedTokens) -> torch.Tensor:
+def _tokens(x: Tokens) -> torch.Tensor:
     assert isinstance(x, torch.Tensor)  # what is rounded is for layers of a common format
     return x
 
@@ -101,12 +155,53 @@ def apply_to_gelu(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module) -> tor
     part = _low_rank(layer, gate.dtype)
     base = layer if part is None else base_of(layer)
     if not multiplies_in_eight_bits(base):
+        x = input_for(gate, layer)
+        if isinstance(x, WideTokens):
+            elementwise.gelu_times(gate, up, x.tokens)
+            return apply_layers(x, layer)[0]
         return apply_layers(elementwise.gelu_times(gate, up), layer)[0]
     rounded = eight_bit.gelu_times_rows(gate.flatten(0, -2), up.flatten(0, -2), base.products)
     out = multiply(base, *rounded, gate.dtype)
     if part is not None and part.shared is not None:
         part.add_product(out, part.shared.product_in_eight_bits(*rounded, base.products, gate.dtype))
     return out.unflatten(0, gate.shape[:-1])
+
+
+def _wide_products(
+    x: WideTokens, adapted: Sequence[LowRank | None], bases: Sequence[nn.Module], joined: bool
+) -> list[torch.Tensor]:
+    """``base(x)`` and what its adapters add, (1, N, out) each, in one product. Layers without adapters are called."""
+    (shared, *_) = [part.shared for part in adapted if part is not None and part.shared is not None]
+    inner = x.rows[:, x.width :]
+    shared.write_product(x.tokens[0], inner)
+    outputs: dict[int, torch.Tensor] = {}
+    widened: list[tuple[int, Any, LowRank]] = []
+    for number, (base, part) in enumerate(zip(bases, adapted, strict=True)):
+        if part is None or part.shared is None:
+            outputs[number] = _call(base, x.tokens)
+        else:
+            widened.append((number, base, part))
+    together = joined and all(base.bias is None for _, base, _ in widened)
+    for group in [widened] if together else [[each] for each in widened]:
+        weight = _widened([(base, part) for _, base, part in group], x.rows.dtype, inner.shape[1])
+        bias = group[0][1].bias
+        out = F.linear(x.rows, weight, None if bias is None else bias.to(x.rows.dtype))[None]
+        parts = out.split([base.weight.quant_state.shape[0] for _, base, _ in group], -1)
+        outputs |= {number: part for (number, _, _), part in zip(group, parts, strict=True)}
+    return [outputs[number] for number in range(len(bases))]
+
+
+def _widened(layers: Sequence[tuple[Any, LowRank]], dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """NF4 weights, one below the other, and behind each the ``lora_B`` of its layer, in those of `columns` it has."""
+    weights = [(base.weight, base.weight.quant_state) for base, _ in layers]
+    matrix = _dequantized(weights, dtype, columns)
+    behind = matrix[:, matrix.shape[1] - columns :]
+    if len(layers) > 1 or sum(up.shape[1] for _, up in layers[0][1].pieces) < columns:
+        behind.zero_()
+    for (_, part), its_rows in zip(layers, behind.split([state.shape[0] for _, state in weights]), strict=True):
+        for own, up in part.pieces:
+            its_rows[:, own] = up
+    return matrix
 
 
 def base_of(layer: nn.Module) -> nn.Module:
@@ -170,15 +265,16 @@ def _state_in(layer: Any, dtype: torch.dtype) -> QuantState | None:
     return state
 
 
-def _dequantized(weights: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype) -> torch.Tensor:
-    """NF4 weights of one width in a dtype, one below the other."""
-    codes = weights[0][0]
+def _dequantized(weights: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype, more: int = 0) -> torch.Tensor:
+    """NF4 weights of one width in a dtype, one below the other, with `more` columns behind them that hold anything."""
+    codes, width = weights[0][0], weights[0][1].shape[1]
     kernels = elementwise.triton_kernels(codes, DEQUANTIZER)
     if kernels is None:
+        assert not more  # as `_dequantizes` says
         return torch.cat([dequantize_4bit(codes, eight_bit.with_dtype(state, dtype)) for codes, state in weights])
     rows = [state.shape[0] for _, state in weights]
-    out = torch.empty(sum(rows), weights[0][1].shape[1], dtype=dtype, device=codes.device)
-    for (codes, state), part in zip(weights, out.split(rows), strict=True):
+    out = torch.empty(sum(rows), width + more, dtype=dtype, device=codes.device)
+    for (codes, state), part in zip(weights, out[:, :width].split(rows), strict=True):
         kernels.dequantize(codes, state, part)
     return out
 

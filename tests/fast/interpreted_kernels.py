@@ -8,9 +8,18 @@ from __future__ import annotations
 import itertools
 
 import torch
-from bitsandbytes.functional import get_4bit_type, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 
-from ernie_image_nf4.fast.ops import eight_bit, nf4_panels, triton_eight_bit, triton_int8, triton_nf4_panels
+from ernie_image_nf4.fast.ops import (
+    eight_bit,
+    elementwise,
+    nf4_panels,
+    triton_eight_bit,
+    triton_elementwise,
+    triton_int8,
+    triton_nf4,
+    triton_nf4_panels,
+)
 from ernie_image_nf4.fast.ops.eight_bit import FP8, INT8, Format
 
 CAPABILITIES = ((7, 5), (9, 0))  # without tensor cores, as far as Triton knows, and with them
@@ -26,6 +35,7 @@ def main() -> None:
             compare_weight(width, nested, block_size)
         for packed in (True, False):
             compare_norms(width, dtype, packed)
+    compare_rows_that_are_apart()
     compare_product()
     compare_numbers_that_are_none()
     compare_panels()
@@ -54,6 +64,28 @@ def compare_norms(width: int, dtype: torch.dtype, packed: bool) -> None:
         slack = 2.0**-6 if dtype == torch.bfloat16 else 0.0  # the interpreter cuts off where a GPU rounds
         torch.testing.assert_close(total, expected, rtol=slack, atol=slack)
         compare(found, eight_bit.modulated_norm_rows(total, *modulation, to).rounded, to)
+
+
+def compare_rows_that_are_apart() -> None:
+    """Kernels that write to a part of each row of a larger matrix."""
+    x, branch = torch.randn(1, 5, 192), torch.randn(1, 5, 192)
+    gate, scale, shift = (torch.randn(2, 192) for _ in range(3))
+    modulation = torch.rand(192), scale, shift, 1e-5, torch.tensor([0, 0, 1, 1, 1])
+    for kernel, plain, arguments in (
+        (triton_elementwise.modulated_norm, elementwise.modulated_norm, (x, *modulation)),
+        (triton_elementwise.gated_add_norm, elementwise.gated_add_norm, (x, branch, gate, *modulation)),
+        (triton_elementwise.gelu_times, elementwise.gelu_times, (x, branch)),
+    ):
+        whole = torch.full((1, 5, 200), 7.0)
+        found, expected = kernel(*arguments, whole[..., :192]), plain(*arguments)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole[..., :192], expected[1] if isinstance(expected, tuple) else expected)
+        assert (whole[..., 192:] == 7).all()
+    codes, state = quantize_4bit(torch.randn(6, 192), quant_type="nf4", compress_statistics=True, blocksize=64)
+    matrix = torch.full((6, 200), 7.0)
+    triton_nf4.dequantize(codes, state, matrix[:, :192])
+    assert torch.equal(matrix[:, :192], dequantize_4bit(codes, state))
+    assert (matrix[:, 192:] == 7).all()
 
 
 def compare_weight(width: int, nested: bool, block_size: int) -> None:

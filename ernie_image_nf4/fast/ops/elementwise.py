@@ -65,6 +65,7 @@ def modulated_norm(
     shift: torch.Tensor,
     eps: float,
     rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMS norm, then ``* (1 + scale) + shift``.
 
@@ -75,15 +76,20 @@ def modulated_norm(
         shift: (B, H).
         eps: Added to the mean square.
         rows: (N,) int64, batch row of each packed token. None: every row has S tokens.
+        out: Memory for the result, (1, N, H). Its tokens may be apart.
 
     Returns:
         Shape and dtype of `x`.
     """
     if kernels := triton_kernels(x):
-        return kernels.modulated_norm(x, weight, scale, shift, eps, rows)
+        return kernels.modulated_norm(x, weight, scale, shift, eps, rows, out)
     variance = x.float().pow(2).mean(-1, keepdim=True)
     normed = (x * torch.rsqrt(variance + eps)).to(x.dtype) * weight
-    return (normed.float() * (1 + _by_token(scale, rows)) + _by_token(shift, rows)).to(x.dtype)
+    return _into(out, (normed.float() * (1 + _by_token(scale, rows)) + _by_token(shift, rows)).to(x.dtype))
+
+
+def _into(out: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    return values if out is None else out.copy_(values)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -103,12 +109,13 @@ def gated_add_norm(
     shift: torch.Tensor,
     eps: float,
     rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gated_add`, and `modulated_norm` of the sum. Returns both, shape and dtype of `x` each."""
+    """`gated_add`, and `modulated_norm` of the sum. Returns both, shape and dtype of `x` each; `out` is the norm's."""
     if kernels := triton_kernels(x):
-        return kernels.gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows)
+        return kernels.gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows, out)
     total = gated_add(x, branch, gate, rows)
-    return total, modulated_norm(total, weight, scale, shift, eps, rows)
+    return total, modulated_norm(total, weight, scale, shift, eps, rows, out)
 
 
 def gated_add(
@@ -149,8 +156,8 @@ def norm_rotary(
     return x * cos.to(x.dtype).unsqueeze(2) + rotated * sin.to(x.dtype).unsqueeze(2)
 
 
-def gelu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``gelu(gate) * up``, elementwise, with the exact (erf) GELU."""
+def gelu_times(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``gelu(gate) * up``, elementwise, with the exact (erf) GELU. `out`: memory for it, whose rows may be apart."""
     if kernels := triton_kernels(gate):
-        return kernels.gelu_times(gate, up)
-    return up * F.gelu(gate)
+        return kernels.gelu_times(gate, up, out)
+    return _into(out, up * F.gelu(gate))

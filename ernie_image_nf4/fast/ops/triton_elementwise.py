@@ -52,7 +52,7 @@ def _input(x_pointer, branch_pointer, gate_pointer, place, gate_place, inside, H
 @triton.jit(do_not_specialize=["count", "tokens"])  # they change with the prompt's length
 def _modulated_norm(
     x_pointer, branch_pointer, gate_pointer, weight_pointer, scale_pointer, shift_pointer, total_pointer, out_pointer,
-    rows_pointer, count, tokens, eps, modulation_stride, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    rows_pointer, count, tokens, eps, modulation_stride, out_stride, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_MODULATION: tl.constexpr, HAS_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -91,32 +91,35 @@ def _modulated_norm(
                 scale = tl.load(scale_pointer + modulation, inside, 0.0).to(tl.float32)
                 shift = tl.load(shift_pointer + modulation, inside, 0.0).to(tl.float32)
                 value = value.to(x.dtype).to(tl.float32) * (1 + scale) + shift
-            tl.store(out_pointer + place, value.to(x.dtype), inside)
+            tl.store(out_pointer + token * out_stride + column, value.to(x.dtype), inside)
 
 
 @on_its_device
-def modulated_norm(x, weight, scale, shift, eps, rows=None) -> torch.Tensor:
+def modulated_norm(x, weight, scale, shift, eps, rows=None, out=None) -> torch.Tensor:
     """As ``elementwise.modulated_norm``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, x, x, weight, scale, shift, x, out, x if rows is None else rows, batch * tokens, tokens, eps,
-        scale.stride(0), width, False, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **NO_FMA,
+        scale.stride(0), out.stride(1), width, False, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS,
+        **NO_FMA,
     )  # fmt: skip
     return out
 
 
 @on_its_device
-def gated_add_norm(x, branch, gate, weight, scale, shift, eps, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_add_norm(
+    x, branch, gate, weight, scale, shift, eps, rows=None, out=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``elementwise.gated_add_norm``."""
     x = x.contiguous()
     batch, tokens, width = x.shape
-    total, out = torch.empty_like(x), torch.empty_like(x)
+    total, out = torch.empty_like(x), torch.empty_like(x) if out is None else out
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, branch.contiguous(), gate, weight, scale, shift, total, out, x if rows is None else rows, batch * tokens,
-        tokens, eps, scale.stride(0), width, True, True, True, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS,
-        **NO_FMA,
+        tokens, eps, scale.stride(0), out.stride(1), width, True, True, True, rows is not None, TOKENS, COLUMNS,
+        num_warps=TOKENS, **NO_FMA,
     )  # fmt: skip
     return total, out
 
@@ -129,7 +132,7 @@ def rms_norm(x, weight, eps) -> torch.Tensor:
     count = x.numel() // width
     out = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(count, TOKENS),)](
-        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, False, True, False, False, TOKENS, COLUMNS,
+        x, x, x, weight, x, x, x, out, x, count, 1, eps, 0, width, width, False, True, False, False, TOKENS, COLUMNS,
         num_warps=TOKENS, **NO_FMA,
     )  # fmt: skip
     return out
@@ -143,7 +146,7 @@ def gated_add(x, branch, gate, rows=None) -> torch.Tensor:
     total = torch.empty_like(x)
     _modulated_norm[(triton.cdiv(batch * tokens, TOKENS),)](
         x, branch.contiguous(), gate, x, x, x, total, x, x if rows is None else rows, batch * tokens, tokens, 0.0,
-        gate.stride(0), width, True, False, False, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **NO_FMA,
+        gate.stride(0), width, width, True, False, False, rows is not None, TOKENS, COLUMNS, num_warps=TOKENS, **NO_FMA,
     )  # fmt: skip
     return total
 
@@ -200,7 +203,15 @@ def norm_rotary(x, weight, cos, sin, eps) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["count"])
 def _gelu_times(
-    gate_pointer, up_pointer, tail_pointer, out_pointer, count, HAS_TAIL: tl.constexpr, BLOCK: tl.constexpr
+    gate_pointer,
+    up_pointer,
+    tail_pointer,
+    out_pointer,
+    count,
+    HAS_TAIL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
@@ -213,17 +224,22 @@ def _gelu_times(
         in_tail = bits >= 0xC000
         value = tl.where(in_tail, tl.load(tail_pointer + (bits - 0xC000), in_tail & inside, 0.0), value)
     up = tl.load(up_pointer + index, inside, 0.0).to(tl.float32)
-    tl.store(out_pointer + index, (value.to(tl.float32) * up).to(dtype), inside)
+    there = index if STRIDE == WIDTH else index // WIDTH * STRIDE + index % WIDTH
+    tl.store(out_pointer + there, (value.to(tl.float32) * up).to(dtype), inside)
 
 
 @on_its_device
-def gelu_times(gate, up) -> torch.Tensor:
+def gelu_times(gate, up, out=None) -> torch.Tensor:
     """As ``elementwise.gelu_times``."""
     gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
+    out = torch.empty_like(gate) if out is None else out
+    # Rows that lie behind each other are one, whatever their width: the kernel is compiled once for these.
+    apart = not out.is_contiguous()
+    width, stride = (out.shape[-1], out.stride(-2)) if apart else (1, 1)
     has_tail = gate.dtype.itemsize == 2
     _gelu_times[(triton.cdiv(gate.numel(), ELEMENTS),)](
-        gate, up, gelu_tail(gate.dtype, gate.device) if has_tail else gate, out, gate.numel(), has_tail, ELEMENTS,
+        gate, up, gelu_tail(gate.dtype, gate.device) if has_tail else gate, out, gate.numel(), has_tail, width,
+        stride, ELEMENTS,
         num_warps=4, **NO_FMA,
     )  # fmt: skip
     return out

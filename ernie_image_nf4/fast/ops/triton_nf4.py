@@ -143,7 +143,8 @@ def number_bytes(codes, table_pointer, INTERPRETED: tl.constexpr):
 @triton.jit
 def _dequantize(
     codes_pointer, absmax_pointer, levels_pointer, outer_pointer, offset_pointer, table_pointer, out_pointer, count,
-    NESTED: tl.constexpr, BLOCK: tl.constexpr, OUTER: tl.constexpr, BYTES: tl.constexpr, INTERPRETED: tl.constexpr,
+    NESTED: tl.constexpr, BLOCK: tl.constexpr, OUTER: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
+    BYTES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     inside = place < count
@@ -155,7 +156,8 @@ def _dequantize(
         scale = tl.load(levels_pointer + scale.to(tl.int32)) * outer + tl.load(offset_pointer)
     values = tl.reshape(tl.join(first * scale, second * scale), (2 * BYTES,))
     at = tl.program_id(0).to(tl.int64) * 2 * BYTES + tl.arange(0, 2 * BYTES)
-    tl.store(out_pointer + at, values.to(out_pointer.dtype.element_ty), at < 2 * count)
+    there = at if STRIDE == WIDTH else at // WIDTH * STRIDE + at % WIDTH
+    tl.store(out_pointer + there, values.to(out_pointer.dtype.element_ty), at < 2 * count)
 
 
 @on_its_device
@@ -165,12 +167,14 @@ def dequantize(codes, state, out) -> None:
     Args:
         codes: As bitsandbytes packs them, uint8.
         state: ``QuantState``.
-        out: Where to write it, contiguous, of the weight's shape and any dtype.
+        out: Where to write it, of the weight's shape and any dtype. Its rows may be apart.
     """
+    width, stride = (1, 1) if out.is_contiguous() else (out.shape[1], out.stride(0))
     outer = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.absmax,) * 3
     _dequantize[(triton.cdiv(codes.numel(), BYTES),)](
         codes, state.absmax, *outer, numbers_on(codes.device, exact=True), out, codes.numel(), state.nested,
-        state.blocksize, state.state2.blocksize if state.nested else 1, BYTES, INTERPRETED, num_warps=WARPS, **NO_FMA,
+        state.blocksize, state.state2.blocksize if state.nested else 1, width, stride, BYTES, INTERPRETED,
+        num_warps=WARPS, **NO_FMA,
     )  # fmt: skip
 
 
