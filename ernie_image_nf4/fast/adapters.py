@@ -118,18 +118,15 @@ class LowRank(Runtime):
     ) -> None:
         self.shared, self.pieces, self.is_known = shared, tuple(pieces), is_known
 
-    def product(self, inner: torch.Tensor) -> torch.Tensor:
-        """What the adapters add, (N, out), of `SharedDown.product`."""
-        (columns, up), *others = self.pieces
-        out = inner[:, columns] @ up.t()
-        for columns, up in others:
-            out.addmm_(inner[:, columns], up.t())
-        return out
+    def factors(self, inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, rank) and (out, rank): what the adapters add is the first times the second's transpose.
 
-    def add_product(self, out: torch.Tensor, inner: torch.Tensor) -> None:
-        """Add `product` to (N, out)."""
-        for columns, up in self.pieces:
-            out.addmm_(inner[:, columns], up.t())
+        Args:
+            inner: `SharedDown.product`, in which a layer's columns are beside each other.
+        """
+        columns = inner[:, self.pieces[0][0].start : self.pieces[-1][0].stop]
+        ups: list[torch.Tensor] = [up for _, up in self.pieces]
+        return columns, ups[0] if len(ups) == 1 else torch.cat(ups, 1)
 
 
 class Adapters(Runtime):

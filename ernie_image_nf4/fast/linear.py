@@ -126,18 +126,18 @@ def apply_layers(x: Tokens, *layers: nn.Module, joined: bool = False) -> list[to
         formats = {layer.products for layer in bases if multiplies_in_eight_bits(layer)}
         rounded = {each: eight_bit.quantize_rows(x.flatten(0, -2), each) for each in formats}
     inner = _inner_product(x, adapted, bases, rounded)
-    together = _joined_products(x, bases, rounded) if joined and (inner is None or rounded) else None
-    if together is not None and inner is None:
+    together = None
+    if joined and (inner is None or rounded):
+        together = _joined_products(x, bases, rounded, inner, adapted)
+    if together is not None:
         return [out.unflatten(0, x.shape[:-1]) for out in together]
     outputs = []
-    for number, (base, part) in enumerate(zip(bases, adapted, strict=True)):
-        is_adapted = part is not None and part.shared is not None
+    for base, part in zip(bases, adapted, strict=True):
+        low_rank = None if part is None or part.shared is None or inner is None else part.factors(inner)
         if multiplies_in_eight_bits(base):
-            out = multiply(base, *rounded[base.products], x.dtype) if together is None else together[number]
-            if part is not None and inner is not None:
-                part.add_product(out, inner)
-        elif part is not None and is_adapted and inner is not None:
-            out = add_base_product(base, _tokens(x).flatten(0, -2), part.product(inner))
+            out = multiply(base, *rounded[base.products], x.dtype, low_rank)
+        elif low_rank is not None:
+            out = add_base_product(base, _tokens(x).flatten(0, -2), low_rank[0] @ low_rank[1].t())
         else:
             outputs.append(_call(base, _tokens(x)))
             continue
@@ -161,9 +161,10 @@ def apply_to_gelu(gate: torch.Tensor, up: torch.Tensor, layer: nn.Module) -> tor
             return apply_layers(x, layer)[0]
         return apply_layers(elementwise.gelu_times(gate, up), layer)[0]
     rounded = eight_bit.gelu_times_rows(gate.flatten(0, -2), up.flatten(0, -2), base.products)
-    out = multiply(base, *rounded, gate.dtype)
+    low_rank = None
     if part is not None and part.shared is not None:
-        part.add_product(out, part.shared.product_in_eight_bits(*rounded, base.products, gate.dtype))
+        low_rank = part.factors(part.shared.product_in_eight_bits(*rounded, base.products, gate.dtype))
+    out = multiply(base, *rounded, gate.dtype, low_rank)
     return out.unflatten(0, gate.shape[:-1])
 
 
@@ -195,13 +196,18 @@ def _widened(layers: Sequence[tuple[Any, LowRank]], dtype: torch.dtype, columns:
     """NF4 weights, one below the other, and behind each the ``lora_B`` of its layer, in those of `columns` it has."""
     weights = [(base.weight, base.weight.quant_state) for base, _ in layers]
     matrix = _dequantized(weights, dtype, columns)
-    behind = matrix[:, matrix.shape[1] - columns :]
-    if len(layers) > 1 or sum(up.shape[1] for _, up in layers[0][1].pieces) < columns:
-        behind.zero_()
-    for (_, part), its_rows in zip(layers, behind.split([state.shape[0] for _, state in weights]), strict=True):
-        for own, up in part.pieces:
-            its_rows[:, own] = up
+    rows = [state.shape[0] for _, state in weights]
+    _write_ups(matrix[:, matrix.shape[1] - columns :], [part for _, part in layers], rows)
     return matrix
+
+
+def _write_ups(into: torch.Tensor, parts: Sequence[LowRank | None], rows: Sequence[int]) -> None:
+    """``lora_B`` of layers with so many rows each, (sum of rows, columns): each in its own columns, zeros elsewhere."""
+    if len(parts) > 1 or parts[0] is None or sum(up.shape[1] for _, up in parts[0].pieces) < into.shape[1]:
+        into.zero_()
+    for part, its_rows in zip(parts, into.split(list(rows)), strict=True):
+        for own, up in () if part is None else part.pieces:
+            its_rows[:, own] = up
 
 
 def base_of(layer: nn.Module) -> nn.Module:
@@ -297,9 +303,16 @@ def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _joined_products(
-    x: torch.Tensor | RoundedTokens, layers: Sequence[nn.Module], rounded: Mapping[Format, eight_bit.Rounded]
+    x: torch.Tensor | RoundedTokens,
+    layers: Sequence[nn.Module],
+    rounded: Mapping[Format, eight_bit.Rounded],
+    inner: torch.Tensor | None,
+    adapted: Sequence[LowRank | None],
 ) -> list[torch.Tensor] | None:
-    """``layer(x)`` of each layer, (N, out) and parts of one matrix; None where they are of several kinds."""
+    """``layer(x)`` of each layer, (N, out) and parts of one matrix; None where they are of several kinds.
+
+    In 8 bits with what their adapters make of `inner`, if that isn't None.
+    """
     if len(layers) < 2 or len(set(map(type, layers))) > 1:
         return None
     if any(getattr(layer, "bias", None) is not None for layer in layers):
@@ -308,15 +321,26 @@ def _joined_products(
     if not in_eight_bits and not all(_dequantizes(layer, _tokens(x)) and _state_in(layer, x.dtype) for layer in layers):
         return None
     weights = [(layer.weight, layer.weight.quant_state) for layer in cast("Sequence[Linear4bit]", layers)]
+    rows = [state.shape[0] for _, state in weights]
     if in_eight_bits:
         ((to, values),) = rounded.items()
-        out = eight_bit.scaled_product(*values, *eight_bit.quantize_weights(weights, to), x.dtype)
+        low_rank = None
+        if inner is not None:
+            low_rank = inner, inner.new_empty(sum(rows), inner.shape[1])
+            _write_ups(low_rank[1], adapted, rows)
+        out = eight_bit.scaled_product(*values, *eight_bit.quantize_weights(weights, to), x.dtype, low_rank)
     else:
         out = F.linear(_tokens(x).flatten(0, -2), _dequantized(weights, x.dtype))
-    return list(out.split([state.shape[0] for _, state in weights], dim=1))
+    return list(out.split(rows, dim=1))
 
 
-def multiply(layer: EightBitLayer, x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def multiply(
+    layer: EightBitLayer,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The layer's output, (N, out).
 
     Args:
@@ -324,7 +348,8 @@ def multiply(layer: EightBitLayer, x: torch.Tensor, scale: torch.Tensor, dtype: 
         x: (N, in) in the layer's format.
         scale: (N, 1) float32, scales of the rows of `x`.
         dtype: Of the output.
+        low_rank: As of `eight_bit.scaled_product`.
     """
     weight, weight_scale = eight_bit.quantize_weight(layer.weight, layer.weight.quant_state, layer.products)
-    out = eight_bit.scaled_product(x, scale, weight, weight_scale, dtype)
+    out = eight_bit.scaled_product(x, scale, weight, weight_scale, dtype, low_rank)
     return out if layer.bias is None else out + layer.bias.to(dtype)

@@ -117,6 +117,11 @@ def compare_product() -> None:
         for dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off
             found = triton_int8.scaled_product(x, scale, weight, weight_scale, dtype)
             assert torch.equal(found, eight_bit.scaled_product(x, scale, weight, weight_scale, dtype))
+            for rank in (3, 16, 20):
+                inner, up = torch.randn(rows, rank + 5, dtype=dtype)[:, 2:-3], torch.randn(columns, rank, dtype=dtype)
+                arguments = x, scale * 1e-4, weight, weight_scale, dtype, (inner, up)
+                found, expected = triton_int8.scaled_product(*arguments), eight_bit.scaled_product(*arguments)
+                assert (found - expected).norm() < (1e-6 if dtype == torch.float32 else 2e-3) * expected.norm()
 
 
 def compare_numbers_that_are_none() -> None:

@@ -212,7 +212,12 @@ def round_rows(x: torch.Tensor, to: Format, bound: torch.Tensor | None = None) -
 
 
 def scaled_product(
-    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``(x * scale) @ (weight * weight_scale).T``, (N, out) of a dtype, which for fp8 is bfloat16.
 
@@ -222,10 +227,18 @@ def scaled_product(
         weight: (out, in), dtype of `x`.
         weight_scale: (out, 1) float32.
         dtype: Of the result.
+        low_rank: (N, rank) and (out, rank) of that dtype, whose product is added.
     """
+    if x.dtype == INT8.dtype and (kernels := triton_kernels(x, PRODUCT_KERNELS)) and has_tensor_cores(x.device):
+        return kernels.scaled_product(x, scale, weight, weight_scale, dtype, low_rank)
+    out = _scaled_product(x, scale, weight, weight_scale, dtype)
+    return out if low_rank is None else out.addmm_(low_rank[0], low_rank[1].t())
+
+
+def _scaled_product(
+    x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     if x.dtype == INT8.dtype:
-        if (kernels := triton_kernels(x, PRODUCT_KERNELS)) and has_tensor_cores(x.device):
-            return kernels.scaled_product(x, scale, weight, weight_scale, dtype)
         out = x.new_empty(len(x), len(weight), dtype=dtype)
         # Some rows at a time: sums take four bytes each, as int32 and as float32.
         for part, rows, row_scale in zip(*(each.split(ROWS_AT_ONCE) for each in (out, x, scale)), strict=True):

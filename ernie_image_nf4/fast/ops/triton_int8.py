@@ -41,13 +41,15 @@ TILES = {
     (9, 0): Tile(128, 256, 128, 8, 4),  # 228 KiB; sums of 4 warps together
     (12, 0): Tile(128, 128, 128, 8, 3),  # 100 KiB
 }
+RANKS = 16  # columns of the factors of a low-rank product that are multiplied at a time
 TILES_ABREAST = 8  # rows of tiles that are computed side by side, so that the columns' weights are in the cache
 
 
-@triton.jit(do_not_specialize=["rows"])  # they change with the prompt's length
+@triton.jit(do_not_specialize=["rows", "rank"])  # rows change with the prompt's length
 def _scaled_product(
-    x_pointer, scale_pointer, weight_pointer, weight_scale_pointer, out_pointer, rows, columns, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ABREAST: tl.constexpr,
+    x_pointer, scale_pointer, weight_pointer, weight_scale_pointer, inner_pointer, up_pointer, out_pointer, rows,
+    columns, rank, inner_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, RANKS: tl.constexpr, ABREAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
@@ -68,19 +70,30 @@ def _scaled_product(
     scale = tl.load(scale_pointer + row, row < rows, 0.0)
     weight_scale = tl.load(weight_scale_pointer + column, column < columns, 0.0)
     out = total.to(tl.float32) * scale[:, None] * weight_scale[None, :]
+    if HAS_LOW_RANK:
+        for start in tl.range(0, rank, RANKS, num_stages=1):
+            k = start + tl.arange(0, RANKS)
+            inner_place = row[:, None].to(tl.int64) * inner_stride + k[None, :]
+            inner = tl.load(inner_pointer + inner_place, (row < rows)[:, None] & (k < rank)[None, :], 0.0)
+            up_place = column[None, :].to(tl.int64) * rank + k[:, None]
+            up = tl.load(up_pointer + up_place, (column < columns)[None, :] & (k < rank)[:, None], 0.0)
+            out = tl.dot(inner, up, out, input_precision="ieee")
     at = row[:, None].to(tl.int64) * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out_pointer + at, out.to(out_pointer.dtype.element_ty), inside)
 
 
 @on_its_device
-def scaled_product(x, scale, weight, weight_scale, dtype) -> torch.Tensor:
+def scaled_product(x, scale, weight, weight_scale, dtype, low_rank=None) -> torch.Tensor:
     """As ``eight_bit.scaled_product``."""
     (rows, width), columns = x.shape, len(weight)
+    inner, up = (x, x) if low_rank is None else (low_rank[0], low_rank[1].contiguous())
+    rank = 0 if low_rank is None else up.shape[1]
     tile = tile_of(torch.cuda.get_device_capability(x.device), width)
     out = torch.empty(rows, columns, dtype=dtype, device=x.device)
     _scaled_product[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        x, scale, weight, weight_scale, out, rows, columns, width, tile.rows, tile.columns, tile.depth, TILES_ABREAST,
+        x, scale, weight, weight_scale, inner, up, out, rows, columns, rank, inner.stride(0), width, tile.rows,
+        tile.columns, tile.depth, low_rank is not None, RANKS, TILES_ABREAST,
         num_warps=tile.warps, num_stages=tile.stages, **NO_FMA,
     )  # fmt: skip
     return out
