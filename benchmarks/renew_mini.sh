@@ -21,7 +21,7 @@ second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true) # whe
 run() { # GPU NAME COMMAND...: its words in a file; the others go on if it fails
   local gpu=$1 name=$2
   shift 2
-  CUDA_VISIBLE_DEVICES=$gpu python3 "$@" > "$work/log/$name" 2>&1 || echo "$name failed: see $work/log/$name" >&2
+  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 "$@" > "$work/log/$name" 2>&1 || echo "$name failed: see $work/log/$name" >&2
 }
 
 run 0 evaluate -m training.evaluate "$work" --model . --output training/report.json &

@@ -18,7 +18,7 @@ second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true)
 stage() { # GPU NAME ARGUMENTS...: one stage, its words in a file
   local gpu=$1 name=$2
   shift 2
-  CUDA_VISIBLE_DEVICES=$gpu python3 -m "training.$name" "$@" > "$work/log/$name" 2>&1
+  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 -m "training.$name" "$@" > "$work/log/$name" 2>&1
 }
 
 # The transformer compiles and prepares captions while the VAE is trained, then takes its latents.
