@@ -60,15 +60,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--save-every", type=int, default=250)
     add("--seed", type=int, default=0)
     add("--device", help="cuda, cuda:1 or cpu; default: the best there is")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("steps", "rank", "batch_size", "accumulate", "resolution", "sample_steps", "save_every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more.")
+    if options.resolution % 16:
+        parser.error(f"--resolution {options.resolution} is no multiple of 16.")
+    return options
 
 
 def read_pictures(folder: Path) -> list[tuple[Path, str]]:
     """Each picture of a folder with its caption."""
+    if not folder.is_dir():
+        raise SystemExit(f"There is no folder {folder}: name the one that holds the pictures.")
     listed = folder / "metadata.jsonl"
     if listed.is_file():
         rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if wrong := [number for number, row in enumerate(rows, 1) if not {"file_name", "text"} <= row.keys()]:
+            raise SystemExit(f"Object {wrong[0]} of {listed} lacks file_name or text: give each picture both.")
         pairs = [(folder / row["file_name"], row["text"]) for row in rows]
+        if absent := [path for path, _ in pairs if not path.is_file()]:
+            raise SystemExit(f"{listed} names {absent[0]}, which isn't there: correct the name, or remove the line.")
     else:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         missing = [path.name for path in found if not path.with_suffix(".txt").is_file()]

@@ -135,3 +135,23 @@ def test_help_says_how_to_start_it(script, capsys):
         script.parse_arguments(["--help"])
     assert "examples/train_lora.py PICTURES --model" in capsys.readouterr().out
     assert "train_lora" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "options", [("--resolution", 100), ("--resolution", 0), ("--rank", 0), ("--steps", 0), ("--save-every", 0)]
+)
+def test_numbers_that_cannot_work_are_refused_at_once(script, options, capsys):
+    with pytest.raises(SystemExit) as refused:
+        script.parse_arguments(["pictures", "-o", "style", *map(str, options)])
+    assert refused.value.code == 2
+    assert f"error: {options[0]} " in capsys.readouterr().err
+
+
+def test_pictures_that_are_not_there_have_their_line(script, tmp_path):
+    with pytest.raises(SystemExit, match="There is no folder"):
+        script.read_pictures(tmp_path / "none")
+    listed = tmp_path / "metadata.jsonl"
+    for row, message in (({"file": "a.png"}, "lacks file_name or text"), ({"file_name": "a.png", "text": ""}, "isn't")):
+        listed.write_text(json.dumps(row), encoding="utf-8")
+        with pytest.raises(SystemExit, match=message):
+            script.read_pictures(tmp_path)
