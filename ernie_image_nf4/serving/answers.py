@@ -67,7 +67,7 @@ def invalid_fields(problems: Sequence[Any]) -> ErrorAnswer:
     problem = problems[0]
     kind, where = problem["type"], [str(part) for part in problem["loc"][1:]]
     name = ".".join(where) or None
-    text = f"{name}: {problem['msg']}."
+    text = f"{name}: {problem['msg']}." if name else "The body is no JSON object: send one, as application/json."
     if kind == "json_invalid":
         name, text = None, "The body is no valid JSON."
     elif kind == "extra_forbidden":

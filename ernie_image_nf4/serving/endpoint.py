@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -28,6 +28,7 @@ from .requests import DrawRequest
 from .security import is_api_key
 
 OWNER = "ernie-image-nf4"
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 CLIENT_IS_GONE = 499  # nginx's; nobody reads it
 
 
@@ -106,6 +107,11 @@ def make_router(engine: Engine, api_key: str | None) -> APIRouter:
     async def model(name: str) -> dict[str, Any]:
         check_model(engine, name)
         return described(engine)
+
+    # Here, as the page answers all other paths, and in a form of its own.
+    @router.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False)
+    async def unknown(path: str) -> None:
+        raise HTTPException(404, "There is none here but POST /v1/images/generations and GET /v1/models")
 
     @router.get("/metrics", summary="Figures for Prometheus")
     async def metrics() -> Response:

@@ -183,6 +183,21 @@ def test_what_is_no_json_and_what_is_no_route_is_answered_in_the_same_form(url):
         assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("body", [b"[]", b"null", b'"a cat"'])
+def test_a_body_that_is_no_object_is_told_so(url, body):
+    status, _, text = answered(url, "/v1/images/generations", body)
+    assert (status, "The body is no JSON object" in text) == (400, True)
+
+
+def test_beside_the_page_too_an_unknown_path_is_answered_in_openais_form(loop, repository):
+    # An engine of its own: it ends with the page.
+    with running_engine(loop, repository) as engine, serving(loop, engine, page=True) as url:
+        for path in ("/v1/nothing", "/v1/images/generations"):
+            status, _, text = answered(url, path)
+            assert status == 404
+            assert "POST /v1/images/generations" in json.loads(text)["error"]["message"]
+
+
 def test_a_body_that_is_too_large_is_refused_announced_or_not(url, engine):
     body = b'{"prompt": "' + b"x" * engine.limits.max_body_bytes + b'"}'
     assert answered(url, "/v1/images/generations", body)[0] == 413
