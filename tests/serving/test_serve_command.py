@@ -63,6 +63,13 @@ def test_the_variable_for_the_key_is_the_same_for_a_cluster():
     assert serve.API_KEY == security.API_KEY
 
 
+@pytest.mark.parametrize("key", ["芝麻", "sesame\n", " sesame", "ses\tame"])
+def test_a_key_that_nobody_could_send_is_refused(command, key):
+    found = command("serve", "--api-key", key)
+    assert found.code == 2
+    assert "can't be sent in a header" in " ".join(found.err.split())
+
+
 def test_an_empty_key_is_refused(command):
     found = command("serve", "--api-key", " ")
     assert found.code == 2
