@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +38,10 @@ def info(
     from ..repository.record import open_repository
     from ..repository.resolve import find_repository
 
-    if model is not None and Path(model).expanduser().is_file():
-        for line in describe_adapter(Path(model).expanduser()):
+    if model is not None and _is_lora(model):
+        from ..generation.loras import find_lora_file
+
+        for line in describe_adapter(find_lora_file(model, local_files_only=offline)):
             typer.echo(line)
         return
     folder = find_repository(model, weights=False, revision=revision, local_files_only=offline)
@@ -50,3 +53,14 @@ def info(
 
         for line in describe_device(repository, None if device == "auto" else device):
             typer.echo(line)
+
+
+def _is_lora(model: str) -> bool:
+    """Whether a LoRA is meant: a file, one of the Hub, or a folder of files that is no repository."""
+    from ..repository.components import MODEL_INDEX
+    from ..repository.lora_source import SUFFIX
+
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
+        return not (path / MODEL_INDEX).exists() and any(path.glob(f"*{SUFFIX}"))
+    return model.endswith(SUFFIX) or os.path.isfile(path)

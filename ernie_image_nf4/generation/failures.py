@@ -14,8 +14,10 @@ from ..fast.transformer import computation_dtype
 from ..memory.apply import memory_mode
 from ..memory.decode_check import cure, is_finite
 from ..upstream.pipelines import execution_device
+from .loras import active_uses, noting
 from .settings import Settings
 
+USUAL_STRENGTH = 4.0  # of a LoRA: far above it, numbers overflow in any dtype
 SAMPLED_FROM_NAN = "probability tensor contains"  # how the error of `torch.multinomial` begins
 
 
@@ -26,7 +28,7 @@ def explained(pipe: ErnieImagePipeline, settings: Settings, error: Exception) ->
     if should_reduce_batch_size(error):  # torch.OutOfMemoryError is one; the CPU has no error of its own
         return DeviceUnavailable(memory_ran_out(pipe, settings))
     if isinstance(error, RuntimeError) and str(error).startswith(SAMPLED_FROM_NAN):
-        return not_finite(pipe, "NaN or infinity in the prompt enhancer")
+        return not_finite(pipe, settings, "NaN or infinity in the prompt enhancer")
     return None
 
 
@@ -38,21 +40,22 @@ def memory_ran_out(pipe: ErnieImagePipeline, settings: Settings) -> str:
     return f"The memory of {device} ran out at {settings.width}x{settings.height}: {cure} a smaller size."
 
 
-def check_latents(pipe: ErnieImagePipeline, latents: torch.Tensor) -> None:
+def check_latents(pipe: ErnieImagePipeline, settings: Settings, latents: torch.Tensor) -> None:
     """Refuse latents that aren't finite.
 
     Raises:
         NotFinite: They hold NaN or infinity.
     """
     if not is_finite(latents):
-        raise not_finite(pipe, "NaN or infinity in the latents")
+        raise not_finite(pipe, settings, "NaN or infinity in the latents")
 
 
-def check_picture(pipe: ErnieImagePipeline, image: Image.Image, notes: list[str]) -> None:
+def check_picture(pipe: ErnieImagePipeline, settings: Settings, image: Image.Image, notes: list[str]) -> None:
     """Refuse a picture that isn't one.
 
     Args:
         pipe: The pipeline that drew it.
+        settings: What it was drawn with.
         image: The picture. Its initial latents were noise.
         notes: What wasn't finite in its decoding, as `noted` has it.
 
@@ -60,16 +63,19 @@ def check_picture(pipe: ErnieImagePipeline, image: Image.Image, notes: list[str]
         NotFinite: Latents or picture hold NaN or infinity, or all of the picture has one value.
     """
     if notes:
-        raise not_finite(pipe, f"NaN or infinity in the {notes[0]}")
+        raise not_finite(pipe, settings, f"NaN or infinity in the {notes[0]}")
     values = np.asarray(image)
     if values.min() == values.max():
-        raise not_finite(pipe, f"Every value of the picture is {values.min()}")
+        raise not_finite(pipe, settings, f"Every value of the picture is {values.min()}")
 
 
-def not_finite(pipe: ErnieImagePipeline, found: str) -> NotFinite:
+def not_finite(pipe: ErnieImagePipeline, settings: Settings, found: str) -> NotFinite:
     """The error for numbers that overflowed."""
     dtype = computation_dtype(pipe.transformer)
     way_out = cure(dtype)
     if products_of(pipe.transformer) is not None:
         way_out = f"leave out products (--products), and if that isn't enough, {way_out}"
+    strongest = max((use.strength for use in noting(settings, active_uses(pipe)).lora), key=abs, default=0.0)
+    if abs(strongest) > USUAL_STRENGTH:
+        way_out = f"use a LoRA strength nearer to 1 than {strongest:g}, and if that isn't enough, {way_out}"
     return NotFinite(f"{found} ({str(dtype).removeprefix('torch.')}), so there is no picture: {way_out}.")

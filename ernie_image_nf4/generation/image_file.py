@@ -93,7 +93,7 @@ def check_output(path: Path) -> None:
         InvalidSettings: Of no known format, a folder, in no folder or one that can't be written to, or too long a name.
     """
     format_of(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes names of any length
         raise InvalidSettings(f"Output {path} is a folder: name a picture's file in it.")
     if not path.parent.is_dir():
         raise InvalidSettings(f"Output folder {path.parent} doesn't exist: make it first, or name another.")

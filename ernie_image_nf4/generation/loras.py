@@ -6,6 +6,8 @@ those that the pipeline has already are left alone.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,12 +33,14 @@ def parse_lora(text: str) -> tuple[str, float]:
     Only a number behind the last colon is a strength: paths of Windows have colons too. A file of that very name wins.
 
     Raises:
-        InvalidSettings: There is no source.
+        InvalidSettings: There is no source, or the strength is too large for a number.
     """
-    match = None if Path(text).expanduser().is_file() else STRENGTH.fullmatch(text)
+    match = None if os.path.isfile(os.path.expanduser(text)) else STRENGTH.fullmatch(text)
     source, strength = (match["source"], float(match["strength"])) if match else (text, 1.0)
     if not source.strip():
         raise InvalidSettings(f"LoRA {text!r} names no file: use FILE or FILE:STRENGTH.")
+    if not math.isfinite(strength):
+        raise InvalidSettings(f"LoRA {text!r} has a strength that is no finite number: use one such as 0.8.")
     return source, strength
 
 
@@ -48,7 +52,7 @@ def find_lora_file(source: str, *, local_files_only: bool = False) -> Path:
         RepositoryNotFound: The Hub repository isn't there or can't be reached.
     """
     weight_name = None
-    if not Path(source).expanduser().exists() and (match := HUB_FILE.fullmatch(source)):
+    if not os.path.exists(os.path.expanduser(source)) and (match := HUB_FILE.fullmatch(source)):
         source, weight_name = match["repository"], match["file"]
     return find_lora(source, weight_name=weight_name, local_files_only=local_files_only)
 

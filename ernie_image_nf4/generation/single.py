@@ -139,7 +139,7 @@ def draw(pipe: ErnieImagePipeline, settings: Settings) -> Drawing:
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed call
             _free_device(pipe)
             raise reason from error
-    check_picture(pipe, result.images[0], notes)
+    check_picture(pipe, settings, result.images[0], notes)
     revised = result.revised_prompts[0] if result.revised_prompts else None
     seconds = time.perf_counter() - started
     return Drawing(result.images[0], settings, revised, seconds, **computation_of(pipe))

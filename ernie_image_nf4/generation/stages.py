@@ -279,7 +279,7 @@ def decode(pipe: ErnieImagePipeline, settings: Settings, text: torch.Tensor, lat
     Raises:
         NotFinite: Latents or picture hold NaN or infinity, or the picture one single value.
     """
-    check_latents(pipe, latents)
+    check_latents(pipe, settings, latents)
     with noted() as notes:
         image = pipe(
             prompt_embeds=[text],
@@ -289,7 +289,7 @@ def decode(pipe: ErnieImagePipeline, settings: Settings, text: torch.Tensor, lat
             guidance_scale=1.0,
             latents=latents.to(execution_device(pipe)),
         ).images[0]
-    check_picture(pipe, image, notes)
+    check_picture(pipe, settings, image, notes)
     return image
 
 

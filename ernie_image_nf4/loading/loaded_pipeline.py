@@ -111,6 +111,8 @@ class LoadedPipeline(ErnieImagePipeline):
         **kwargs: Any,
     ) -> None:
         lora.check_peft()
+        if adapter_name is not None:
+            lora.check_name(adapter_name)
         sources = {name: kwargs.pop(name) for name in lora.SOURCE_OPTIONS if name in kwargs}
         with taking_turn(self):
             state, file = lora.as_diffusers_lora(pretrained_model_name_or_path_or_dict, self.transformer, **sources)

@@ -75,7 +75,11 @@ def load_lora(
         RepositoryNotFound: The Hub repository isn't there or can't be reached.
     """
     check_peft()
-    if not abs(strength) < float("inf"):
+    try:
+        factor = float(strength)
+    except (TypeError, ValueError, OverflowError):
+        factor = math.nan
+    if not math.isfinite(factor):
         raise InvalidSettings(f"Strength {strength} of a LoRA is not a finite number: try 1.0.")
     file = find_lora(
         source,
@@ -92,7 +96,7 @@ def load_lora(
         logger.warning("%s also holds a LoRA for a text encoder, which is not used: %s ...", file, unused[0])
     pipe.load_lora_weights(state, adapter_name=chosen)
     note_file(pipe, [chosen], file)
-    pipe.set_adapters([*before, chosen], [*before.values(), float(strength)])
+    pipe.set_adapters([*before, chosen], [*before.values(), factor])
     return chosen
 
 
@@ -316,13 +320,22 @@ def check_peft() -> None:
         raise InvalidSettings("A LoRA needs peft, which isn't installed: `pip install peft`.")
 
 
+def check_name(name: object) -> None:
+    """Refuse a name for an adapter that torch doesn't take for a module.
+
+    Raises:
+        InvalidSettings: It is none.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise InvalidSettings(f"An adapter can't be called {name!r} in torch: use another name, without a dot.")
+
+
 def _free_name(name: str | None, file: Path, taken: list[str]) -> str:
     """The name asked for, or one by the file that isn't taken."""
     if name is not None:
         if name in taken:
             raise InvalidSettings(f"There is an adapter {name!r} already: name this one otherwise, or delete that one.")
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
-            raise InvalidSettings(f"An adapter can't be called {name!r} in torch: use another name, without a dot.")
+        check_name(name)
         return name
     stem = file.stem.replace(".", "_")  # torch allows no dots in names of modules, and none of its own attributes
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))

@@ -7,7 +7,6 @@ output as well (https://arxiv.org/abs/2402.09353).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidLora, InvalidRepository
-from .lora_source import PEFT_CONFIG
+from .lora_settings import alpha_scale, base_model, read_settings
 from .safetensors_io import read_header
+from .security import DOWNLOAD_AGAIN
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,6 @@ WRITERS = {
     ("lora_unet_", "lora_down.weight"): "kohya",
     ("diffusion_model.", "lora_down.weight"): "ComfyUI",
 }
-BASES = ("modelspec.architecture", "ss_base_model_version", "base_model", "base_model_name_or_path", "ss_sd_model_name")
-DIFFUSERS_CONFIG = "lora_adapter_metadata"  # of a safetensors file's metadata, in JSON
 MANY = 3  # names that an error lists
 
 
@@ -117,7 +115,7 @@ def describe_lora(file: Path) -> LoraDescription:
         InvalidLora: It isn't a whole safetensors file, or no LoRA.
     """
     shapes, metadata = _read_header(file)
-    settings, base = _settings(file, metadata), _base(file, metadata)
+    settings, base = read_settings(file, metadata), base_model(file, metadata)
     tensors, unused = find_tensors(shapes, str(file))
     ranks = sorted({shapes[each.key][0] for each in tensors if each.part == "down" and shapes[each.key]})
     return LoraDescription(
@@ -190,16 +188,20 @@ def convert_lora(
     tensors, _ = find_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, source)
     import torch
 
-    by_layer = _layers_of(tensors, layers, source)
+    by_layer = {
+        layer: {part: _readable(state[key], layer, source) for part, key in parts.items()}
+        for layer, parts in _layers_of(tensors, layers, source).items()
+    }
+    for layer, found in by_layer.items():
+        _check_shapes(layer, found, layers[layer], source)
     # diffusers takes the first layer's rank for every layer's alpha, which is right if all are of one rank. Zeros add
     # nothing.
-    rank = max(state[parts["down"]].shape[0] for parts in by_layer.values())
+    rank = max(len(found["down"]) for found in by_layer.values())
     converted = {}
-    for layer, parts in by_layer.items():
-        found = {part: state[key] for part, key in parts.items()}
-        _check_shapes(layer, found, layers[layer], source)
+    for layer, found in by_layer.items():
         down, up = found["down"], found["up"]
-        scale = _scale(layer, len(down), found.get("alpha"), settings or {})
+        alpha = float(found["alpha"]) if "alpha" in found else None
+        scale = alpha_scale(layer, len(down), alpha, settings or {})
         if not all(bool(each.isfinite().all()) for each in found.values()) or not math.isfinite(scale):
             raise InvalidLora(f"{source} has values that are not finite, at {layer}: its training went wrong.")
         missing = rank - len(down)
@@ -236,6 +238,8 @@ def find_tensors(shapes: Mapping[str, tuple[int, ...]], source: str) -> tuple[li
                 f"{source} changes whole weights ({key}), which stay NF4 here: extract a LoRA from it, or quantize the "
                 "changed model."
             )
+    if unknown and not tensors:
+        raise InvalidLora(f"{source} holds no LoRA but {_some(unknown)}: name one for ERNIE-Image's transformer.")
     if unknown:
         raise InvalidLora(f"{source} has tensors that belong to no LoRA: {_some(unknown)}. Take them out of it.")
     if not any(tensor.part in ("down", "up") for tensor in tensors):
@@ -285,6 +289,16 @@ def _layers_of(
     return found
 
 
+def _readable(tensor: torch.Tensor, layer: str, source: str) -> torch.Tensor:
+    """A tensor to compute with: of 8 bits, torch can't even tell whether it is finite."""
+    if not tensor.is_floating_point() and tensor.numel() != 1:  # an alpha may be a whole number
+        raise InvalidLora(
+            f"{source} has {str(tensor.dtype).removeprefix('torch.')} at {layer}, which is no LoRA's without scales: "
+            "ask for it in bfloat16, float16 or float32."
+        )
+    return tensor.float() if tensor.itemsize == 1 else tensor
+
+
 def _check_shapes(layer: str, found: Mapping[str, torch.Tensor], shape: tuple[int, int], source: str) -> None:
     down, up = (tuple(found[part].shape) for part in ("down", "up"))
     wide = shape[1]
@@ -303,30 +317,6 @@ def _check_shapes(layer: str, found: Mapping[str, torch.Tensor], shape: tuple[in
         )
 
 
-def _scale(layer: str, rank: int, alpha: torch.Tensor | None, settings: Mapping[str, Any]) -> float:
-    """What the up matrix is multiplied by."""
-    if alpha is not None:
-        return float(alpha) / rank
-    if "lora_alpha" not in settings:
-        return 1.0
-    chosen = _by_pattern(settings.get("alpha_pattern"), layer, settings["lora_alpha"])
-    return float(chosen) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """peft's way: the first pattern that is a layer's name or the end of it."""
-    for pattern, value in (patterns or {}).items():
-        name = pattern.removeprefix("^")
-        # As regular expressions, which peft takes them for, those of a stranger could take forever.
-        if not re.fullmatch(r"[\w.]+", name):
-            raise InvalidLora(
-                f"alpha_pattern has {pattern!r}, where names of layers are wanted: save the LoRA without."
-            )
-        if layer == name or (name == pattern and layer.endswith(f".{name}")):
-            return value
-    return default
-
-
 def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes of a file's tensors, and its metadata."""
     if file.suffix != ".safetensors":
@@ -337,40 +327,11 @@ def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
     try:
         shapes = {name: stored.spec.shape for name, stored in read_header(file).items()}
     except InvalidRepository as error:
-        raise InvalidLora(str(error)) from error
+        raise InvalidLora(str(error).replace(DOWNLOAD_AGAIN, "download it again")) from error
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         return shapes, dict(opened.metadata() or {})
-
-
-def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings: from the metadata, where diffusers keeps them, or from the file beside a peft adapter."""
-    if DIFFUSERS_CONFIG in metadata:
-        stored = _json_object(metadata[DIFFUSERS_CONFIG], f"{file}: {DIFFUSERS_CONFIG}")
-        return {
-            key.removeprefix("transformer."): value for key, value in stored.items() if key.startswith("transformer.")
-        }
-    beside = file.with_name(PEFT_CONFIG)
-    return _json_object(beside.read_text(encoding="utf-8"), str(beside)) if beside.is_file() else {}
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidLora(f"{where} is not JSON ({error}): download or save the LoRA again.") from error
-    if not isinstance(value, dict):
-        raise InvalidLora(f"{where} holds no JSON object: download or save the LoRA again.")
-    return value
-
-
-def _base(file: Path, metadata: Mapping[str, str]) -> str | None:
-    """The base model's name."""
-    known = dict(metadata)
-    if (beside := file.with_name(PEFT_CONFIG)).is_file():
-        known |= _json_object(beside.read_text(encoding="utf-8"), str(beside))
-    return next((str(known[name]) for name in BASES if known.get(name)), None)
 
 
 def _writer(tensors: list[LoraTensor]) -> str:

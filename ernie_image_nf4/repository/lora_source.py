@@ -10,6 +10,7 @@ from .resolve import download_snapshot
 
 SUFFIX = ".safetensors"
 PEFT_CONFIG = "adapter_config.json"
+MANY = 10  # files that an error lists
 
 
 def find_lora(
@@ -35,10 +36,10 @@ def find_lora(
         InvalidLora: No such file or folder, or several files to choose from.
         RepositoryNotFound: The Hub repository isn't there or can't be reached.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))  # os.path's functions take any text; pathlib's raise for some
+    if os.path.isfile(path):
         return path
-    if not path.is_dir():
+    if not os.fspath(source) or not os.path.isdir(path):  # Path("") would be the working directory
         _refuse_missing_path(source)
         # Files of the repository's top level: the LoRAs of a training's steps lie in folders below.
         wanted = [weight_name or f"*{SUFFIX}", PEFT_CONFIG]
@@ -64,7 +65,9 @@ def find_lora(
 
 def _choice(folder: Path) -> str:
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob(f"*{SUFFIX}"))
-    return f"name one of {', '.join(names)} as weight_name" if names else "name the file of a LoRA"
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    some = f"{', '.join(names[:MANY])}{more}"
+    return f"name one of {some} by its path, or as weight_name" if names else "name the file of a LoRA"
 
 
 def _refuse_missing_path(source: str | os.PathLike[str]) -> None:

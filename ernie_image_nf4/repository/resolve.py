@@ -47,8 +47,9 @@ def find_repository(
     """
     if model is None:
         folder = _own_repository()
-    elif os.fspath(model) and Path(model).expanduser().is_dir():  # Path("") would be the working directory
-        folder = Path(model).expanduser()
+    # os.path's functions take any text; pathlib's raise for some. Path("") would be the working directory.
+    elif os.fspath(model) and os.path.isdir(os.path.expanduser(model)):
+        folder = Path(os.path.expanduser(model))
     else:
         _refuse_missing_path(model)
         return download_snapshot(
@@ -80,7 +81,7 @@ def _own_repository() -> Path:
 def _refuse_missing_path(model: str | os.PathLike[str]) -> None:
     """Raise if `model`, which is no folder, can't be a Hub id either: then a network call could only mislead."""
     text = os.fspath(model)
-    if text and Path(text).expanduser().exists():
+    if text and os.path.exists(os.path.expanduser(text)):
         raise RepositoryNotFound(f"{text} is a file: name the folder that holds {MODEL_INDEX}, or a Hub id.")
     looks_like_path = isinstance(model, os.PathLike) or text.startswith((".", "/", "~")) or "\\" in text
     if looks_like_path or text.count("/") != 1 or text.endswith("/"):

@@ -107,6 +107,8 @@ def test_a_name_that_only_the_unfinished_file_is_too_long_for_is_refused_at_once
     check_output(tmp_path / ("a" * 100 + ".png"))
     with pytest.raises(InvalidSettings, match="use a shorter name"):
         check_output(tmp_path / ("a" * 250 + ".png"))
+    with pytest.raises(InvalidSettings, match="use a shorter name"):
+        check_output(tmp_path / ("a" * 300 + ".png"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -100,6 +100,25 @@ def test_a_lora_without_a_file(text):
         parse_lora(text)
 
 
+@pytest.mark.parametrize("text", ["ink.safetensors:1e999", "ink.safetensors:-1e400"])
+def test_a_strength_beyond_all_numbers(text):
+    with pytest.raises(InvalidSettings, match="no finite number"):
+        parse_lora(text)
+
+
+@pytest.mark.parametrize("text", ["~nobody-is-called-so/ink.safetensors", "x" * 5000, "x" * 5000 + ".safetensors:0.5"])
+def test_a_path_that_no_system_takes_is_not_there(text):
+    with pytest.raises(InvalidLora, match="There is no file or folder"):
+        LoraFiles().find([text])
+
+
+def test_a_strength_that_overflows_is_what_the_error_names(pipeline, files, tmp_path):
+    rows = [Row("a cat", lora=(f"{files['ink']}:1e300",)), Row("a cat")]
+    strong, without = sorted(draw(pipeline, tmp_path, rows), key=lambda record: record.file)
+    assert "use a LoRA strength nearer to 1 than 1e+300" in strong.error
+    assert without.error is None
+
+
 def test_files_are_known_by_their_digest(files):
     uses = LoraFiles().find([f"{files['ink']}:0.5", str(files["oil"])])
     assert uses == (

@@ -18,6 +18,7 @@ from ernie_image_nf4 import load, load_lora
 from ernie_image_nf4.errors import InvalidLora, InvalidSettings, RepositoryNotFound
 from ernie_image_nf4.loading.lora import layer_shapes, strengths
 from ernie_image_nf4.repository.lora_file import describe_lora
+from ernie_image_nf4.repository.lora_source import find_lora
 
 peft = pytest.importorskip("peft")
 
@@ -226,6 +227,9 @@ def wrong_states(pairs: dict[str, Pair]) -> dict[str, tuple[dict, str]]:
         "a text encoder": ({"lora_te_x.lora_up.weight": up}, "holds no LoRA but one for a text encoder"),
         "nothing": ({}, "holds no LoRA"),
         "NaN": (right | {b: up * torch.nan}, "not finite"),
+        "single numbers": ({a: down[0, 0], b: up[0, 0]}, f"doesn't fit {layer}"),
+        "codes": (right | {a: down.to(torch.int8)}, f"has int8 at {layer}"),
+        "a whole model": ({f"{layer}.weight": down}, rf"holds no LoRA but {layer}\.weight: name one"),
         "magnitudes of inputs": (
             right | {f"transformer.{layer}.dora_scale": torch.ones(1, down.shape[1] + 1)},
             "magnitudes at .*, where one for each of",
@@ -268,10 +272,63 @@ def test_only_whole_safetensors_are_opened(pipe, pairs, tmp_path):
         load_lora(pipe, cut)
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_broken_lora_is_not_called_a_repository(tmp_path):
+    broken = tmp_path / "lora.safetensors"
+    broken.write_text("<html>Log in to download</html>")
+    with pytest.raises(InvalidLora, match="not a whole safetensors file: download it again"):
+        describe_lora(broken)
+
+
+SETTINGS = {
+    "no number": {"lora_alpha": None},
+    "text": {"lora_alpha": "abc"},
+    "infinity": {"lora_alpha": float("inf")},
+    "a list of patterns": {"lora_alpha": 4, "alpha_pattern": [1]},
+    "a pattern's text": {"lora_alpha": 4, "alpha_pattern": {LAYERS[0]: "abc"}},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_are_numbers(pairs, tmp_path, case):
+    settings = {f"transformer.{name}": value for name, value in SETTINGS[case].items()}
+    state = named(pairs, "transformer. lora_A.weight lora_B.weight")
+    file = saved(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(InvalidLora, match=r"lora_alpha or alpha_pattern .*: save the LoRA again"):
+        describe_lora(file)
+
+
+def test_settings_beside_a_file_may_be_no_text(pairs, tmp_path):
+    file = write("peft", pairs, tmp_path) / "adapter_model.safetensors"
+    (file.parent / "adapter_config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(InvalidLora, match=r"adapter_config\.json is not JSON"):
+        describe_lora(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_matrices_of_8_bits_are_those_that_they_stand_for(pipe, pairs, tmp_path, dtype):
+    narrow = {layer: (down.to(dtype), up.to(dtype)) for layer, (down, up) in pairs.items()}
+    wide = {layer: (down.float(), up.float()) for layer, (down, up) in narrow.items()}
+    pictures = []
+    for name, each in (("narrow", narrow), ("wide", wide)):
+        form = "transformer. lora_A.weight lora_B.weight"
+        load_lora(pipe, saved(named(each, form), tmp_path / f"{name}.safetensors"))
+        pictures.append(draw(pipe))
+        pipe.unload_lora_weights()
+    assert np.array_equal(*pictures)
+    assert not np.array_equal(pictures[0], draw(pipe))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), None, "strong"])
 def test_a_strength_is_a_finite_number(pipe, pairs, tmp_path, strength):
     with pytest.raises(InvalidSettings, match="not a finite number"):
         load_lora(pipe, write("kohya", pairs, tmp_path), strength=strength)
+
+
+@pytest.mark.parametrize("name", ["v1.5", "", "keys", 5])
+def test_load_lora_weights_takes_names_that_torch_takes(pipe, pairs, tmp_path, name):
+    with pytest.raises(InvalidSettings, match="use another name, without a dot"):
+        pipe.load_lora_weights(write("kohya", pairs, tmp_path), adapter_name=name)
+    assert pipe.get_list_adapters() == {}
 
 
 def test_a_name_is_taken_once(pipe, pairs, tmp_path):
@@ -314,7 +371,9 @@ def test_a_folder_has_one_or_its_name_is_said(pipe, pairs, tmp_path):
     write("kohya", pairs, tmp_path)
     assert load_lora(pipe, tmp_path) == "kohya"
     write("OneTrainer", pairs, tmp_path)
-    with pytest.raises(InvalidLora, match=r"has 2 .* name one of OneTrainer\.safetensors, kohya\.safetensors as"):
+    with pytest.raises(
+        InvalidLora, match=r"has 2 .* name one of OneTrainer\.safetensors, kohya\.safetensors by its path"
+    ):
         load_lora(pipe, tmp_path)
     assert load_lora(pipe, str(tmp_path), weight_name="OneTrainer.safetensors") == "OneTrainer"
     with pytest.raises(InvalidLora, match=r"has no file 'x\.safetensors'"):
@@ -408,3 +467,15 @@ def test_info_says_what_a_file_is(pairs, tmp_path, command):
     assert "not used     1 tensors for a text encoder" in said.out
     (tmp_path / "text.safetensors").write_bytes(b"no")
     assert command("info", tmp_path / "text.safetensors").code == 1
+    (tmp_path / "text.safetensors").unlink()
+    assert command("info", tmp_path).out == said.out  # a folder that holds one
+    missing = command("info", tmp_path / "none.safetensors")
+    assert missing.code == 1
+    assert "There is no file or folder" in missing.err
+
+
+def test_a_choice_of_many_files_is_not_listed_whole(pairs, tmp_path):
+    for number in range(12):
+        write("kohya", pairs, tmp_path).rename(tmp_path / f"step-{number:02}.safetensors")
+    with pytest.raises(InvalidLora, match=r"has 12 .*name one of .* step-09\.safetensors and 2 more by its path"):
+        find_lora(tmp_path)

@@ -82,7 +82,13 @@ def test_no_model_and_no_repository_around_the_package(tmp_path):
     assert re.match(r"RepositoryNotFound: No model was named.*name a folder or a Hub id", message)
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at-all", "~/nowhere/at-all", "nowhere", "a/b/c", "a\\b", ""])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("./nowhere", "/nowhere/at-all", "~/nowhere/at-all", "nowhere", "a/b/c", "a\\b", ""),
+        *("~nobody-is-called-so/model", "x" * 5000),  # for which pathlib raises errors of its own
+    ],
+)
 def test_a_path_that_does_not_exist(model):
     with pytest.raises(RepositoryNotFound, match=r"There is no folder .* a Hub id has the form 'user/name'"):
         find_repository(model)
