@@ -219,6 +219,7 @@ class Engine:
         if not self._pool.hopeful:
             raise WorkerLost(NO_WORKER, 60)
         if len(self._queue) >= self.limits.queue_length:
+            self.metrics.finished(QueueFull.__name__)
             raise QueueFull(
                 f"{len(self._queue)} pictures are waiting, and the server lets {self.limits.queue_length} wait: "
                 "send the request again later.",

@@ -207,13 +207,14 @@ def test_a_body_that_is_too_large_is_refused_announced_or_not(url, engine):
         assert connection.getresponse().status == 413
 
 
-def test_a_full_queue_tells_when_to_come_again(client, engine, monkeypatch):
+def test_a_full_queue_tells_when_to_come_again(client, url, engine, monkeypatch):
     monkeypatch.setattr(engine, "limits", replace(engine.limits, queue_length=1))
     with client.images.generate(prompt="a cat", stream=True, **LONG) as stream:
         next(iter(stream))
         with pytest.raises(openai.RateLimitError, match="send the request again later") as raised:
             client.images.generate(prompt="a cat", **SMALL)
     assert int(raised.value.response.headers["Retry-After"]) > 0
+    assert re.search(r'^ernie_image_requests_total\{outcome="QueueFull"\} 1\.0$', answered(url, "/metrics")[2], re.M)
     until(lambda: not engine.unfinished)
 
 
