@@ -193,11 +193,14 @@ def taking_turn(pipe: ErnieImagePipeline) -> Iterator[None]:
         yield
 
 
-def set_skipping(pipe: ErnieImagePipeline, *, guidance_until: float = ALL_STEPS, cache: int | bool = False) -> None:
+def set_skipping(
+    pipe: ErnieImagePipeline, *, guidance_until: float | None = ALL_STEPS, cache: int | bool | None = False
+) -> None:
     """Let a pipeline compute less for its next pictures, which then differ from those that it draws otherwise.
 
-    Nothing is loaded anew. Without arguments it computes everything again, and draws what it drew before, to the bit.
-    Pictures of a batch don't depend on each other. `generate_batch` notes the settings in files and manifest.
+    Nothing is loaded anew. Without arguments, or with None, it computes everything again, and draws what it drew
+    before, to the bit. Pictures of a batch don't depend on each other. `generate_batch` notes the settings in files and
+    manifest.
 
     Args:
         pipe: The pipeline, as from `load`.
@@ -215,7 +218,8 @@ def set_skipping(pipe: ErnieImagePipeline, *, guidance_until: float = ALL_STEPS,
         >>> pipe("an orange cat on a wooden desk").images[0].save("cat.png")
     """
     check_skipping(guidance_until, cache)
-    _skip(pipe, Skipping(float(guidance_until), cache_interval(cache)))
+    until = ALL_STEPS if guidance_until is None else float(guidance_until)
+    _skip(pipe, Skipping(until, cache_interval(cache or False)))
 
 
 def skipping_of(pipe: ErnieImagePipeline) -> Skipping:

@@ -317,6 +317,12 @@ def test_bad_values_are_refused_everywhere_and_change_nothing(pipe, tmp_path, ba
     assert not (tmp_path / "out").exists()
 
 
+def test_none_is_everything(pipe):
+    set_skipping(pipe, guidance_until=0.5, cache=2)
+    set_skipping(pipe, guidance_until=None, cache=None)
+    assert pipe.skipping == Skipping()
+
+
 def test_a_pipeline_that_is_not_from_load_can_only_compute_everything(pipe):
     upstream = quiet(ErnieImagePipeline(**pipe.components))
     set_skipping(upstream)
