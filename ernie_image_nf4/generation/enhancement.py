@@ -12,16 +12,18 @@ from diffusers import ErnieImagePipeline
 from ..fast.decode_request import DecodeRequest
 from ..fast.prompt_enhancer import FastPromptEnhancer
 from ..fast.random_state import SeededDraws
+from ..memory.apply import precision_of
 from ..memory.offload import OffloadHook
 from ..memory.placement import GIB, WORKING_BYTES, free_memory
+from ..memory.precision import BFLOAT16, Precision
 from ..upstream.offloading import hook_of
 from ..upstream.pipelines import enhance_prompt, execution_device
 from .settings import Settings
 
 MAX_DECODE_SLOTS = 4
-# The full-size enhancer's caches of 512, 1,024 and 2,048 tokens are 0.35 GiB a text by their shapes. Of a cache that
-# several texts share, each has 0.46 GiB in the moment in which it grows from 2,048 tokens to 2,560. The rest is for
-# graphs.
+# In bfloat16. The full-size enhancer's caches of 512, 1,024 and 2,048 tokens are 0.35 GiB a text by their shapes. Of a
+# cache that several texts share, each has 0.46 GiB in the moment in which it grows from 2,048 tokens to 2,560. The rest
+# is for graphs.
 DECODE_SLOT_BYTES = GIB // 2
 
 
@@ -112,23 +114,25 @@ def fast_decoding(pe: Any) -> tuple[Callable[..., DecodeRequest | None], Callabl
     return (pe.decode_request, pe.generate_together) if isinstance(pe, FastPromptEnhancer) else None
 
 
-def choose_decode_slots(free_bytes: int | None) -> int:
+def choose_decode_slots(free_bytes: int | None, precision: Precision = BFLOAT16) -> int:
     """Texts to decode at a time.
 
     Args:
         free_bytes: Free memory of the device beside the enhancer's weights; None for the machine's own memory. There it
             is one text, as a decode step leaves no core idle.
+        precision: Of the computation.
     """
     if free_bytes is None:
         return 1
-    return min(MAX_DECODE_SLOTS, max(1, int((free_bytes - WORKING_BYTES) / DECODE_SLOT_BYTES)))
+    slot_bytes = DECODE_SLOT_BYTES * precision.work_factor("pe")
+    return min(MAX_DECODE_SLOTS, max(1, int((free_bytes - WORKING_BYTES) / slot_bytes)))
 
 
 def find_decode_slots(pipe: ErnieImagePipeline) -> int:
     """`choose_decode_slots` by the device's free memory. Offloaded components must all be on the CPU."""
     device = execution_device(pipe)
     free = free_memory(device) if device.type == "cuda" else None
-    return choose_decode_slots(free if free is None else free - _offloaded_bytes(pipe))
+    return choose_decode_slots(free if free is None else free - _offloaded_bytes(pipe), precision_of(pipe))
 
 
 def _offloaded_bytes(pipe: ErnieImagePipeline) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from diffusers import ErnieImagePipeline
 
-from ..memory.apply import memory_mode
+from ..memory.apply import memory_mode, precision_of
 from ..memory.placement import GIB, WORKING_BYTES, free_memory
+from ..memory.precision import BFLOAT16, Precision
 from ..repository.metadata import file_record
 from ..upstream.pipelines import execution_device
 from .image_file import FORMATS, check_side
@@ -22,8 +23,9 @@ from .prompt_file import Row
 from .settings import LoraUse, Settings, check_settings
 
 MAX_BATCH = 8
-# Activations of the transformer for one picture with guidance. benchmarks/batch_h100_resident.json has 1.6 GiB a
-# megapixel beside the weights' 7.7 GiB, for batches of 8 at 512x512. A batch that turns out too large is halved.
+# Activations of the transformer for one picture with guidance, in bfloat16. benchmarks/batch_h100_resident.json has
+# 1.6 GiB a megapixel beside the weights' 7.7 GiB, for batches of 8 at 512x512. A batch that turns out too large is
+# halved.
 DENOISE_BYTES_PER_PIXEL = 2 * GIB / 1024**2
 
 
@@ -144,29 +146,38 @@ def groups(
         yield group
 
 
-def choose_pixels_at_once(free_bytes: int | None) -> int | None:
+def choose_pixels_at_once(free_bytes: int | None, precision: Precision = BFLOAT16) -> int | None:
     """Pixels of all pictures together that are denoised at once.
 
     Args:
         free_bytes: Free memory of the device beside the transformer's weights; None for the machine's own memory. There
             it is one picture, None: a CPU gains less from several (a third of the time at 128x128) than from results
             that are equal to the bit.
+        precision: Of the computation.
     """
-    return None if free_bytes is None else max(0, int((free_bytes - WORKING_BYTES) / DENOISE_BYTES_PER_PIXEL))
+    if free_bytes is None:
+        return None
+    bytes_per_pixel = DENOISE_BYTES_PER_PIXEL * precision.work_factor("transformer")
+    return max(0, int((free_bytes - WORKING_BYTES) / bytes_per_pixel))
 
 
-def choose_batch_size(pixels: int, free_bytes: int | None) -> int:
-    """Pictures to denoise together, of so many pixels each; `free_bytes` as for `choose_pixels_at_once`."""
-    at_once = choose_pixels_at_once(free_bytes)
+def choose_batch_size(pixels: int, free_bytes: int | None, precision: Precision = BFLOAT16) -> int:
+    """Pictures to denoise together, of so many pixels each; the other arguments as for `choose_pixels_at_once`."""
+    at_once = choose_pixels_at_once(free_bytes, precision)
     return 1 if at_once is None else min(MAX_BATCH, max(1, at_once // pixels))
 
 
 def find_batch_size(pipe: ErnieImagePipeline, settings: Settings) -> int:
     """`choose_batch_size` by the device's free memory. Offloaded components must all be on the CPU."""
-    return choose_batch_size(settings.height * settings.width, free_beside_transformer(pipe))
+    return choose_batch_size(settings.height * settings.width, _free_beside_transformer(pipe), precision_of(pipe))
 
 
-def free_beside_transformer(pipe: ErnieImagePipeline) -> int | None:
+def find_pixels_at_once(pipe: ErnieImagePipeline) -> int | None:
+    """`choose_pixels_at_once` by the device's free memory, as for `find_batch_size`."""
+    return choose_pixels_at_once(_free_beside_transformer(pipe), precision_of(pipe))
+
+
+def _free_beside_transformer(pipe: ErnieImagePipeline) -> int | None:
     """Bytes that the device has free once the transformer is there; None for the machine's own memory."""
     free = free_memory(execution_device(pipe))
     if free is not None and memory_mode(pipe) != "resident":

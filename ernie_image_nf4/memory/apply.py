@@ -9,13 +9,14 @@ from diffusers import ErnieImagePipeline
 
 from ..fast.float16 import make_text_model_mixed
 from ..fast.prompt_enhancer import make_prompt_enhancer_fast
-from ..fast.transformer import make_transformer_fast, runtime_of
+from ..fast.transformer import computation_dtype, make_transformer_fast, runtime_of
 from ..repository.components import COMPONENT
 from ..upstream.offloading import hook_of, hooks_are_found
 from .decode_check import make_vae_checked
 from .host_embeddings import unused_modules
 from .offload import OffloadHook, StreamedBlocks, enable_offload
 from .placement import Placement
+from .precision import Precision
 from .vae_tiling import make_vae_tiled
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ def memory_mode(pipe: ErnieImagePipeline) -> str:
         return "stream"
     hooks = [hook_of(part) for part in pipe.components.values()]
     return "offload" if any(getattr(hook, "execution_device", None) is not None for hook in hooks) else "resident"
+
+
+def precision_of(pipe: ErnieImagePipeline) -> Precision:
+    """The dtypes in which a pipeline computes."""
+    runtime = runtime_of(pipe.transformer)
+    return Precision(computation_dtype(pipe.transformer), runtime is not None and runtime.mixed)
 
 
 def _make_models_fast(pipe: ErnieImagePipeline, placement: Placement) -> Callable[[], None] | None:

@@ -44,9 +44,19 @@ class Precision:
         return torch.float32 if self.mixed else self.dtype
 
     def work_factor(self, component: str) -> float:
-        """Memory of a component beside its weights, over what it takes in bfloat16."""
+        """Memory of a component beside its weights, over what it takes in bfloat16.
+
+        All estimates go by it: of memory modes (``requirements.py``), and of how many pictures and texts there is room
+        for at once (``generation/``).
+
+        A full-size transformer's step takes most at the end of a block. Counted in 16 bits a token and width, gate, up
+        and their product are 9 then. In bfloat16 there are 7 more: the tokens before the first block, the two parts of
+        what this block was given, its own sum and norm, and the outputs of its two halves. Where it is mixed, there are
+        10 more: in float32, so 2 each, the tokens before the first block, before this one, in its middle and after it,
+        and the outputs of its two halves. That makes 19 over 16; a little is for what is in float32 around the blocks.
+        """
         if self.mixed and component == "transformer":
-            return 1.25  # of 11 values a token and width at the peak, the residual stream is one
+            return 1.25
         return self.of_activations().itemsize / torch.bfloat16.itemsize
 
 

@@ -12,7 +12,7 @@ from diffusers import ErnieImagePipeline
 from ..errors import ErnieImageNF4Error
 from ..generation.image_file import png_bytes
 from ..generation.loras import LoraFiles
-from ..generation.schedule import Picture, choose_pixels_at_once, free_beside_transformer
+from ..generation.schedule import Picture, find_pixels_at_once
 from ..generation.settings import LoraUse, Settings, described_model, hub_revision
 from ..generation.stages import DrawingStopped, Limits, Watch, draw_group_or_each
 from ..loading.pipeline import load
@@ -51,7 +51,7 @@ def load_and_draw(connection: Connection, options: WorkerOptions) -> None:
     connection.send(Ready(*devices_beside(execution_device(pipe))))
     name, limits = described_model(pipe, options.model)[1], Limits()
     while True:
-        connection.send(Idle(choose_pixels_at_once(free_beside_transformer(pipe)), dict(limits)))
+        connection.send(Idle(find_pixels_at_once(pipe), dict(limits)))
         while isinstance(message := connection.recv(), Drop):
             pass  # of pictures that were finished when it was sent
         if message is None:

@@ -27,6 +27,7 @@ from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.generation.single import draw
 from ernie_image_nf4.memory.apply import apply_placement
 from ernie_image_nf4.memory.placement import Placement
+from ernie_image_nf4.memory.precision import Precision
 from ernie_image_nf4.repository.components import MODEL_INDEX
 
 # The kernels run on a CPU as well: TRITON_INTERPRET=1 pytest tests/fast/test_float16.py
@@ -449,6 +450,26 @@ def test_the_minis_predictions_in_float16_are_nearer_to_float32_than_in_bfloat16
     pipes = [load(CHECKOUT, device="cpu", dtype=dtype, prompt_enhancer=False) for dtype in ("float32", "float16")]
     expected, found = (predictions(pipe, 64, "cpu")["prediction"] for pipe in pipes)
     assert 0 < largest_error(found, expected) < 1.5e-3
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_mixed_step_takes_the_memory_that_estimates_count_with():
+    taken = []
+    for dtype in (torch.bfloat16, torch.float16):
+        transformer = build(hidden_size=768, num_attention_heads=24, ffn_hidden_size=2304, num_layers=2).to("cuda")
+        if dtype == torch.float16:
+            mixed(transformer)
+        else:
+            make_transformer_fast(transformer.to(dtype), capture_steps=False)
+        call = inputs("cuda", transformer.dtype, (8, 8))
+        call["hidden_states"] = call["hidden_states"].repeat(1, 1, 12, 16)
+        for _ in range(2):  # the first one allocates what libraries keep
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            transformer(**call)
+        taken.append(torch.cuda.max_memory_allocated() - before)
+    assert 1 < taken[1] / taken[0] <= Precision(torch.float16, mixed=True).work_factor("transformer")
 
 
 @pytest.mark.parametrize("memory", ["resident", "offload", "stream"])

@@ -14,11 +14,18 @@ from ernie_image_nf4.fast.decode_batch import grown_capacity
 from ernie_image_nf4.fast.decoder import first_capacity, rounded_up
 from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
 from ernie_image_nf4.generation import enhancement
-from ernie_image_nf4.generation.enhancement import DECODE_SLOT_BYTES, choose_decode_slots, enhance, enhance_all
+from ernie_image_nf4.generation.enhancement import (
+    DECODE_SLOT_BYTES,
+    choose_decode_slots,
+    enhance,
+    enhance_all,
+    find_decode_slots,
+)
 from ernie_image_nf4.generation.prompt_file import Row
 from ernie_image_nf4.generation.schedule import plan_pictures
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.memory.placement import GIB
+from ernie_image_nf4.memory.precision import Precision
 from ernie_image_nf4.quantization import synthetic
 
 
@@ -62,6 +69,19 @@ def test_texts_are_written_one_by_one_where_several_take_too_much_memory(reposit
 def test_as_many_texts_are_written_at_a_time_as_fit_the_memory(free_gib, count):
     assert choose_decode_slots(free_gib * GIB) == count
     assert choose_decode_slots(None) == 1
+
+
+@pytest.mark.parametrize("precision", [Precision(torch.float16, mixed=True), Precision(torch.float32)])
+def test_texts_in_float32_take_twice_the_memory(precision):
+    for free_gib in (1, 2, 3, 4.5, 80):
+        assert choose_decode_slots(free_gib * GIB, precision) == choose_decode_slots((free_gib + 1) / 2 * GIB)
+
+
+def test_the_pipelines_own_precision_counts(repository, monkeypatch):
+    monkeypatch.setattr(enhancement, "execution_device", lambda pipe: torch.device("cuda"))
+    monkeypatch.setattr(enhancement, "free_memory", lambda device: 3 * GIB)
+    counts = [find_decode_slots(load(repository, device="cpu", dtype=dtype)) for dtype in ("bfloat16", "float16")]
+    assert counts == [4, 2]
 
 
 def test_a_row_of_the_full_size_enhancers_cache_fits_what_a_text_may_take():

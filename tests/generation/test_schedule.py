@@ -14,7 +14,9 @@ from ernie_image_nf4.generation.schedule import (
     WORKING_BYTES,
     Picture,
     choose_batch_size,
+    choose_pixels_at_once,
     find_batch_size,
+    find_pixels_at_once,
     groups,
     plan_pictures,
     share,
@@ -23,8 +25,10 @@ from ernie_image_nf4.generation.schedule import (
 from ernie_image_nf4.generation.settings import Settings
 from ernie_image_nf4.memory.offload import enable_offload
 from ernie_image_nf4.memory.placement import GIB
+from ernie_image_nf4.memory.precision import BFLOAT16, Precision
 
 DEFAULTS = Settings("", "none", 32, 32, 2, 3.0, seed=5)
+MIXED, FLOAT32 = Precision(torch.float16, mixed=True), Precision(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,28 @@ def test_a_row_overrides_the_defaults_and_zero_is_a_value():
     ],
 )
 def test_a_batch_fits_the_memory(side, free, expected):
-    assert choose_batch_size(side * side, free) == expected
+    assert choose_batch_size(side * side, free) == choose_batch_size(side * side, free, BFLOAT16) == expected
+
+
+@pytest.mark.parametrize(("precision", "expected"), [(BFLOAT16, 8), (MIXED, 6), (FLOAT32, 4)])
+def test_a_batch_is_smaller_where_a_picture_takes_more(precision, expected):
+    assert choose_batch_size(512**2, 5 * GIB, precision) == expected
+    assert choose_batch_size(512**2, None, precision) == 1
+
+
+def test_more_memory_never_makes_a_smaller_batch_nor_a_wider_precision_a_larger_one():
+    for free in range(0, 12 * GIB, GIB // 3):
+        in_bfloat16, mixed, in_float32 = (choose_pixels_at_once(free, each) for each in (BFLOAT16, MIXED, FLOAT32))
+        assert in_bfloat16 >= mixed >= in_float32 >= in_bfloat16 // 2
+        assert choose_pixels_at_once(free + GIB, MIXED) >= mixed
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", 8), ("float16", 6), ("float32", 4)])
+def test_a_pipelines_own_precision_counts(repository, monkeypatch, dtype, expected):
+    pipe = load(repository, device="cpu", dtype=dtype, prompt_enhancer=False)
+    monkeypatch.setattr(schedule, "free_memory", lambda device: 5 * GIB)
+    assert find_batch_size(pipe, Settings("a cat", "", 512, 512, 1, 1.0, seed=0)) == expected
+    assert find_pixels_at_once(pipe) // 512**2 == expected
 
 
 @pytest.mark.parametrize(("memory", "expected"), [("resident", 4), ("offload", 3)])

@@ -122,6 +122,15 @@ def test_a_component_that_comes_while_another_works_is_counted():
     assert mode_needs(parts, 0, long_text=False)["offload"] == 4 * GIB + KERNEL_BYTES
 
 
+def test_float16_takes_more_than_bfloat16_and_less_than_float32(weights):
+    precisions = (BFLOAT16, Precision(torch.float16, mixed=True), FLOAT32)
+    for mode in MODES:
+        bfloat16, mixed, float32 = (mode_needs(weights, 1024**2, precision=each)[mode] for each in precisions)
+        assert bfloat16 < mixed <= float32
+    for component, factors in {"transformer": (1, 1.25, 2), "text_encoder": (1, 2, 2), "vae": (1, 2, 2)}.items():
+        assert tuple(each.work_factor(component) for each in precisions) == factors
+
+
 def test_wider_dtypes_take_more(full_size, weights):
     in_float32 = full_size_weights(full_size, precision=FLOAT32)
     for mode, need in mode_needs(in_float32, 1024**2, precision=FLOAT32).items():
