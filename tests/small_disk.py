@@ -13,13 +13,20 @@ CHECKOUT = Path(__file__).parent.parent
 
 
 def run_on_small_disk(folder: Path, size: int, code: str, **variables: str) -> list[str]:
-    """Run code in a new process, in `folder`, where ``small`` is a disk of so many bytes. Skips where nobody may mount.
+    """`run_on_small_disks` on one, ``small``, of so many bytes."""
+    return run_on_small_disks(folder, {"small": size}, code, **variables)
+
+
+def run_on_small_disks(folder: Path, sizes: dict[str, int], code: str, **variables: str) -> list[str]:
+    """Run code in a new process, in `folder`, where there are disks of so many bytes. Skips where nobody may mount.
 
     Returns:
         The lines that it prints.
     """
-    (folder / "small").mkdir()
-    mount = f'mount -t tmpfs -o size={size} tmpfs small && exec "$0" "$@"'
+    for name in sizes:
+        (folder / name).mkdir()
+    mount = "".join(f"mount -t tmpfs -o size={size} tmpfs {name} && " for name, size in sizes.items())
+    mount += 'exec "$0" "$@"'
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, sys.executable, "-c", code],
         cwd=folder,

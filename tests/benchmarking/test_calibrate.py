@@ -11,7 +11,9 @@ from pathlib import Path
 from conftest import CHECKOUT
 
 
-def test_it_records_phases_memory_and_errors(tmp_path: Path) -> None:
+def test_it_records_phases_memory_and_errors(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "ERNIE-Image").symlink_to(original)  # which needn't be made
     command = [sys.executable, "-m", "benchmarks.calibrate", "--preset", "tiny", "--prompts", "1"]
     command += ["--variants", "scale_search,calibrated", "--work", str(tmp_path / "work")]
     command += ["--output", str(tmp_path / "result.json")]
@@ -27,4 +29,6 @@ def test_it_records_phases_memory_and_errors(tmp_path: Path) -> None:
     assert "--preset tiny" in result["command"]
     errors = result["errors"]["prediction_error"]
     assert 0 < errors["calibrated"] < errors["scale_search"]
+    assert "synthesize" not in result
     assert not (tmp_path / "work").exists()
+    assert (original / "model_index.json").exists()

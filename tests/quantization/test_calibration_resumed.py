@@ -22,7 +22,7 @@ from ernie_image_nf4.quantization.resumable_output import CHECKPOINTS, WORK_FOLD
 from ernie_image_nf4.repository.integrity import verify
 from ernie_image_nf4.repository.metadata import Recommended
 
-KILLS = int(os.environ.get("ERNIE_IMAGE_NF4_KILLS", "3"))
+KILLS = int(os.environ.get("ERNIE_IMAGE_NF4_KILLS", "2"))
 PROMPTS = ["An orange cat on a desk.", "沙滩上的一只螃蟹。"]
 OPTIONS = {"device": "cpu", "calibrate": PROMPTS, "recommended": Recommended(64, 64, 2, 4.0), "progress": False}
 

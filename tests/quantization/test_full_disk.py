@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from small_disk import run_on_small_disk
+from small_disk import run_on_small_disks
 
 from ernie_image_nf4.repository.components import COMPONENTS
 from ernie_image_nf4.repository.disk import is_full
 
-QUANTIZE = """
-import os, shutil
+# One process for all, as it takes most of its time to start.
+FILL = """
+import json, os, shutil
 from ernie_image_nf4.errors import DiskFull
 from ernie_image_nf4.quantization.convert import quantize
-shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # deceives the check before the work
-try:
-    quantize({source!r}, "small/out", device="cpu", progress=False)
-except DiskFull as error:
-    print(error)
-    print([sorted(os.listdir(path)) for path in ("small/out", "small/out/.unfinished") if os.path.exists(path)])
-"""
-SYNTHESIZE = """
-import os
-from ernie_image_nf4.errors import DiskFull
 from ernie_image_nf4.quantization.synthetic import synthesize
-try:
-    synthesize("small/out", preset="tiny", progress=False)
-except DiskFull as error:
-    print(error)
-    print(os.listdir("small"))
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # deceives the check before the work
+found = {{}}
+for disk in {disks}:
+    try:
+        if disk.startswith("quantize"):
+            quantize({source!r}, disk + "/out", device="cpu", progress=False)
+        else:
+            synthesize(disk + "/out", preset="tiny", progress=False)
+    except DiskFull as error:
+        left = [sorted(os.listdir(path)) for path in (disk, disk + "/out", disk + "/out/.unfinished")
+                if os.path.exists(path)]
+        found[disk] = [str(error), left]
+print(json.dumps(found))
 """
 PAGE = 4096
 
@@ -42,28 +42,31 @@ def size_of(folder: Path, *, but: tuple[str, ...] = ()) -> int:
     return sum(-(-path.stat().st_size // PAGE) * PAGE for path in files)
 
 
-def test_quantize_keeps_what_is_finished(original, tmp_path):
-    message, left = run_on_small_disk(tmp_path, 600_000, QUANTIZE.format(source=str(original)))
-    assert message == (
-        "The disk of small/out is full: free some space and repeat the command, what is finished is kept."
-    )
-    assert left == "[['.unfinished', 'transformer'], ['lock', 'state.json']]"
-
-
-def test_quantize_leaves_nothing_if_nothing_is_finished(original, tmp_path):
-    message, left = run_on_small_disk(tmp_path, 100_000, QUANTIZE.format(source=str(original)))
-    assert message == "The disk of small/out is full: free some space and repeat the command."
-    assert left == "[]"
-
-
-@pytest.mark.parametrize("place", ["the folder", "weights", "a tokenizer"])
-def test_synthesize_leaves_nothing(original, tmp_path, place):
+@pytest.fixture(scope="module")
+def filled(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    """Disk -> the error that came when it was full, and what its folders hold then."""
     tokenizers = tuple(component.name for component in COMPONENTS if component.other_classes)
-    size = {"the folder": PAGE, "weights": 300_000, "a tokenizer": size_of(original, but=tokenizers) + 2 * PAGE}[place]
-    assert run_on_small_disk(tmp_path, size, SYNTHESIZE) == [
-        "The disk of small/out is full: free some space and repeat the command.",
-        "[]",
+    sizes = {
+        "quantize-some": 600_000,
+        "quantize-none": 100_000,
+        "synthesize-folder": PAGE,
+        "synthesize-weights": 300_000,
+        "synthesize-tokenizer": size_of(original, but=tokenizers) + 2 * PAGE,
+    }
+    code = FILL.format(disks=[*sizes], source=str(original))
+    return json.loads(run_on_small_disks(tmp_path_factory.mktemp("disks"), sizes, code)[-1])
+
+
+def test_quantize_keeps_what_is_finished(filled):
+    assert filled["quantize-some"] == [
+        "The disk of quantize-some/out is full: free some space and repeat the command, what is finished is kept.",
+        [["out"], [".unfinished", "transformer"], ["lock", "state.json"]],
     ]
+
+
+@pytest.mark.parametrize("disk", ["quantize-none", "synthesize-folder", "synthesize-weights", "synthesize-tokenizer"])
+def test_nothing_is_left_if_nothing_is_finished(filled, disk):
+    assert filled[disk] == [f"The disk of {disk}/out is full: free some space and repeat the command.", [[]]]
 
 
 # What an error says

@@ -27,7 +27,7 @@ from ernie_image_nf4.repository.components import COMPONENT, COMPONENTS, QUANTIZ
 from ernie_image_nf4.repository.integrity import verify
 
 # How often, and how much there is to do meanwhile: each layer of each component has 13 million weights.
-KILLS = int(os.environ.get("ERNIE_IMAGE_NF4_KILLS", "3"))
+KILLS = int(os.environ.get("ERNIE_IMAGE_NF4_KILLS", "2"))
 LAYERS = int(os.environ.get("ERNIE_IMAGE_NF4_KILL_LAYERS", "1"))
 SIZES = {
     "transformer": {
