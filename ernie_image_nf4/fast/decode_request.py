@@ -106,6 +106,7 @@ def request_of(
     stopping_criteria: StoppingCriteriaList,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    vocabulary: int,
 ) -> DecodeRequest | None:
     """The request in what ``generate`` hands to a decoding method, or None if the fast decoder doesn't know it.
 
@@ -115,6 +116,7 @@ def request_of(
         stopping_criteria: As upstream has prepared them.
         config: The call's settings, the model's own included.
         model_kwargs: Further arguments of the model's ``forward``.
+        vocabulary: Tokens that the model knows.
     """
     mask, length = model_kwargs.get("attention_mask"), input_ids.shape[1]
     if (
@@ -130,6 +132,9 @@ def request_of(
         return None
     warpers = [item for item in logits_processor if isinstance(item, WARPERS)]
     eos = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+    # Some configurations say -1 for none, which upstream compares with and, for one text, never looks up.
+    if not all(0 <= token < vocabulary for token in (*eos, int(config.pad_token_id))):
+        return None
     return DecodeRequest(
         input_ids=input_ids,
         max_new_tokens=config.max_new_tokens,

@@ -236,7 +236,7 @@ class FastPromptEnhancer(Ministral3ForCausalLM):
         Args:
             requests: From `decode_request`.
             seeds: One for each request.
-            count: Texts that are decoded at a time; each takes a cache of its own.
+            count: Texts that are decoded at a time; each takes a part of a cache or one of its own.
 
         Raises:
             RuntimeError: Too little memory.
@@ -255,4 +255,5 @@ def _decoding_method(
     **model_kwargs: Any,
 ) -> DecodeRequest | None:
     """For upstream's ``custom_generate``: instead of decoding, says what is to be decoded."""
-    return request_of(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    vocabulary = model.config.vocab_size
+    return request_of(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, vocabulary)

@@ -25,7 +25,12 @@ KERNELS = "triton_elementwise"
 
 @functools.cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton works on a CUDA device: it comes with torch on Linux, needs a C compiler and capability 7.0."""
+    """Whether Triton works on a CUDA device: it comes with torch on Linux, needs a C compiler and capability 7.0.
+
+    ROCm's devices count as CUDA's, but some kernels are in part NVIDIA's assembly, and others sum by warps of 32.
+    """
+    if torch.version.hip is not None:
+        return False
     capability = torch.cuda.get_device_capability(device)
     if importlib.util.find_spec("triton") is None or capability < (7, 0):
         return False
