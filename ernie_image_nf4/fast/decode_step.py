@@ -14,9 +14,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.ministral3.modeling_ministral3 import (
+    Ministral3Attention,
+    Ministral3DecoderLayer,
+    Ministral3MLP,
+    Ministral3RMSNorm,
+)
 
 from ..upstream.models import is_hooked, ministral_attention_scale
 from .ops.elementwise import triton_kernels
+from .subclassing import is_ours
 
 if TYPE_CHECKING:
     from .decoder import DecodeBuffers
@@ -26,30 +33,25 @@ CAPABILITY = (8, 0)  # from which GPUs compute in bfloat16
 MOST_TEXTS = 4  # of a batch: each takes registers
 
 
-class LayerWeights(NamedTuple):
-    """A layer's weights, as the kernels read them: norms in planes, NF4 by what multiplies with it at once."""
+class LayerNorms(NamedTuple):
+    """Weights of a layer's norms, copied into planes."""
 
-    norm: torch.Tensor
-    query_key_value: tuple[Any, ...]
-    output: Any
-    mlp_norm: torch.Tensor
-    gate: Any
-    up: Any
-    down: Any
+    attention: torch.Tensor
+    mlp: torch.Tensor
 
 
 class DecodeStep(NamedTuple):
-    """What a step is computed by.
+    """What a step is computed by. NF4 weights stay the model's alone: once they have moved, nothing here keeps them.
 
     Attributes:
         products: ``ops.triton_nf4_rows``.
         kernels: ``ops.triton_decode``.
-        layers: Weights of each layer.
+        norms: Of each layer.
     """
 
     products: ModuleType
     kernels: ModuleType
-    layers: tuple[LayerWeights, ...]
+    norms: tuple[LayerNorms, ...]
 
 
 def find_step(model: PreTrainedModel) -> DecodeStep | None:
@@ -67,12 +69,21 @@ def find_step(model: PreTrainedModel) -> DecodeStep | None:
 
 def step_by(model: PreTrainedModel, products: ModuleType, kernels: ModuleType) -> DecodeStep | None:
     """How to decode with these modules of kernels, or None if they don't know all of the model."""
-    if model.model.norm.weight.dtype != torch.bfloat16 or not (_is_known(model.config) and _is_plain(model.lm_head)):
+    layers, tables = model.model.layers, (model.model.embed_tokens, model.model.norm)
+    if not (_is_known(model.config) and _is_plain(model.lm_head)) or is_disturbed(model):
         return None
-    if any(map(is_hooked, model.model.modules())):  # somebody waits for calls of the modules
+    if any(each.weight.dtype != torch.bfloat16 for each in tables):
         return None
-    layers = [_weights_of(layer, products) for layer in model.model.layers]
-    return None if None in layers else DecodeStep(products, kernels, tuple(each for each in layers if each is not None))
+    if not all(_is_served(layer, products) for layer in layers):
+        return None
+    norms = ((each.input_layernorm.weight, each.post_attention_layernorm.weight) for each in layers)
+    in_planes = tuple(LayerNorms(*(products.in_planes(norm.detach()) for norm in pair)) for pair in norms)
+    return DecodeStep(products, kernels, in_planes)
+
+
+def is_disturbed(model: PreTrainedModel) -> bool:
+    """Whether somebody waits for calls of the modules, which kernels and captured steps don't make."""
+    return any(map(is_hooked, (*model.model.modules(), *model.lm_head.modules())))
 
 
 def forward(model: PreTrainedModel, step: DecodeStep, buffers: DecodeBuffers) -> torch.Tensor:
@@ -83,15 +94,17 @@ def forward(model: PreTrainedModel, step: DecodeStep, buffers: DecodeBuffers) ->
     scale = _query_scale(model, buffers.position).to(x.dtype)
     position = buffers.position.flatten()
     x = products.in_planes(x[:, 0])
-    for layer, weights, cache in zip(model.model.layers, step.layers, buffers.cache.layers, strict=True):
+    for layer, norms, cache in zip(model.model.layers, step.norms, buffers.cache.layers, strict=True):
         eps, mlp_eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
-        qkv = products.products(x, weights.norm, eps, weights.query_key_value)
+        packed = [products.pack(each.weight, each.weight.quant_state) for each in _projections(layer)]
+        output, gate, up, down = packed[3:]
+        qkv = products.products(x, norms.attention, eps, packed[:3])
         attended = step.kernels.attention(
             qkv, cosine, sine, scale, position, cache.keys, cache.values, layer.self_attn.scaling
         )
-        x = products.added_product(attended, x, weights.output)
-        inner = products.gated_products(x, weights.mlp_norm, mlp_eps, weights.gate, weights.up)
-        x = products.added_product(inner, x, weights.down)
+        x = products.added_product(attended, x, output)
+        inner = products.gated_products(x, norms.mlp, mlp_eps, gate, up)
+        x = products.added_product(inner, x, down)
     return step.kernels.head_product(model.model.norm(products.in_order(x)), model.lm_head.weight)
 
 
@@ -123,28 +136,38 @@ def _is_plain(head: nn.Module) -> bool:
     return (
         type(head) is nn.Linear
         and head.bias is None
-        and not is_hooked(head)
         and head.weight.dtype == torch.bfloat16
         and head.weight.is_contiguous()
     )
 
 
-def _weights_of(layer: Any, products: ModuleType) -> LayerWeights | None:
+def _projections(layer: Any) -> list[Any]:
     attention, mlp = layer.self_attn, layer.mlp
-    projections = [
+    return [
         attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
         mlp.down_proj,
     ]  # fmt: skip
-    if not all(_is_served(each, products) for each in projections):
-        return None
-    packed = [products.pack(each.weight, each.weight.quant_state) for each in projections]
-    norm, mlp_norm = (
-        products.in_planes(each.weight.detach()) for each in (layer.input_layernorm, layer.post_attention_layernorm)
-    )
-    return LayerWeights(norm, tuple(packed[:3]), packed[3], mlp_norm, *packed[4:])
 
 
 def _is_served(layer: Any, products: ModuleType) -> bool:
+    """Whether a layer computes what the kernels do: its parts are upstream's or the fast ones, its weights fit."""
+    parts = (
+        (layer, Ministral3DecoderLayer),
+        (layer.self_attn, Ministral3Attention),
+        (layer.mlp, Ministral3MLP),
+        (layer.input_layernorm, Ministral3RMSNorm),
+        (layer.post_attention_layernorm, Ministral3RMSNorm),
+    )
+    if not all(type(part) is kind or is_ours(type(part), kind) for part, kind in parts):
+        return False
+    if any(norm.weight.dtype != torch.bfloat16 for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+        return False
+    if layer.self_attn.training and layer.self_attn.attention_dropout:
+        return False
+    return all(_is_product(each, products) for each in _projections(layer))
+
+
+def _is_product(layer: Any, products: ModuleType) -> bool:
     """Whether a layer is nothing but an NF4 product, without bias or adapter."""
     return (
         type(layer) is Linear4bit

@@ -23,7 +23,7 @@ from . import decode_step
 from .cuda_graphs import capture
 from .decode_request import DecodeRequest
 from .decode_step import DecodeStep
-from .module_tensors import tensors_of
+from .module_tensors import captured_state
 from .streams import CaptureStream
 
 CACHE_ARGUMENT = cache_argument(Ministral3Model.forward)
@@ -128,9 +128,7 @@ class DecodeSlot:
     def buffers_for(self, model: PreTrainedModel, request: DecodeRequest, capacity: int) -> DecodeBuffers:
         """Buffers of this kind and capacity, as they were left, or new ones with a captured step."""
         weight = model.get_input_embeddings().weight
-        # A graph reads weights, those of adapters too, where they were when it was captured.
-        addresses = tuple(getattr(owner, name).data_ptr() for owner, name in tensors_of(model))
-        settings = (*request.settings, weight.device, addresses)
+        settings = (*request.settings, weight.device, captured_state(model))
         if self.settings != settings:
             self.buffers.clear()  # before new ones take their memory
             self.settings = settings
@@ -138,7 +136,7 @@ class DecodeSlot:
             buffers = new_buffers(model, request, capacity, self.generator)
             if self.find_step is not None and len(request.input_ids) <= decode_step.MOST_TEXTS:
                 buffers.step = self.find_step(model)
-            if self.stream is not None:
+            if self.stream is not None and not decode_step.is_disturbed(model):
                 capture_decode_step(model, buffers, request, self.stream)
             self.buffers[capacity] = buffers
         return self.buffers[capacity]

@@ -1,4 +1,4 @@
-"""The tensors of a module, those of quantization states included."""
+"""The tensors of a module, those of quantization states included, and what else a captured step hangs on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+
+from ..upstream.models import is_hooked, version_of
 
 
 def tensors_of(module: nn.Module, excluded: Iterable[nn.Module] = ()) -> Iterator[tuple[object, str]]:
@@ -30,3 +32,31 @@ def tensors_of(module: nn.Module, excluded: Iterable[nn.Module] = ()) -> Iterato
                 yield from (
                     (owner, name) for name in names if owner is not None and torch.is_tensor(getattr(owner, name))
                 )
+
+
+def captured_state(model: nn.Module) -> tuple:
+    """What a captured step of a model hangs on. Where it is another one, the step is no longer right.
+
+    That is where tensors are, what is in vectors (weights of norms, which kernels read in another order), which modules
+    have hooks, whether the model is trained, and which of peft's adapters are on, with their strengths.
+    """
+    found = list(tensors_of(model))
+    addresses = tuple(getattr(owner, name).data_ptr() for owner, name in found)
+    versions = tuple(version_of(owner) for owner, _ in found if isinstance(owner, nn.Parameter) and owner.ndim == 1)
+    return addresses, versions, tuple(map(is_hooked, model.modules())), model.training, _adapters_of(model)
+
+
+def _adapters_of(model: nn.Module) -> tuple:
+    if not getattr(model, "peft_config", None):
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return tuple(
+        (
+            layer.disable_adapters,
+            layer.training,
+            *map(tuple, (layer.active_adapters, layer.merged_adapters, getattr(layer, "scaling", {}).items())),
+        )
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    )

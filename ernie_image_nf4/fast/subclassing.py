@@ -34,6 +34,11 @@ def named_as_upstream(cls: Class) -> Class:
     return cls
 
 
+def is_ours(cls: type, base: type) -> bool:
+    """Whether a class is one of this package that objects of the class `base` may `become`."""
+    return _base(cls) is base and cls.__module__.startswith(__package__)
+
+
 def become(module: nn.Module | DiffusionPipeline, cls: type) -> None:
     """Make an object of an upstream class one of its subclass `cls`. Weights, buffers and hooks stay.
 
