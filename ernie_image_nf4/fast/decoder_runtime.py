@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..upstream.offloading import hook_of, kept_on_device
 from .decode_batch import DecodeBatch, decode_together, may_share_steps
 from .decode_request import DecodeRequest
-from .decode_step import MOST_TEXTS, DecodeStep, find_step
+from .decode_step import MOST_TEXTS, DecodeStep
+from .decode_trial import TriedStep
 from .decoder import DecodeSlot, decode_n_tokens
 from .random_state import drawing_as_caller
 from .streams import CaptureStream
@@ -39,7 +40,7 @@ class DecoderRuntime(Runtime):
         self.turn = Turn()
         self.slot: DecodeSlot | None = None
         self.exact = exact
-        self.find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None if exact else find_step
+        self.find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None if exact else TriedStep()
         self.streams: list[CaptureStream] = []
 
     def __reduce__(self) -> tuple:

@@ -19,7 +19,7 @@ from transformers import Ministral3Config, Ministral3ForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.ministral3.modeling_ministral3 import apply_rotary_pos_emb
 
-from ernie_image_nf4.fast import decode_batch, decode_step, decoder, decoder_runtime
+from ernie_image_nf4.fast import decode_batch, decode_step, decode_trial, decoder, decoder_runtime
 from ernie_image_nf4.fast.ops import triton_decode, triton_nf4, triton_nf4_rows
 from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
 
@@ -156,7 +156,7 @@ def compare_steps() -> None:
     pe, ids = small_prompt_enhancer(), torch.tensor([[5, 17, 40], [7, 8, 9]])
     step = decode_step.step_by(pe, triton_nf4_rows, triton_decode)
     assert step is not None
-    assert len(step.layers) == 2
+    assert len(step.norms) == 2
     request = pe.decode_request(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=3)
     found = []
     for by_kernels in (False, True):
@@ -191,8 +191,11 @@ def compare_texts() -> None:
     assert len(set(texts[0][0].tolist())) > 3
 
 
-def find_step(model: FastPromptEnhancer) -> decode_step.DecodeStep | None:
+def by_kernels(model: FastPromptEnhancer) -> decode_step.DecodeStep | None:
     return decode_step.step_by(model, triton_nf4_rows, triton_decode)
+
+
+find_step = decode_trial.TriedStep(by_kernels)
 
 
 def compare_texts_together() -> None:

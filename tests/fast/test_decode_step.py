@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ernie_image_nf4 import load
-from ernie_image_nf4.fast import decode_step, decoder, decoder_runtime
+from ernie_image_nf4.fast import decode_step, decode_trial, decoder, decoder_runtime
 from ernie_image_nf4.fast.decode_batch import may_share_steps
 from ernie_image_nf4.fast.decode_request import DecodeRequest, Sampling
+from ernie_image_nf4.fast.module_tensors import tensors_of
+from ernie_image_nf4.fast.ops import elementwise
 from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
 from ernie_image_nf4.generation.enhancement import enhance
 from ernie_image_nf4.generation.settings import Settings
@@ -71,12 +74,17 @@ def test_the_pipelines_own_request_is_sampled_by_the_kernel(repository):
     assert (request.sampling.temperature, request.sampling.top_p) == (0.6, 0.95)
 
 
-def test_what_the_kernels_do_not_know_goes_through_the_modules(repository):
-    assert decode_step.step_by(load(repository, device="cpu", dtype="float32").pe, *KERNELS) is None
-    pe = load(repository, device="cpu", dtype="bfloat16").pe
+def aligned(pe):
+    """A prompt enhancer whose NF4 weights are where they may be on a GPU."""
     for module in pe.modules():
         if hasattr(getattr(module, "weight", None), "quant_state"):
-            module.weight.data = module.weight.data.clone()  # aligned as on a GPU
+            module.weight.data = module.weight.data.clone()
+    return pe
+
+
+def test_what_the_kernels_do_not_know_goes_through_the_modules(repository):
+    assert decode_step.step_by(load(repository, device="cpu", dtype="float32").pe, *KERNELS) is None
+    pe = aligned(load(repository, device="cpu", dtype="bfloat16").pe)
     assert decode_step.find_step(pe) is None  # no GPU
     assert decode_step.step_by(pe, *KERNELS) is not None
     layer = pe.model.layers[-1].mlp
@@ -92,6 +100,80 @@ def test_what_the_kernels_do_not_know_goes_through_the_modules(repository):
     assert decode_step.step_by(pe, *KERNELS) is not None
     layer.up_proj.bias = torch.nn.Parameter(torch.zeros(layer.up_proj.out_features))
     assert decode_step.step_by(pe, *KERNELS) is None
+
+
+@pytest.mark.parametrize("part", ["input_layernorm", "self_attn", "mlp"])
+def test_parts_of_other_classes_are_not_computed_by_kernels(repository, part):
+    pe = aligned(load(repository, device="cpu", dtype="bfloat16").pe)
+    make_prompt_enhancer_fast(pe)
+    assert decode_step.step_by(pe, *KERNELS) is not None
+    module = getattr(pe.model.layers[1], part)
+    module.__class__ = type("Other", (type(module),), {})
+    assert decode_step.step_by(pe, *KERNELS) is None
+
+
+def test_layers_with_dropout_or_norms_in_float32_are_not_computed_by_kernels(repository):
+    pe = aligned(load(repository, device="cpu", dtype="bfloat16").pe)
+    layer = pe.model.layers[1]
+    layer.self_attn.attention_dropout = 0.1
+    assert decode_step.step_by(pe, *KERNELS) is not None
+    pe.train()
+    assert decode_step.step_by(pe, *KERNELS) is None
+    pe.eval()
+    layer.input_layernorm.float()
+    assert decode_step.step_by(pe, *KERNELS) is None
+
+
+def test_a_step_keeps_no_nf4_weight_that_has_moved(repository):
+    pe = aligned(load(repository, device="cpu", dtype="bfloat16").pe)
+    step = decode_step.step_by(pe, *KERNELS)
+    owned = {each.untyped_storage().data_ptr() for norms in step.norms for each in norms}
+    assert len(owned) == 2 * len(pe.model.layers)
+    assert owned.isdisjoint(getattr(owner, name).untyped_storage().data_ptr() for owner, name in tensors_of(pe))
+
+
+def tried(monkeypatch, outcome):
+    """Calls of a `TriedStep` whose trial comes to this, and how often it was tried."""
+    trials = []
+
+    def try_out(model, step):
+        trials.append(step)
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    monkeypatch.setattr(decode_trial, "_try_out", try_out)
+    return decode_trial.TriedStep(lambda model: "step"), trials
+
+
+def test_kernels_that_work_are_tried_once(monkeypatch):
+    step, trials = tried(monkeypatch, None)
+    assert [step("model"), step("model")] == ["step", "step"]
+    assert len(trials) == 1
+
+
+def test_kernels_that_fail_leave_decoding_to_the_modules(monkeypatch, caplog):
+    step, trials = tried(monkeypatch, ValueError("no such instruction\nat line 3"))
+    with caplog.at_level(logging.INFO, decode_trial.__name__):
+        assert [step("model"), step("model")] == [None, None]
+    assert len(trials) == 1
+    (message,) = caplog.messages
+    assert "no such instruction" in message
+    assert "line 3" not in message
+
+
+def test_too_little_memory_says_nothing_of_the_kernels(monkeypatch):
+    step, trials = tried(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            step("model")
+    assert len(trials) == 2
+
+
+def test_no_kernels_are_used_on_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(elementwise, "kernel_module", lambda name: pytest.fail("was asked for kernels"))
+    assert not elementwise.has_triton.__wrapped__(torch.device("cuda"))
 
 
 def test_an_exact_prompt_enhancer_keeps_the_modules_and_so_do_its_copies(repository):
