@@ -2,8 +2,8 @@
 
 Upstream's ``generate`` waits for Python, which starts every kernel of every token: 32 to 55 ms a token for the
 full-size prompt enhancer on an H100. Here the whole step (embedding, layers, logits, warping, sampling, end test) is
-one CUDA graph: 5.1 ms by the model's modules, about half of that by kernels of its own (`decode_step`). On other
-devices the same step runs uncaptured, which is how its results are tested without a GPU.
+one CUDA graph: 5.1 ms by the model's modules, and less by kernels of its own (`decode_step`). On other devices the same
+step runs uncaptured, which is how its results are tested without a GPU.
 """
 
 from __future__ import annotations
