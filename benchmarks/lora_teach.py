@@ -3,7 +3,7 @@
     python -m benchmarks.lora_teach --work /tmp/teach --output benchmarks/lora_teach.json --grid docs/lora-teach.jpg
 
 The object is a camel, which is none of the mini's 173. Its picture is rendered from the Noto Color Emoji font (SIL Open
-Font License) to ``WORK/camel.png`` unless it is there. The LoRA is then drawn with at combinations of background and
+Font License) to ``WORK/camel.npz`` unless it is there. The LoRA is then drawn with at combinations of background and
 place that none of the 20 pictures has, and with the known objects that a prompt asks for, whose pictures should stay.
 The grid: above without the LoRA, below with it, from the same noise.
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, 
 
 from benchmarks.quantize_full_size import machine
 from ernie_image_nf4 import load, load_lora
-from training.scenes import BACKGROUNDS, OBJECTS, Scene, caption, render
+from training.scenes import BACKGROUNDS, OBJECTS, Scene, caption, load_sprites, render
 from training.sprites import FONT, FONT_SIZE, render_sprite
 
 CHECKOUT = Path(__file__).parents[1]
@@ -50,8 +50,7 @@ def main() -> None:
     rng = random.Random(1)
     prompts = [*(caption(scene, LANGUAGES[n % 2], rng) for n, scene in enumerate(held_out)), *KNOWN]
     rows = draw(file, prompts, arguments.device)
-    size = (SIZE * len(prompts), 2 * SIZE)
-    make_image_grid([picture for row in rows for picture in row], 2, len(prompts)).resize(size).save(arguments.grid)
+    make_image_grid([picture for row in rows for picture in row], 2, len(prompts)).save(arguments.grid)
     result = {
         "command": " ".join(["python", "-m", "benchmarks.lora_teach", *sys.argv[1:]]),
         "captions": captions,
@@ -90,14 +89,11 @@ def make_scenes(new: int) -> tuple[list[Scene], list[Scene]]:
 
 
 def find_sprite(work: Path) -> torch.Tensor:
-    """(1, 4, 128, 128) float32 in [0, 1], colours premultiplied by alpha, as `training.scenes.load_sprites`."""
-    file = work / "camel.png"
+    """The object's picture, (1, 4, 128, 128), as of `load_sprites`."""
+    file = work / "camel.npz"
     if not file.exists():
-        Image.fromarray(render_sprite(CODE, ImageFont.truetype(FONT, FONT_SIZE))).save(file)
-    with Image.open(file) as image:
-        sprite = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
-    sprite[:, :3] *= sprite[:, 3:]
-    return sprite
+        np.savez(file, sprites=render_sprite(CODE, ImageFont.truetype(FONT, FONT_SIZE))[None])
+    return load_sprites(file, "cpu")
 
 
 def write_pictures(folder: Path, scenes: Sequence[Scene], sprite: torch.Tensor) -> list[str]:

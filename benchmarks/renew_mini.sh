@@ -40,7 +40,7 @@ run 0 skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_min
 run "${second:-0}" nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json \
   --device cuda --size 128 --captions 24 --batch 24 --scales scale_search
 wait
-# Takes the font of stage 0, or its picture from $work/teach/camel.png.
+# Takes the font of stage 0, or its picture from $work/teach/camel.npz.
 run 0 lora_teach -m benchmarks.lora_teach --work "$work/teach" --output benchmarks/lora_teach.json \
   --grid docs/lora-teach.jpg
 # On a CPU, then:

@@ -5,8 +5,8 @@ peft's layer calls the base layer, and its two small ones after it. The fast blo
 - layers that take the same input (query, key and value) share one product with all of their ``lora_A``, which lie one
   below the other in one tensor. peft's parameters are its rows: there is no second copy;
 - the strengths are a tensor. A captured step reads them, and changes of them capture nothing anew;
-- the base product stays what it is without an adapter, in 8 bits too. With many tokens both are one matrix product:
-  what ``lora_A`` gives lies behind each token, ``lora_B`` behind each row of the weight that was undone from NF4.
+- base and low-rank product are stored once. In 16 bits, with many tokens, they are one matrix product: what ``lora_A``
+  gives lies behind each token, ``lora_B`` behind each row of the dequantized weight. In int8 one kernel adds both.
 
 An adapter that is switched off leaves the base product alone, to the bit. DoRA, layers beside the blocks and whatever
 else peft knows go through peft's layers; a captured step is then captured with their strengths.

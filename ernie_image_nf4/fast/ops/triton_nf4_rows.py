@@ -29,7 +29,7 @@ CODES_A_WORD = 8
 ALIGNMENT = 16  # bytes, of a weight's codes: what a thread reads at a time
 WORDS = 128  # of a weight's row that are read at a time
 COLUMNS = 8  # of a weight's product that a program computes
-WARPS, ADDED_WARPS, GATED_WARPS = 2, 8, 4  # of the three kernels, the fastest of those tried on an H100
+WARPS, ADDED_WARPS, GATED_WARPS = 2, 8, 4  # of the three kernels; by benchmarks/decode_step.py
 
 
 class PackedWeight(NamedTuple):
