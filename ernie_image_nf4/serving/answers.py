@@ -72,8 +72,8 @@ def invalid_fields(problems: Sequence[Any]) -> ErrorAnswer:
         name, text = None, "The body is no valid JSON."
     elif kind == "extra_forbidden":
         text = f"There is no field {name!r}."
-    elif kind == "missing":
-        text = f"The field {name!r} is missing." if name else "The body is missing: send JSON, as application/json."
+    elif kind == "missing" and name:
+        text = f"The field {name!r} is missing."
     return ErrorAnswer(400, openai_error(text, "invalid_request_error", param=name))
 
 

@@ -183,7 +183,7 @@ def test_what_is_no_json_and_what_is_no_route_is_answered_in_the_same_form(url):
         assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("body", [b"[]", b"null", b'"a cat"'])
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b'"a cat"'])
 def test_a_body_that_is_no_object_is_told_so(url, body):
     status, _, text = answered(url, "/v1/images/generations", body)
     assert (status, "The body is no JSON object" in text) == (400, True)
