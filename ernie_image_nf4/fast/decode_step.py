@@ -91,12 +91,12 @@ def forward(model: PreTrainedModel, step: DecodeStep, buffers: DecodeBuffers) ->
     products = step.products
     x = model.model.embed_tokens(buffers.token)
     cosine, sine = (each[:, 0] for each in model.model.rotary_emb(x, buffers.position)[:2])
-    scale = _query_scale(model, buffers.position).to(x.dtype)
+    scale = query_scale(model, buffers.position).to(x.dtype)
     position = buffers.position.flatten()
     x = products.in_planes(x[:, 0])
     for layer, norms, cache in zip(model.model.layers, step.norms, buffers.cache.layers, strict=True):
         eps, mlp_eps = layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon
-        packed = [products.pack(each.weight, each.weight.quant_state) for each in _projections(layer)]
+        packed = [products.pack(each.weight, each.weight.quant_state) for each in projections(layer)]
         output, gate, up, down = packed[3:]
         qkv = products.products(x, norms.attention, eps, packed[:3])
         attended = step.kernels.attention(
@@ -141,7 +141,8 @@ def _is_plain(head: nn.Module) -> bool:
     )
 
 
-def _projections(layer: Any) -> list[Any]:
+def projections(layer: Any) -> list[Any]:
+    """A layer's linear layers: of query, key, value, output, gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
         attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
@@ -164,7 +165,7 @@ def _is_served(layer: Any, products: ModuleType) -> bool:
         return False
     if layer.self_attn.training and layer.self_attn.attention_dropout:
         return False
-    return all(_is_product(each, products) for each in _projections(layer))
+    return all(_is_product(each, products) for each in projections(layer))
 
 
 def _is_product(layer: Any, products: ModuleType) -> bool:
@@ -177,8 +178,8 @@ def _is_product(layer: Any, products: ModuleType) -> bool:
     )
 
 
-def _query_scale(model: PreTrainedModel, position: torch.Tensor) -> torch.Tensor:
-    """Factors of the queries, (batch,)."""
+def query_scale(model: PreTrainedModel, position: torch.Tensor) -> torch.Tensor:
+    """Factors of the queries at these positions, flattened."""
     rope, scale = model.config.rope_parameters, ministral_attention_scale()
     assert scale is not None  # as `_is_known` saw
     found = scale.compute(position, rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))

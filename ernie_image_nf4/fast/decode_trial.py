@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .decode_step import DecodeStep, find_step
-from .decoder import CACHE_STEP, decode_one_token, empty_buffers
+from .decoder import CACHE_STEP, decode_one_token, empty_buffers, prefill
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class TriedStep:
 
 
 def _try_out(model: PreTrainedModel, step: DecodeStep) -> None:
-    """Decode a token of an empty text."""
+    """Prefill a text of two tokens and decode one."""
     buffers = empty_buffers(model, 1, CACHE_STEP, TOP_K, ())
     buffers.step = step
+    prefill(model, buffers, buffers.token.expand(1, 2), None)
     decode_one_token(model, buffers, None)

@@ -24,6 +24,7 @@ from .cuda_graphs import capture
 from .decode_request import DecodeRequest
 from .decode_step import DecodeStep
 from .module_tensors import captured_state
+from .prefill import forward_prompt
 from .streams import CaptureStream
 
 CACHE_ARGUMENT = cache_argument(Ministral3Model.forward)
@@ -231,10 +232,15 @@ def activation_dtype(model: PreTrainedModel) -> torch.dtype:
     return model.model.norm.weight.dtype
 
 
-def prefill(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, request: DecodeRequest) -> None:
-    """Run the prompt, (batch, length), through the model and sample the first token."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    logits = forward(model, buffers, ids, positions)
+def prefill(model: PreTrainedModel, buffers: DecodeBuffers, ids: torch.Tensor, request: DecodeRequest | None) -> None:
+    """Run the prompt, (batch, length), through the model and sample the first token.
+
+    `request` is None as in `decode_one_token`.
+    """
+    if buffers.step is not None and len(ids) == 1:
+        logits = forward_prompt(model, buffers.step, buffers, ids)
+    else:
+        logits = forward(model, buffers, ids, torch.arange(ids.shape[1], device=ids.device)[None])
     buffers.position.fill_(ids.shape[1])
     sample(buffers, logits, request)
 

@@ -195,7 +195,7 @@ def _wide_products(
 def _widened(layers: Sequence[tuple[Any, LowRank]], dtype: torch.dtype, columns: int) -> torch.Tensor:
     """NF4 weights, one below the other, and behind each the ``lora_B`` of its layer, in those of `columns` it has."""
     weights = [(base.weight, base.weight.quant_state) for base, _ in layers]
-    matrix = _dequantized(weights, dtype, columns)
+    matrix = dequantized(weights, dtype, columns)
     rows = [state.shape[0] for _, state in weights]
     _write_ups(matrix[:, matrix.shape[1] - columns :], [part for _, part in layers], rows)
     return matrix
@@ -258,7 +258,7 @@ def _weight_in(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
     if type(layer) is nn.Linear and not is_hooked(layer):
         return layer.weight if layer.weight.dtype == dtype else None
     state = _state_in(layer, dtype)
-    return None if state is None else _dequantized([(layer.weight, state)], dtype)
+    return None if state is None else dequantized([(layer.weight, state)], dtype)
 
 
 def _state_in(layer: Any, dtype: torch.dtype) -> QuantState | None:
@@ -271,7 +271,7 @@ def _state_in(layer: Any, dtype: torch.dtype) -> QuantState | None:
     return state
 
 
-def _dequantized(weights: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype, more: int = 0) -> torch.Tensor:
+def dequantized(weights: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype, more: int = 0) -> torch.Tensor:
     """NF4 weights of one width in a dtype, one below the other, with `more` columns behind them that hold anything."""
     codes, width = weights[0][0], weights[0][1].shape[1]
     kernels = elementwise.triton_kernels(codes, DEQUANTIZER)
@@ -330,7 +330,7 @@ def _joined_products(
             _write_ups(low_rank[1], adapted, rows)
         out = eight_bit.scaled_product(*values, *eight_bit.quantize_weights(weights, to), x.dtype, low_rank)
     else:
-        out = F.linear(_tokens(x).flatten(0, -2), _dequantized(weights, x.dtype))
+        out = F.linear(_tokens(x).flatten(0, -2), dequantized(weights, x.dtype))
     return list(out.split(rows, dim=1))
 
 

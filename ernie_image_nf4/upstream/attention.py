@@ -30,6 +30,14 @@ class EfficientAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """``scaled_dot_product_attention`` with a mask of numbers, as `EfficientAttention` chooses its kernel."""
+    output = _efficient_attention(query, key, value, mask, scale=scale)
+    return scaled_dot_product_attention(query, key, value, mask, scale=scale) if output is None else output
+
+
 def _efficient_attention(
     query: torch.Tensor,
     key: torch.Tensor,
