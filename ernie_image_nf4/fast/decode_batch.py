@@ -28,6 +28,7 @@ from .decoder import (
     prefill,
     rounded_up,
 )
+from .module_tensors import captured_state
 from .streams import CaptureStream
 
 
@@ -55,16 +56,16 @@ class DecodeBatch:
     """Rows that texts are decoded in.
 
     The cache has room for the longest text in it and grows with that, up to what the requests may need: rounding by the
-    kernels doesn't depend on it.
+    kernels doesn't depend on it. The model isn't kept: that owns the batch, and has to go without garbage collection.
 
     Attributes:
-        model: The prompt enhancer, on its device.
         step: Kernels that serve it.
         stream: To capture on; None where there is no CUDA.
         generators: Random generators of the rows.
         largest_top_k: Of the requests.
-        limit: Capacity that is enough for each of them.
+        limit: Capacity that is enough for each text that is decoded.
         buffers: What the rows are decoded with.
+        state: What their captured step hangs on.
     """
 
     def __init__(
@@ -75,49 +76,71 @@ class DecodeBatch:
         rows: int,
         stream: CaptureStream | None,
     ) -> None:
-        self.model, self.step, self.stream = model, step, stream
+        self.step, self.stream = step, stream
         device = model.get_input_embeddings().weight.device
         self.generators = tuple(torch.Generator(device) for _ in range(rows))
-        self.largest_top_k = max(request.sampling.top_k for request in requests if request.sampling is not None)
-        lengths = [request.input_ids.shape[1] for request in requests]
-        firsts = [first_capacity(length) for length in lengths]
-        needed = [rounded_up(length + each.max_new_tokens) for length, each in zip(lengths, requests, strict=True)]
-        self.limit = max(*firsts, *needed)
-        self.buffers = self._new_buffers(max(firsts[:rows]))
+        self.limit = 0
+        self.largest_top_k = largest_top_k(requests)
+        self.state = captured_state(model)
+        self.buffers = self._new_buffers(model, max(map(first_capacity_of, requests[:rows])))
 
-    def start(self, row: int, request: DecodeRequest, seed: int) -> None:
+    def serves(self, model: PreTrainedModel, requests: Sequence[DecodeRequest], rows: int) -> bool:
+        """Whether these requests can be decoded in the same rows, once those before them have ended."""
+        return (
+            rows == len(self.generators)
+            and largest_top_k(requests) <= self.largest_top_k
+            and captured_state(model) == self.state
+        )
+
+    def start(self, model: PreTrainedModel, row: int, request: DecodeRequest, seed: int) -> None:
         """Prefill a text and let a row go on with it."""
         generator = self.generators[row]
         ids = request.input_ids.to(generator.device)
         capacity = first_capacity(ids.shape[1])
-        self.make_room(capacity)
-        alone = new_buffers(self.model, request, capacity, generator)
+        self.make_room(model, capacity)
+        alone = new_buffers(model, request, capacity, generator)
         alone.step = self.step
         generator.manual_seed(seed)
-        prefill(self.model, alone, ids, request)
+        prefill(model, alone, ids, request)
         self.buffers.continue_from(alone, slice(row, row + 1))
 
-    def make_room(self, tokens: int) -> None:
+    def make_room(self, model: PreTrainedModel, tokens: int) -> None:
         """Let the cache have room for texts of this many tokens."""
         if tokens <= self.buffers.capacity:
             return
         smaller = self.buffers
-        self.buffers = self._new_buffers(grown_capacity(smaller.capacity, tokens, self.limit))
+        self.buffers = self._new_buffers(model, grown_capacity(smaller.capacity, tokens, self.limit))
         self.buffers.continue_from(smaller)
 
-    def decode(self) -> None:
+    def decode(self, model: PreTrainedModel) -> None:
         """One more token in each row whose text has not ended."""
         if self.buffers.graph:
             self.buffers.graph.replay()
         else:
-            decode_one_token(self.model, self.buffers, None)
+            decode_one_token(model, self.buffers, None)
 
-    def _new_buffers(self, capacity: int) -> DecodeBuffers:
-        buffers = empty_buffers(self.model, len(self.generators), capacity, self.largest_top_k, self.generators)
+    def _new_buffers(self, model: PreTrainedModel, capacity: int) -> DecodeBuffers:
+        buffers = empty_buffers(model, len(self.generators), capacity, self.largest_top_k, self.generators)
         buffers.step = self.step
         if self.stream is not None:
-            capture_decode_step(self.model, buffers, None, self.stream)
+            capture_decode_step(model, buffers, None, self.stream)
         return buffers
+
+
+def largest_top_k(requests: Sequence[DecodeRequest]) -> int:
+    """Of requests that `may_share_steps`."""
+    return max(request.sampling.top_k for request in requests if request.sampling is not None)
+
+
+def first_capacity_of(request: DecodeRequest) -> int:
+    return first_capacity(request.input_ids.shape[1])
+
+
+def most_capacity(requests: Sequence[DecodeRequest]) -> int:
+    """Capacity that is enough for each of the requests."""
+    return max(
+        max(first_capacity_of(each), rounded_up(each.input_ids.shape[1] + each.max_new_tokens)) for each in requests
+    )
 
 
 def grown_capacity(capacity: int, tokens: int, limit: int) -> int:
@@ -136,17 +159,21 @@ def may_share_steps(request: DecodeRequest) -> bool:
     return len(request.input_ids) == 1 and request.sampling is not None
 
 
-def decode_together(batch: DecodeBatch, requests: Sequence[DecodeRequest], seeds: Sequence[int]) -> list[torch.Tensor]:
+def decode_together(
+    model: PreTrainedModel, batch: DecodeBatch, requests: Sequence[DecodeRequest], seeds: Sequence[int]
+) -> list[torch.Tensor]:
     """Prefill and decode texts, in order; each takes the first row that is free.
 
     Args:
-        batch: Rows to decode in, made for these requests.
+        model: The prompt enhancer, on its device.
+        batch: Rows to decode in, which serve these requests.
         requests: What to decode.
         seeds: Of the texts' generators.
 
     Returns:
         Input and new tokens of each, (1, length + new) int64 on the model's device.
     """
+    batch.limit = most_capacity(requests)
     waiting = deque(range(len(requests)))
     rows: list[Text | None] = [None] * len(batch.generators)
     history: list[torch.Tensor] = []  # newest tokens before each step
@@ -156,12 +183,12 @@ def decode_together(batch: DecodeBatch, requests: Sequence[DecodeRequest], seeds
         for row, text in enumerate(rows):
             if text is None and waiting:
                 request = requests[number := waiting.popleft()]
-                batch.start(row, request, seeds[number])
+                batch.start(model, row, request, seeds[number])
                 rows[row] = Text(number, request.input_ids.shape[1], request.max_new_tokens, len(history))
         pending.append((len(history), rows.copy(), CopyToHost(batch.buffers.ended)))
         history.append(batch.buffers.token.clone())
-        batch.make_room(max(text.tokens_after(len(history)) for text in rows if text is not None))
-        batch.decode()
+        batch.make_room(model, max(text.tokens_after(len(history)) for text in rows if text is not None))
+        batch.decode(model)
         if len(pending) > LOOK_BACK:
             step, texts, ended = pending.popleft()
             for row, has_ended in enumerate(ended.wait().flatten().tolist()):

@@ -14,7 +14,7 @@ from .decode_batch import DecodeBatch, decode_together, may_share_steps
 from .decode_request import DecodeRequest
 from .decode_step import MOST_TEXTS, DecodeStep
 from .decode_trial import TriedStep
-from .decoder import DecodeSlot, decode_n_tokens
+from .decoder import CACHE_STEP, DecodeSlot, decode_n_tokens
 from .random_state import drawing_as_caller
 from .streams import CaptureStream
 from .subclassing import Runtime
@@ -31,6 +31,7 @@ class DecoderRuntime(Runtime):
     Attributes:
         turn: Held while texts are decoded.
         slot: What one call at a time is decoded with; None before the first.
+        batch: What several texts are decoded with by kernels; None before the first, and after long ones.
         exact: Whether steps are to be computed as upstream does; a setting, which copies keep.
         find_step: Finds kernels for decode steps; None for none.
         streams: Of the model's device: one for `slot`, then one for each slot of `generate_together`.
@@ -39,6 +40,7 @@ class DecoderRuntime(Runtime):
     def __init__(self, exact: bool = False) -> None:
         self.turn = Turn()
         self.slot: DecodeSlot | None = None
+        self.batch: DecodeBatch | None = None
         self.exact = exact
         self.find_step: Callable[[PreTrainedModel], DecodeStep | None] | None = None if exact else TriedStep()
         self.streams: list[CaptureStream] = []
@@ -67,18 +69,20 @@ class DecoderRuntime(Runtime):
         count = min(count, len(requests))
         with self._onloaded(model) as device:
             step = self._find_shared_step(model, requests, count)
-            decoding: DecodeBatch | list[DecodeSlot]
+            slots: list[DecodeSlot] = []
             try:
                 if step is not None:
-                    decoding = DecodeBatch(model, step, requests, min(count, MOST_TEXTS), self._stream(device, 1))
-                    texts = decode_together(decoding, requests, seeds)
+                    batch = self._batch_for(model, step, requests, min(count, MOST_TEXTS), device)
+                    texts = decode_together(model, batch, requests, seeds)
+                    if batch.buffers.capacity > CACHE_STEP:
+                        self.batch = None  # 54 MB a row and step of the full-size enhancer are better used for pictures
                 else:
-                    decoding = [self._new_slot(device, 1 + number) for number in range(count)]
-                    texts = _take_turns(model, decoding, requests, seeds, device)
+                    slots += [self._new_slot(device, 1 + number) for number in range(count)]
+                    texts = _take_turns(model, slots, requests, seeds, device)
                 return [text.to(request.input_ids.device) for text, request in zip(texts, requests, strict=True)]
             finally:
                 if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # before the memory of `decoding` goes, in which steps may be
+                    torch.cuda.synchronize(device)  # before the memory of slots goes, in which steps may be
 
     def _find_shared_step(
         self, model: PreTrainedModel, requests: Sequence[DecodeRequest], count: int
@@ -88,8 +92,23 @@ class DecoderRuntime(Runtime):
             return None
         return self.find_step(model)
 
+    def _batch_for(
+        self,
+        model: PreTrainedModel,
+        step: DecodeStep,
+        requests: Sequence[DecodeRequest],
+        rows: int,
+        device: torch.device,
+    ) -> DecodeBatch:
+        """The rows of the last call, if they serve these requests as well, or new ones."""
+        if self.batch is None or not self.batch.serves(model, requests, rows):
+            self.batch = None  # before new ones take their memory
+            self.batch = DecodeBatch(model, step, requests, rows, self._stream(device, 1))
+        return self.batch
+
     def release(self) -> None:
         """Drop all buffers: their graphs read weights that are about to move."""
+        self.batch = None
         if self.slot is not None:
             self.slot.buffers.clear()
 
@@ -137,7 +156,7 @@ class DecoderRuntime(Runtime):
                 with torch.cuda.device_of(weight):
                     yield weight.device
             except BaseException:
-                self.slot = None  # a failed capture spoils its generator and stream
+                self.slot = self.batch = None  # a failed capture spoils its generators and stream
                 self.streams.clear()
                 raise
             finally:

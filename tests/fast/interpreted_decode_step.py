@@ -175,6 +175,7 @@ def compare_steps() -> None:
         assert_close(by_kernels.flatten(1), by_modules.flatten(1), 4 * PRECISION)
 
 
+@patch.object(triton_nf4_rows, "COLUMNS", 32)  # fewer programs
 def compare_texts() -> None:
     """The tokens of a small prompt enhancer, greedy ones and sampled ones."""
     pe, ids = small_prompt_enhancer(layers=1, inner=64), torch.tensor([[5, 17, 40]])
@@ -198,6 +199,7 @@ def by_kernels(model: FastPromptEnhancer) -> decode_step.DecodeStep | None:
 find_step = decode_trial.TriedStep(by_kernels)
 
 
+@patch.object(triton_nf4_rows, "COLUMNS", 32)
 def compare_texts_together() -> None:
     """Texts of different lengths and settings, in one step, in caches that grow: each is the text decoded alone."""
     pe = small_prompt_enhancer(layers=1, inner=64)
@@ -227,7 +229,7 @@ def compare_texts_together() -> None:
     with (
         patch.multiple(decoder, CACHE_STEP=8, LOOK_BACK=1),  # few steps: the interpreter takes seconds for each
         patch.object(decode_batch, "LOOK_BACK", 1),
-        patch.object(decoder_runtime, "DecodeBatch", noted),
+        patch.multiple(decoder_runtime, CACHE_STEP=8, DecodeBatch=noted),
     ):
         alone = []
         for seed, request in enumerate(requests):
@@ -243,6 +245,32 @@ def compare_texts_together() -> None:
         pair = dataclasses.replace(requests[3], input_ids=torch.tensor([[5], [6]]))
         pe.generate_together([pair, requests[3]], range(2), 2)  # by turns
         assert not batches
+        check_kept_rows(pe, requests, alone)
+        assert len(batches) == 2
+
+
+def check_kept_rows(pe: FastPromptEnhancer, requests: list[Any], alone: list[list[list[int]]]) -> None:
+    """Rows of short texts serve the next call, until more of them, a larger top-k or another model are asked for."""
+    runtime = pe.runtime
+    assert runtime is not None
+    assert runtime.batch is None  # the texts before were long
+    short = [requests[2], requests[3]]
+    kept = None
+    for _ in range(2):
+        together = pe.generate_together(short, (2, 3), 2)
+        assert [text.tolist() for text in together] == alone[2:4]
+        assert kept in (None, runtime.batch)
+        kept = runtime.batch
+    assert kept is not None
+    assert all(part is not pe for part in vars(kept).values())  # else the model would wait for garbage collection
+    assert not kept.serves(pe, short, 3)
+    assert not kept.serves(pe, [requests[4]], 2)
+    pe.train()
+    assert not kept.serves(pe, short, 2)
+    pe.eval()
+    assert kept.serves(pe, short, 2)
+    runtime.release()
+    pe.generate_together(short, (2, 3), 2)
 
 
 def small_prompt_enhancer(layers: int = 2, inner: int = 128) -> FastPromptEnhancer:

@@ -265,8 +265,9 @@ def test_texts_in_one_step_are_those_decoded_alone(repository, monkeypatch, coun
     for seed, request in enumerate(requests):
         torch.manual_seed(seed)
         alone.append(pe.runtime.generate(pe, request).tolist())
-    together = pe.generate_together(requests, range(6), count)
-    assert [text.tolist() for text in together] == alone
+    for _ in range(2):  # the second time in the same rows
+        together = pe.generate_together(requests, range(6), count)
+        assert [text.tolist() for text in together] == alone
     (batch,) = batches
     assert len(batch.generators) == min(count, decode_step.MOST_TEXTS)
     assert batch.buffers.graph is not None

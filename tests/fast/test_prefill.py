@@ -11,7 +11,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
-from ernie_image_nf4.fast import decoder, prefill
+from ernie_image_nf4 import load
+from ernie_image_nf4.fast import decode_step, decoder, prefill
 from ernie_image_nf4.fast.decode_step import DecodeStep
 from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt_enhancer_fast
 
@@ -80,3 +81,22 @@ def test_one_text_of_a_step_by_kernels_is_prefilled_without_the_modules(model, m
     decoder.prefill(model, buffers, ids, None)
     assert (len(seen), buffers.token.item(), buffers.position.item()) == (1, 7, 3)
     assert seen[0] is ids
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 7, 64, 300])
+def test_on_a_gpu_it_is_the_modules_prefill_but_for_rounding(repository, length):
+    pe = load(repository, device="cuda", dtype="bfloat16", memory="resident").pe
+    step = decode_step.find_step(pe)
+    assert step is not None
+    ids = torch.randint(3, pe.config.vocab_size, (1, length), device="cuda")
+    with torch.no_grad():
+        buffers = [decoder.empty_buffers(pe, 1, 512, 0, ()) for _ in range(3)]
+        logits = decoder.forward(pe, buffers[0], ids, torch.arange(length, device="cuda")[None])
+        found, again = (prefill.forward_prompt(pe, step, each, ids) for each in buffers[1:])
+    assert torch.equal(found, again)
+    pairs = [(found, logits)]
+    for own, its in zip(buffers[1].cache.layers, buffers[0].cache.layers, strict=True):
+        pairs += [(own.keys, its.keys), (own.values, its.values)]
+    for one, other in pairs:
+        assert ((one.float() - other.float()).norm() / other.float().norm()).item() < 3e-2
