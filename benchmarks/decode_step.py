@@ -32,7 +32,7 @@ DIM, CAPACITY, POSITION = 128, 512, 300
 LAYERS = 10
 TEXTS = (1, 4)
 COLUMNS, WARPS = (4, 8, 16), (1, 2, 4, 8)
-CONSTANTS = {"query, key, value": "WARPS", "output": "ADDED_WARPS", "gate, up": "GATED_WARPS", "down": "ADDED_WARPS"}
+PREFIXES = {"query, key, value": "", "output": "ADDED_", "gate, up": "GATED_", "down": "ADDED_"}  # of the constants
 
 
 def main() -> None:
@@ -78,9 +78,9 @@ def programs() -> Iterator[tuple[int, int]]:
 
 
 def use(columns: int, warps: int) -> None:
-    triton_nf4_rows.COLUMNS = columns
-    for name in set(CONSTANTS.values()):
-        setattr(triton_nf4_rows, name, warps)
+    for prefix in set(PREFIXES.values()):
+        setattr(triton_nf4_rows, f"{prefix}COLUMNS", columns)
+        setattr(triton_nf4_rows, f"{prefix}WARPS", warps)
 
 
 def compile_with(program: tuple[int, int]) -> None:
@@ -123,7 +123,7 @@ def product_calls(layer: dict[str, Any], texts: int) -> dict[str, Callable[[], t
 
 def time_products(texts: int, layers: Sequence[dict[str, Any]] | None = None) -> dict[str, float]:
     calls = [product_calls(layer, texts) for layer in layers or [make_layer() for _ in range(LAYERS)]]
-    return {name: microseconds([each[name] for each in calls]) for name in CONSTANTS}
+    return {name: microseconds([each[name] for each in calls]) for name in PREFIXES}
 
 
 def time_others(texts: int) -> dict[str, float]:

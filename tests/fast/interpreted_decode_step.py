@@ -25,6 +25,7 @@ from ernie_image_nf4.fast.prompt_enhancer import FastPromptEnhancer, make_prompt
 
 WIDTH, TEXTS = 128, 3
 PRECISION = 2**-6
+FEW_PROGRAMS = {"COLUMNS": 32, "ADDED_COLUMNS": 32, "GATED_COLUMNS": 32}  # so that the interpreter takes less time
 
 
 def main() -> None:
@@ -175,7 +176,7 @@ def compare_steps() -> None:
         assert_close(by_kernels.flatten(1), by_modules.flatten(1), 4 * PRECISION)
 
 
-@patch.object(triton_nf4_rows, "COLUMNS", 32)  # fewer programs
+@patch.multiple(triton_nf4_rows, **FEW_PROGRAMS)
 def compare_texts() -> None:
     """The tokens of a small prompt enhancer, greedy ones and sampled ones."""
     pe, ids = small_prompt_enhancer(layers=1, inner=64), torch.tensor([[5, 17, 40]])
@@ -199,7 +200,7 @@ def by_kernels(model: FastPromptEnhancer) -> decode_step.DecodeStep | None:
 find_step = decode_trial.TriedStep(by_kernels)
 
 
-@patch.object(triton_nf4_rows, "COLUMNS", 32)
+@patch.multiple(triton_nf4_rows, **FEW_PROGRAMS)
 def compare_texts_together() -> None:
     """Texts of different lengths and settings, in one step, in caches that grow: each is the text decoded alone."""
     pe = small_prompt_enhancer(layers=1, inner=64)

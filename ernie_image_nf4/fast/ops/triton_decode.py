@@ -18,8 +18,8 @@ POSITIONS = 64  # of the cache that are attended to at a time
 LEAST_ROWS = 16  # that tensor cores multiply at least
 HEAD_COLUMNS = 64  # of the vocabulary that a program of the head computes
 HEAD_PART = 128  # of a row of the head's weight that is read at a time
-VOCABULARY_PART = 4096  # logits that a program of sampling reads at a time
-SAMPLING_WARPS = 16
+VOCABULARY_PART = 8192  # logits that a program of sampling reads at a time
+SAMPLING_WARPS = 32
 
 
 @triton.jit

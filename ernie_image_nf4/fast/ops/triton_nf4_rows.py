@@ -28,8 +28,9 @@ from .triton_nf4 import INTERPRETED, number_words, numbers_on
 CODES_A_WORD = 8
 ALIGNMENT = 16  # bytes, of a weight's codes: what a thread reads at a time
 WORDS = 128  # of a weight's row that are read at a time
-COLUMNS = 8  # of a weight's product that a program computes
-WARPS, ADDED_WARPS, GATED_WARPS = 2, 8, 4  # of the three kernels; by benchmarks/decode_step.py
+# Of the three kernels, by benchmarks/decode_step.py: columns of a weight's product that a program computes, and warps.
+COLUMNS, ADDED_COLUMNS, GATED_COLUMNS = 8, 8, 16
+WARPS, ADDED_WARPS, GATED_WARPS = 2, 8, 4
 
 
 class PackedWeight(NamedTuple):
@@ -236,9 +237,9 @@ def products(x, norm, eps, weights) -> torch.Tensor:
 def added_product(x, residual, weight) -> torch.Tensor:
     """``residual + x @ weight.T``, (texts, out) bfloat16. `x`: (texts, in) bfloat16. All of them in planes."""
     out = torch.empty_like(residual)
-    _added_product[(weight.rows // COLUMNS,)](
-        x.contiguous(), residual, out, numbers_on(x.device), *weight, x.shape[1], len(x), COLUMNS, _words(x.shape[1]),
-        INTERPRETED, num_warps=ADDED_WARPS, **NO_FMA,
+    _added_product[(weight.rows // ADDED_COLUMNS,)](
+        x.contiguous(), residual, out, numbers_on(x.device), *weight, x.shape[1], len(x), ADDED_COLUMNS,
+        _words(x.shape[1]), INTERPRETED, num_warps=ADDED_WARPS, **NO_FMA,
     )  # fmt: skip
     return out
 
@@ -247,9 +248,9 @@ def added_product(x, residual, weight) -> torch.Tensor:
 def gated_products(x, norm, eps, gate, up) -> torch.Tensor:
     """``silu(norm(x) @ gate.T) * (norm(x) @ up.T)``, (texts, out) bfloat16 in planes, arguments as of `products`."""
     out = x.new_empty(len(x), gate.rows)
-    _gated_products[(gate.rows // COLUMNS,)](
+    _gated_products[(gate.rows // GATED_COLUMNS,)](
         x.contiguous(), norm, out, numbers_on(x.device), *gate[:5], *up[:5], gate.rows, eps, x.shape[1], len(x),
-        COLUMNS, _words(x.shape[1]), INTERPRETED, num_warps=GATED_WARPS, **NO_FMA,
+        GATED_COLUMNS, _words(x.shape[1]), INTERPRETED, num_warps=GATED_WARPS, **NO_FMA,
     )  # fmt: skip
     return out
 
@@ -263,7 +264,7 @@ def fits(codes: torch.Tensor, state: QuantState) -> bool:
         and state.blocksize == BLOCK_SIZE
         and state.state2.blocksize == NESTED_BLOCK_SIZE
         and len(state.shape) == 2
-        and state.shape[0] % COLUMNS == 0
+        and not any(state.shape[0] % columns for columns in (COLUMNS, ADDED_COLUMNS, GATED_COLUMNS))
         and state.shape[1] % BLOCK_SIZE == 0
     )
 
