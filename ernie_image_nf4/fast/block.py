@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_ernie_image import ErnieImageShar
 
 from . import float16
 from .attention import attend_rows
-from .linear import Tokens, WideTokens, apply_layers, apply_to_gelu, input_for
+from .linear import Tokens, WideTokens, apply_layers, apply_to_gelu, apply_to_rows, input_for
 from .ops import eight_bit, elementwise
 from .packing import Packing
 from .subclassing import named_as_upstream
@@ -119,7 +119,7 @@ def attend(attention: Any, x: Tokens, rotary: Rotary, packing: Packing) -> torch
     rows, out = attend_rows(attention, query, key, value, packing), attention.to_out[0]
     to = input_for(query.flatten(2), out)
     if to is None:
-        return apply_layers(torch.cat(rows, 1), out)[0]
+        return apply_to_rows(rows, out, alone=packing.has_long_rows and not packing.is_exact)
     if isinstance(to, eight_bit.Format):
         return apply_layers(eight_bit.quantize_parts(rows, to), out)[0]
     for row, place in zip(rows, to.tokens.split(packing.lengths, 1), strict=True):

@@ -145,6 +145,26 @@ def apply_layers(x: Tokens, *layers: nn.Module, joined: bool = False) -> list[to
     return outputs
 
 
+def apply_to_rows(rows: Sequence[torch.Tensor], layer: nn.Module, *, alone: bool = False) -> torch.Tensor:
+    """``layer`` of rows, (1, length, in) each, that lie apart: packed, (1, N, out).
+
+    Args:
+        rows: The rows.
+        layer: The layer.
+        alone: Whether each may have a product of its own, which may round otherwise.
+    """
+    lengths = [row.shape[1] for row in rows]
+    weight = None
+    if alone and len(rows) > 1 and not torch.is_grad_enabled():
+        weight = _weight_in(layer, rows[0].dtype) if getattr(layer, "bias", None) is None else None
+    if weight is None:
+        return apply_layers(rows[0] if len(rows) == 1 else torch.cat(list(rows), 1), layer)[0]
+    out = rows[0].new_empty(1, sum(lengths), weight.shape[0])
+    for row, place in zip(rows, out.split(lengths, 1), strict=True):
+        torch.mm(row[0], weight.t(), out=place[0])
+    return out
+
+
 def _tokens(x: Tokens) -> torch.Tensor:
     assert isinstance(x, torch.Tensor)  # what is rounded is for layers of a common format
     return x

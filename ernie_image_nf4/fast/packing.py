@@ -11,12 +11,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+LONG_ROW = 2048  # tokens
+
 
 class Packing(NamedTuple):
     """How rows are packed.
 
     Attributes:
         lengths: Tokens of each row, image and text.
+        pixels: Tokens of an image.
         texts: For each picture, the tokens that its texts are padded to when it is drawn alone.
         rows: (N,) int64, batch row of each packed token, counted within its picture.
         masks: For each row None, or (1, 1, 1, length) zeros. They mask nothing, but make scaled dot-product attention
@@ -25,6 +28,7 @@ class Packing(NamedTuple):
     """
 
     lengths: tuple[int, ...]
+    pixels: int
     texts: tuple[int, ...]
     rows: torch.Tensor
     masks: tuple[torch.Tensor | None, ...]
@@ -34,6 +38,12 @@ class Packing(NamedTuple):
     def is_exact(self) -> bool:
         """Whether blocks are to round as upstream's."""
         return self.masks[0] is not None
+
+    @property
+    def has_long_rows(self) -> bool:
+        """Whether a row's products leave no more multiprocessors idle than products of all rows do. The texts, in which
+        pictures of a batch differ, don't count."""
+        return self.pixels >= LONG_ROW
 
 
 def pack(
@@ -57,7 +67,7 @@ def pack(
     texts = tuple(max(counts[n::pictures]) for n in range(pictures)) if pictures > 1 else (text,)
     rows = torch.arange(len(counts), device=device) // pictures
     masks = tuple(torch.zeros(1, 1, 1, length, dtype=dtype, device=device) if masked else None for length in lengths)
-    return Packing(lengths, texts, rows.repeat_interleave(torch.tensor(lengths, device=device)), masks, mixed)
+    return Packing(lengths, pixels, texts, rows.repeat_interleave(torch.tensor(lengths, device=device)), masks, mixed)
 
 
 def token_positions(rows: int, columns: int, text: int, text_lens: torch.Tensor) -> torch.Tensor:

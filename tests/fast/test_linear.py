@@ -121,3 +121,29 @@ def test_layers_with_bias_or_of_several_kinds_stay_apart(dequantized):
         assert dequantized == [(64, 128)] * sum(isinstance(layer, Linear4bit) for layer in layers)
         for out, layer in zip(found, layers, strict=True):
             assert torch.equal(out, layer(x))
+
+
+@ON_EACH_DEVICE
+def test_rows_alone_have_products_of_their_own_of_one_dequantized_weight(dequantized, monkeypatch, device, dtype):
+    layer = nf4_layer(device, dtype, bias=False)
+    rows = [torch.randn(1, length, 128, device=device, dtype=dtype) for length in (linear.ROWS + 7, linear.ROWS + 1)]
+    joined = linear.apply_to_rows(rows, layer)
+    dequantized.clear()
+    monkeypatch.setattr(linear, "apply_layers", lambda *_: pytest.fail("rows were joined"))
+    with torch.no_grad():
+        found = linear.apply_to_rows(rows, layer, alone=True)
+    assert dequantized == [(64, 128)]
+    assert found.shape == (1, 2 * linear.ROWS + 8, 64)
+    assert relative_error(found, joined) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("count", "bias", "alone", "gradients"),
+    [(2, True, True, False), (2, False, False, False), (2, False, True, True), (1, False, True, False)],
+)
+def test_other_rows_share_a_product(monkeypatch, count, bias, alone, gradients):
+    layer, rows = nf4_layer("cpu", torch.float32, bias=bias), [torch.randn(1, 5, 128) for _ in range(count)]
+    monkeypatch.setattr(linear.torch, "mm", lambda *_, **__: pytest.fail("a row was alone"))
+    with torch.set_grad_enabled(gradients):
+        found = linear.apply_to_rows(rows, layer, alone=alone)
+        assert torch.equal(found, layer(torch.cat(rows, 1)))

@@ -13,7 +13,7 @@ from diffusers.hooks import apply_layerwise_casting
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
-from ernie_image_nf4.fast import attention
+from ernie_image_nf4.fast import attention, packing
 from ernie_image_nf4.fast import transformer as fast_transformer
 from ernie_image_nf4.fast.cuda_graphs import is_undisturbed
 from ernie_image_nf4.fast.ops import elementwise
@@ -90,6 +90,22 @@ def test_several_pictures_are_upstreams_up_to_rounding(device, dtype, tolerance,
     assert transformer.runtime.pictures == 1
     again = transformer(**arguments).sample  # as rows that have nothing in common
     assert (again.float() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize(("long_row", "exact", "alone"), [(48, False, True), (49, False, False), (48, True, False)])
+@torch.no_grad()
+def test_long_rows_are_not_joined_after_attention(monkeypatch, device, dtype, tolerance, long_row, exact, alone):
+    monkeypatch.setattr(packing, "LONG_ROW", long_row)
+    products, mm = [], torch.mm
+    transformer = build().to(device, dtype)
+    arguments = inputs(device, dtype, (1, 9))
+    expected = transformer(**arguments).sample.float()
+    make_transformer_fast(transformer, capture_steps=False, exact=exact)
+    monkeypatch.setattr(torch, "mm", lambda *args, out: products.append(len(args[0])) or mm(*args, out=out))
+    got = transformer(**arguments).sample.float()
+    assert products == ([48 + 1, 48 + 9] * 3 if alone else [])
+    assert (got - expected).norm() / expected.norm() < tolerance
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
