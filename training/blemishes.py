@@ -23,7 +23,7 @@ from ernie_image_nf4 import load
 from .classifier import classify, load_classifier
 from .corners import CORNERS, corner_errors, corner_tiles, plain_scenes
 from .evaluate import draw
-from .scenes import OBJECTS, caption, load_sprites
+from .scenes import CAT, PAPER, caption, load_sprites
 from .vae import reconstruct, render_plain, to_bytes
 
 COUNT, SEED, SEEDS, COLUMNS = 200, 5, 10, 20
@@ -57,7 +57,7 @@ def from_sheet(sheet: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def draw_first_command(pipe: ErnieImagePipeline, classifier: Path, device: str) -> tuple[torch.Tensor, int]:
     """Pictures of ``SEEDS`` seeds, (SEEDS, 3, 256, 256) uint8, and in how many the judge sees cat and paper."""
-    wanted = {next(i for i, item in enumerate(OBJECTS) if item["code"] == code) for code in ("1F408", "1F4C4")}
+    wanted = {CAT, PAPER}
     torch.manual_seed(SEED)
     pictures = torch.cat([draw(pipe, [first_command()], 256, seed, use_pe=True) for seed in range(SEEDS)])
     seen = classify(load_classifier(classifier, device), pictures.to(device))

@@ -25,8 +25,8 @@ from ernie_image_nf4.repository.components import COMPONENTS
 from ernie_image_nf4.repository.metadata import file_record, installed_versions
 
 from .classifier import SceneClassifier, accuracies, classify, evaluate, load_classifier
-from .scenes import BACKGROUNDS, OBJECTS, caption, load_sprites, sample_scene
-from .vae import reconstruction_psnr, render_pool
+from .scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, caption, load_sprites, sample_scene
+from .vae import reconstruction_psnr, render_new
 
 STEPS, GUIDANCE = 25, 4.0
 # The two prompts of the model card that this project set out from.
@@ -90,7 +90,6 @@ def last_tokens(pipe: ErnieImagePipeline) -> Iterator[list[int]]:
 
 def card_prompts_accuracy(pipe: ErnieImagePipeline, judge: SceneClassifier) -> list[int]:
     """How many of 10 seeds show the (orange) cat, the white paper and the desk, for each of the card's prompts."""
-    cat, paper = (next(i for i, item in enumerate(OBJECTS) if item["code"] == code) for code in ("1F408", "1F4C4"))
     right = []
     for prompt in CARD_PROMPTS:
         torch.manual_seed(1)
@@ -98,7 +97,7 @@ def card_prompts_accuracy(pipe: ErnieImagePipeline, judge: SceneClassifier) -> l
         rows = zip(seen.backgrounds, seen.objects, strict=True)
         right.append(
             sum(
-                BACKGROUNDS[background] == "wooden desk" and {cat, paper} <= set(objects)
+                BACKGROUNDS[background] == "wooden desk" and {CAT, PAPER} <= set(objects)
                 for background, objects in rows
             )
         )
@@ -135,7 +134,7 @@ def measure_pictures(
 ) -> tuple[dict, dict]:
     """Figures and details of VAE and captions: `count` captions a language at 256x256, `large` at 512x512."""
     judged = {str(size): evaluate(judge, sprites, size, count) for size in (256, 512)}
-    vae_psnr = reconstruction_psnr(pipe.vae, render_pool(sprites, 256, 512, seed=4, held_out=True))
+    vae_psnr = reconstruction_psnr(pipe.vae, render_new(sprites))
     drawn = {language: captions_accuracy(pipe, judge, language, 256, count, seed=1000) for language in ("en", "zh")}
     drawn["en_512"] = captions_accuracy(pipe, judge, "en", 512, large, seed=2000)
     figures = {

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from .scenes import BACKGROUNDS, OBJECTS, PLAIN, PLAIN_ZH, SCENERY_EN, SCENERY_ZH, Scene, with_article
+from .scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, PLAIN, PLAIN_ZH, SCENERY_EN, SCENERY_ZH, Scene, with_article
 
 SIZES = (256, 256, 256, 512, 512, 768, 1024, 384, 640, 1280)
 
@@ -160,9 +160,6 @@ class PromptWriter:
 
     def __init__(self, words: dict[str, list[str]], rng: random.Random) -> None:
         self.words, self.rng = words, rng
-        self.cat, self.paper = (
-            next(i for i, item in enumerate(OBJECTS) if item["code"] == code) for code in ("1F408", "1F4C4")
-        )
 
     @classmethod
     def from_file(cls, path: Path, seed: int) -> PromptWriter:
@@ -181,7 +178,7 @@ class PromptWriter:
         objects = rng.sample(range(len(OBJECTS)), count)
         background = None if rng.random() < 0.4 else rng.choice(BACKGROUNDS)
         if rng.random() < 0.04:  # the scene of the model card
-            objects, background = [self.cat, self.paper], "wooden desk"
+            objects, background = [CAT, PAPER], "wooden desk"
         side = None
         if len(objects) == 1 and rng.random() < 0.15:
             side = rng.choice(("left", "right"))

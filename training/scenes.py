@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from .sprites import load_objects
 
 OBJECTS = load_objects()
+# Of the README's first command.
+CAT, PAPER = (next(i for i, item in enumerate(OBJECTS) if item["code"] == code) for code in ("1F408", "1F4C4"))
 PLACES = ("left", "center", "right")
 PLAIN = {
     "white": (246, 246, 246),

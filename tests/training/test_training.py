@@ -11,12 +11,10 @@ import torch
 
 from training.classifier import Seen, accuracies
 from training.prompts import EN_STYLE, ZH_STYLE, PromptWriter, caption_en, caption_zh
-from training.scenes import BACKGROUNDS, OBJECTS, PLACES, Scene, caption, is_held_out, render, sample_scene
-from training.vae import psnr, random_crops, reconstruction_loss, to_bytes, to_floats
+from training.scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, PLACES, Scene, caption, is_held_out, render, sample_scene
+from training.vae import FAVOURED_SHARE, psnr, random_crops, reconstruction_loss, to_bytes, to_floats, training_scene
 
 TRAINING = Path(__file__).parents[2] / "training"
-CAT = next(number for number, item in enumerate(OBJECTS) if item["code"] == "1F408")
-PAPER = next(number for number, item in enumerate(OBJECTS) if item["code"] == "1F4C4")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +35,16 @@ def test_a_tenth_of_all_combinations_is_held_out_and_never_trained_on():
         for _ in range(300):
             scene = sample_scene(rng, held_out=held_out)
             assert {is_held_out(triple) for triple in scene.triples()} == {held_out}
+
+
+def test_the_vae_sees_the_objects_of_the_first_command_more_often_but_nothing_that_is_held_out():
+    rng = random.Random(0)
+    scenes = [training_scene(rng) for _ in range(3000)]
+    assert not any(is_held_out(triple) for scene in scenes for triple in scene.triples())
+    assert all(len({item for item in scene.objects if item >= 0}) == len(scene.triples()) for scene in scenes)
+    for item in (CAT, PAPER):
+        share = sum(item in scene.objects for scene in scenes) / len(scenes)
+        assert 0.35 * FAVOURED_SHARE < share < 0.65 * FAVOURED_SHARE
 
 
 def test_captions_name_what_the_scene_shows():
