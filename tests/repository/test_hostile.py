@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import CHECKOUT
 
 from ernie_image_nf4 import load, verify
 from ernie_image_nf4.errors import InvalidRepository
@@ -358,30 +355,3 @@ def test_templates_in_use_pass_and_transformers_renders_them(copy, template):
     tokenizer = tokenizer_with(copy, template)
     check_chat_template(tokenizer)
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-
-
-BITSANDBYTES = """
-try:
-    from kernels import get_kernel
-    fetched = get_kernel("some/kernel")
-except ImportError:
-    fetched = None
-"""
-IMPORTED = """
-import importlib.util, sys
-import ernie_image_nf4
-assert importlib.util.find_spec("bitsandbytes") is not None  # as libraries look whether it is there
-import bitsandbytes
-assert bitsandbytes.fetched is None, bitsandbytes.fetched
-assert "kernels" not in sys.modules
-import kernels
-assert kernels.get_kernel("x") == "from the Hub"
-"""
-
-
-def test_importing_bitsandbytes_fetches_no_kernel(tmp_path):
-    """It does on CPUs with AVX512-BF16, where `kernels` is installed."""
-    (tmp_path / "bitsandbytes.py").write_text(BITSANDBYTES)
-    (tmp_path / "kernels.py").write_text("def get_kernel(name):\n    return 'from the Hub'\n")
-    path = os.pathsep.join([str(tmp_path), str(CHECKOUT)])
-    subprocess.run([sys.executable, "-c", IMPORTED], env={**os.environ, "PYTHONPATH": path}, check=True)
