@@ -46,3 +46,18 @@ def test_nothing_stays_from_the_third_round_on(repository, use_pe):
 def test_del_frees_a_pipelines_memory_at_once(repository):
     seen = rounds(repository, True)[3:]
     assert all(held - after >= 0.95 * (held - before) for before, held, after in seen), seen
+
+
+def test_del_frees_what_several_texts_were_decoded_with(repository):
+    for number in range(4):
+        before = torch.cuda.memory_allocated()
+        pipe = load(repository, device="cuda", dtype="bfloat16", memory="resident")
+        request = pipe.pe.decode_request(
+            input_ids=torch.tensor([[5, 17]]), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        pipe.pe.generate_together([request] * 3, range(3), 3)
+        assert pipe.pe.runtime.batch is not None
+        held = torch.cuda.memory_allocated()
+        del pipe
+        if number:  # the first leaves workspaces of cuBLAS
+            assert held - torch.cuda.memory_allocated() >= 0.95 * (held - before)
