@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from typing import Annotated, Any
 
@@ -57,14 +56,10 @@ def serve(
 ) -> None:
     """Draw in the browser and from any OpenAI client: a web page and an endpoint."""
     began = time.monotonic()
-    if api_key is not None and not api_key.strip():
-        raise typer.BadParameter("is empty, which would let everybody in.", param_hint="--api-key")
-    if api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", api_key):
-        raise typer.BadParameter(
-            "can't be sent in a header, so that nobody could get in: use letters, digits and signs of ASCII, without "
-            "spaces or line ends around them.",
-            param_hint="--api-key",
-        )
+    from ..serving.security import fault_of_api_key
+
+    if api_key is not None and (fault := fault_of_api_key(api_key)):
+        raise typer.BadParameter(fault, param_hint="--api-key")
     from ..serving.extra import check_installed
 
     check_installed()

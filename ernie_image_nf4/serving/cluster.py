@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
+from ..errors import InvalidSettings
 from .application import make_app
 from .engine import Engine
 from .requests import Limits
-from .security import API_KEY
+from .security import API_KEY, fault_of_api_key
 
 
 class ClusterOptions(BaseModel):
@@ -50,8 +51,13 @@ def app(options: ClusterOptions) -> serve.Application:
 
     Args:
         options: What each replica loads.
+
+    Raises:
+        InvalidSettings: The key is none that can be asked for.
     """
-    api_key = os.environ.get(API_KEY) or None
+    api_key = os.environ.get(API_KEY)
+    if api_key is not None and (fault := fault_of_api_key(api_key)):
+        raise InvalidSettings(f"{API_KEY} {fault} Without a key, unset it.")
 
     def build() -> Any:
         """In the replica."""

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,18 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 API_KEY = "ERNIE_IMAGE_NF4_API_KEY"  # variable of the environment
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def fault_of_api_key(key: str) -> str | None:
+    """What is wrong with a key to ask for; None if nothing is."""
+    if not key.strip():
+        return "is empty, which would let everybody in."
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", key):
+        return (
+            "can't be sent in a header, so that nobody could get in: use letters, digits and signs of ASCII, without "
+            "spaces or line ends around them."
+        )
+    return None
 
 
 def is_api_key(given: str, expected: str) -> bool:

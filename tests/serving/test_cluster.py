@@ -14,6 +14,7 @@ from conftest import CHECKOUT
 from running import client_of, until
 
 from ernie_image_nf4 import load
+from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.generation.single import draw_and_save
 
 ray = pytest.importorskip("ray")
@@ -84,3 +85,12 @@ def test_the_settings_file_is_what_ray_takes():
     ClusterOptions.model_validate(application.args)
     assert application.import_path == "ernie_image_nf4.serving.cluster:app"
     assert [deployment.name for deployment in application.deployments] == ["ErnieImage"]
+
+
+@pytest.mark.parametrize(("key", "fault"), [("", "would let everybody in"), ("sesame\n", "nobody could get in")])
+def test_a_key_that_cant_be_asked_for_is_refused(monkeypatch, key, fault):
+    from ernie_image_nf4.serving.cluster import ClusterOptions, app
+
+    monkeypatch.setenv("ERNIE_IMAGE_NF4_API_KEY", key)
+    with pytest.raises(InvalidSettings, match=fault):
+        app(ClusterOptions(gpus=0))
