@@ -41,8 +41,10 @@ class Packing(NamedTuple):
 
     @property
     def has_long_rows(self) -> bool:
-        """Whether a row's products leave no more multiprocessors idle than products of all rows do. The texts, in which
-        pictures of a batch differ, don't count."""
+        """Whether a product of one row leaves hardly more multiprocessors idle than one of all rows.
+
+        Texts don't count: in them pictures of a batch differ.
+        """
         return self.pixels >= LONG_ROW
 
 

@@ -1,8 +1,8 @@
 """A text's prefill in a few operations a layer, for prompt enhancers whose steps kernels compute.
 
-With a prompt's hundred tokens, calling a model's modules takes Python several times as long as the GPU takes to compute
-them. This is the same forward pass in fewer operations: weights are dequantized by one kernel each, query, key and
-value are one product, and residuals are added by the products.
+A prompt of a hundred tokens is soon computed, and calling the model's modules for it takes Python long. This is the same
+forward pass in fewer operations: weights are dequantized by one kernel each, query, key and value are one product, and
+residuals are added by the products.
 """
 
 from __future__ import annotations
