@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ernie_image_nf4 import load
+from ernie_image_nf4.errors import ErnieImageNF4Error
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "linear_fc2")
@@ -66,6 +67,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name.replace('_', '-')} must be 1 or more.")
     if options.resolution % 16:
         parser.error(f"--resolution {options.resolution} is no multiple of 16.")
+    if not 0 < options.learning_rate < math.inf:
+        parser.error("--learning-rate must be above 0.")
+    if not 0 <= options.no_caption <= 1:
+        parser.error("--no-caption is a share, from 0 to 1.")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"{options.output} is a file: name a folder to write to.")
     return options
 
 
@@ -75,8 +82,13 @@ def read_pictures(folder: Path) -> list[tuple[Path, str]]:
         raise SystemExit(f"There is no folder {folder}: name the one that holds the pictures.")
     listed = folder / "metadata.jsonl"
     if listed.is_file():
-        rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if wrong := [number for number, row in enumerate(rows, 1) if not {"file_name", "text"} <= row.keys()]:
+        try:
+            rows = [json.loads(line) for line in read_text(listed).splitlines() if line.strip()]
+        except ValueError as error:
+            raise SystemExit(f"{listed} can't be read ({error}): write a JSON object on each line.") from None
+        keys = ("file_name", "text")
+        right = [isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys) for row in rows]
+        if wrong := [number for number, is_right in enumerate(right, 1) if not is_right]:
             raise SystemExit(f"Object {wrong[0]} of {listed} lacks file_name or text: give each picture both.")
         pairs = [(folder / row["file_name"], row["text"]) for row in rows]
         if absent := [path for path, _ in pairs if not path.is_file()]:
@@ -86,10 +98,27 @@ def read_pictures(folder: Path) -> list[tuple[Path, str]]:
         missing = [path.name for path in found if not path.with_suffix(".txt").is_file()]
         if missing:
             raise SystemExit(f"{missing[0]} and {len(missing) - 1} more have no caption: write it to a .txt beside it.")
-        pairs = [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in found]
+        pairs = [(path, read_text(path.with_suffix(".txt")).strip()) for path in found]
     if not pairs:
         raise SystemExit(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).")
     return pairs
+
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SystemExit(f"{path} is not in UTF-8: save it so.") from None
+
+
+def read_picture(path: Path, resolution: int) -> Image.Image:
+    """A picture, cut to a square."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SystemExit(f"{path} is no picture that can be read ({error}): replace it, or take it out.") from None
 
 
 # Latents and embeddings
@@ -122,9 +151,7 @@ def encoded(
 @torch.no_grad()
 def encode_picture(pipe: ErnieImagePipeline, path: Path, resolution: int) -> torch.Tensor:
     """Latents of a picture as the transformer has them: patches of 2x2, normalized as the pipeline undoes it."""
-    with Image.open(path) as image:
-        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution))
-    vae = pipe.vae
+    image, vae = read_picture(path, resolution), pipe.vae
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
     latents = F.pixel_unshuffle(vae.encode(pixels).latent_dist.mode().float(), 2)
     mean, variance = (each.view(1, -1, 1, 1).float() for each in (vae.bn.running_mean, vae.bn.running_var))
@@ -255,8 +282,8 @@ def train(options: argparse.Namespace) -> Path:
     """Train, and write the LoRA. Returns its file."""
     accelerator = Accelerator(cpu=options.device == "cpu", gradient_accumulation_steps=options.accumulate)
     device = accelerator.device if options.device in (None, "cpu") else torch.device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
     pairs = read_pictures(options.pictures)
+    options.output.mkdir(parents=True, exist_ok=True)
     pipe = load(options.model, device=device, memory="resident", prompt_enhancer=False)
     pipe.set_progress_bar_config(disable=True)
     with accelerator.main_process_first():
@@ -312,7 +339,10 @@ def train(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    print(train(parse_arguments(arguments)))
+    try:
+        print(train(parse_arguments(arguments)))
+    except ErnieImageNF4Error as error:
+        raise SystemExit(f"Error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A text's prefill in a few operations a layer, for prompt enhancers whose steps kernels compute.
 
-A prompt of a hundred tokens is soon computed, and calling the model's modules for it takes Python long. This is the same
-forward pass in fewer operations: weights are dequantized by one kernel each, query, key and value are one product, and
-residuals are added by the products.
+A prompt of a hundred tokens is soon computed, and calling the model's modules for it takes Python long. This is the
+same forward pass in fewer operations: weights are dequantized by one kernel each, query, key and value are one product,
+and residuals are added by the products.
 """
 
 from __future__ import annotations

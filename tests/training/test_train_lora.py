@@ -138,7 +138,17 @@ def test_help_says_how_to_start_it(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [("--resolution", 100), ("--resolution", 0), ("--rank", 0), ("--steps", 0), ("--save-every", 0)]
+    "options",
+    [
+        ("--resolution", 100),
+        ("--resolution", 0),
+        ("--rank", 0),
+        ("--steps", 0),
+        ("--save-every", 0),
+        ("--learning-rate", "nan"),
+        ("--learning-rate", 0),
+        ("--no-caption", 1.5),
+    ],
 )
 def test_numbers_that_cannot_work_are_refused_at_once(script, options, capsys):
     with pytest.raises(SystemExit) as refused:
@@ -151,7 +161,42 @@ def test_pictures_that_are_not_there_have_their_line(script, tmp_path):
     with pytest.raises(SystemExit, match="There is no folder"):
         script.read_pictures(tmp_path / "none")
     listed = tmp_path / "metadata.jsonl"
-    for row, message in (({"file": "a.png"}, "lacks file_name or text"), ({"file_name": "a.png", "text": ""}, "isn't")):
+    for row, message in (
+        ({"file": "a.png"}, "Object 1 of .* lacks file_name or text"),
+        ({"file_name": "a.png", "text": None}, "lacks file_name or text"),
+        (["a.png"], "lacks file_name or text"),
+        ({"file_name": "a.png", "text": ""}, "isn't there"),
+    ):
         listed.write_text(json.dumps(row), encoding="utf-8")
         with pytest.raises(SystemExit, match=message):
             script.read_pictures(tmp_path)
+    listed.write_text('{"file_name": "a.png",', encoding="utf-8")
+    with pytest.raises(SystemExit, match="write a JSON object on each line"):
+        script.read_pictures(tmp_path)
+
+
+def test_files_that_cannot_be_read_have_their_line(script, pictures, tmp_path):
+    whole = (pictures / "red.png").read_bytes()
+    for content in (b"no picture", whole[:60], b""):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"a\.png is no picture that can be read"):
+            script.read_picture(tmp_path / "a.png", 32)
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\n".encode())
+    assert script.read_pictures(tmp_path) == [(tmp_path / "a.png", "a cat")]
+    (tmp_path / "a.txt").write_bytes("eine Mütze".encode("latin-1"))
+    with pytest.raises(SystemExit, match=r"a\.txt is not in UTF-8"):
+        script.read_pictures(tmp_path)
+
+
+def test_what_load_refuses_has_its_line_and_pictures_come_first(script, pictures, tmp_path, capsys):
+    output = tmp_path / "style"
+    with pytest.raises(SystemExit, match="There is no folder"):
+        script.main([str(tmp_path / "none"), "-o", str(output)])
+    assert not output.exists()
+    with pytest.raises(SystemExit, match=r"^Error: "):
+        script.main([str(pictures), "-o", str(output), "--model", str(tmp_path / "model"), "--device", "cpu"])
+    output.rmdir()
+    output.write_text("")
+    with pytest.raises(SystemExit):
+        script.main([str(pictures), "-o", str(output)])
+    assert "is a file: name a folder" in capsys.readouterr().err
