@@ -26,7 +26,7 @@ from .models import Budget, Ema, build_vae, learning_rate_factor, set_learning_r
 from .scenes import CAT, PAPER, Scene, is_held_out, load_sprites, render, sample_scene
 
 CROP, BATCH = 256, 16
-LEARNING_RATE, WARMUP = 1.2e-3, 200
+LEARNING_RATE, WARMUP = 8e-4, 200
 KL_WEIGHT = 2e-4
 PEAK, PEAK_WEIGHT = 50.0, 1e-3
 FAVOURED_SHARE = 0.15
