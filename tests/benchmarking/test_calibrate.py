@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import CHECKOUT
 
 
+@pytest.mark.slow
 def test_it_records_phases_memory_and_errors(original: Path, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "ERNIE-Image").symlink_to(original)  # which needn't be made

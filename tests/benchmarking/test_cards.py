@@ -44,6 +44,7 @@ def test_every_card_is_drawn_on_by_the_command_line(result):
     assert result["limits"] == []
 
 
+@pytest.mark.slow
 def test_the_run_says_how_it_was_made_and_not_where(result, repository):
     assert result["command"] == "python -m benchmarks.cards --model FOLDER"
     assert result["versions"]["torch"]

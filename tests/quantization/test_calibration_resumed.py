@@ -61,6 +61,7 @@ def checkpoints(output: Path) -> set[str]:
     return {path.stem for path in (output / WORK_FOLDER / CHECKPOINTS).glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     original: Path, whole: Path, tmp_path: Path, start: Callable[[Path, Path], BaseProcess]
 ) -> None:

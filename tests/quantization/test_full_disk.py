@@ -34,6 +34,7 @@ for disk in {disks}:
 print(json.dumps(found))
 """
 PAGE = 4096
+pytestmark = pytest.mark.slow
 
 
 def size_of(folder: Path, *, but: tuple[str, ...] = ()) -> int:

@@ -246,7 +246,7 @@ def test_a_block_far_below_its_neighbours_keeps_its_shape() -> None:
     assert searched.norm() < 0.12 * weight[9].norm() < stock.norm()
 
 
-@pytest.mark.parametrize("block_size", [32, 128, 4096])
+@pytest.mark.parametrize("block_size", [32, 128, pytest.param(4096, marks=pytest.mark.slow)])
 def test_other_block_sizes(block_size: int) -> None:
     weight = random_weight(300, 100)
     packed, state = quantize_nf4(weight, block_size=block_size)

@@ -33,6 +33,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs each case in a forked process")
 def test_mutated_repositories_work_or_are_refused(repository):
     report = run(repository, FIRST, CASES, progress=False)
@@ -71,6 +72,7 @@ def attempt(function: Callable[..., Any], *arguments: object) -> Any:
         return error
 
 
+@pytest.mark.slow
 @quick
 @given(content=st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_as_json(tmp_path, content):
@@ -92,6 +94,7 @@ headers = st.binary(max_size=60) | (st.dictionaries(st.text(max_size=6), tensors
 )
 
 
+@pytest.mark.slow
 @quick
 @given(header=headers, lie=st.just(0) | st.integers(-8, 2**62), data=st.binary(max_size=64))
 def test_any_bytes_as_a_safetensors_file(tmp_path, header, lie, data):
@@ -105,6 +108,7 @@ def test_any_bytes_as_a_safetensors_file(tmp_path, header, lie, data):
     assert all(isinstance(read_tensor(tensor), torch.Tensor) for tensor in result.values())
 
 
+@pytest.mark.slow
 @quick
 @given(data=st.data())
 def test_any_change_of_the_metadata(repository, tmp_path, data):

@@ -186,6 +186,7 @@ def test_a_request_has_a_time_limit(loop, engine, monkeypatch):
 # Workers
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_requests_are_drawn(loop, engine):
     deaths = engine.metrics.registry.get_sample_value("ernie_image_worker_deaths_total")
     expected = [pictures(drawn(loop, engine, seed=seed, **LONG))[0].png for seed in (1, 2)]
@@ -195,6 +196,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_drawn(loop, engine):
     assert engine.metrics.registry.get_sample_value("ernie_image_worker_deaths_total") == deaths + 1
 
 
+@pytest.mark.slow
 def test_a_request_over_which_two_workers_die_is_told_to_come_again(loop, engine):
     deadly = loop.start(events_of(engine.draw(request(**LONG, count=1))))
     kill_while_drawing(engine)
@@ -213,6 +215,7 @@ def kill_while_drawing(engine: Engine) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a signal that stops a process")
+@pytest.mark.slow
 def test_a_worker_that_is_stuck_is_replaced(loop, engine, monkeypatch):
     monkeypatch.setattr("ernie_image_nf4.serving.engine.STALLED_SECONDS", 0.1)
     monkeypatch.setattr(engine, "limits", replace(engine.limits, seconds=0.3))

@@ -82,6 +82,7 @@ def test_a_lora_that_doesnt_fit_shows_at_the_start(loop, pipe, repository, tmp_p
         loop.run(engine.start())
 
 
+@pytest.mark.slow
 def test_a_file_that_is_replaced_while_the_server_runs_is_not_drawn_with(loop, repository, files, tmp_path):
     path = tmp_path / "ink.safetensors"
     path.write_bytes(files["ink"].read_bytes())
