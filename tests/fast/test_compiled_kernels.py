@@ -100,7 +100,7 @@ def test_every_kernel_fits_the_card(card: tuple[int, int], tmp_path: Path):
 
 
 def test_a_tile_that_is_too_large_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(triton_int8, "TILES", {(8, 0): triton_int8.Tile(64, 128, 64, 1, 12)})
+    monkeypatch.setattr(triton_int8, "TILES", {(8, 0): triton_int8.Tile(64, 64, 64, 1, 15)})
     kernels = compile_launched((8, 6), lambda: multiply(torch.bfloat16), tmp_path)
     assert len(kernels) == 2  # with LoRAs and without
     for kernel in kernels:
