@@ -62,6 +62,7 @@ def test_every_arm_has_a_row_with_figures_or_with_the_reason_why_not(result):
         assert "error" not in arm(result, name), arm(result, name)
 
 
+@pytest.mark.slow
 def test_the_figures_of_an_arm_add_up(result):
     figures = arm(result, "resident")
     pictures = figures["pictures"]
@@ -82,6 +83,7 @@ def test_the_figures_of_an_arm_add_up(result):
     assert "prompt_enhancer_together" not in arm(result, "demo")
 
 
+@pytest.mark.slow
 def test_headline_figures_of_the_first_picture_and_of_several_texts(result):
     figures, headline = arm(result, "resident"), summary(result)
     first = figures["first_s"] - figures["seconds"]
@@ -91,6 +93,7 @@ def test_headline_figures_of_the_first_picture_and_of_several_texts(result):
     assert headline["h100.pe_first_call_s"] == pytest.approx(figures["prompt_enhancer_first_overhead_s"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_arm_with_work_of_its_own_draws_whole_pictures_at_both_sizes(result):
     enhanced, plain = arm(result, "turbo"), arm(result, "turbo, no enhancer")
     assert enhanced["work"] == {"steps": 4, "guidance": 1.0}
@@ -103,6 +106,7 @@ def test_an_arm_with_work_of_its_own_draws_whole_pictures_at_both_sizes(result):
     assert "seconds" not in arm(result, "resident")["large"]
 
 
+@pytest.mark.slow
 def test_the_report_has_a_table_of_its_own_for_it(result):
     turbo = arm(result, "turbo")
     text = markdown(result)
@@ -115,11 +119,13 @@ def test_the_report_has_a_table_of_its_own_for_it(result):
     assert headline["h100.turbo_s.plain_1024"] > 0
 
 
+@pytest.mark.slow
 def test_predictions_are_compared_with_the_demo(result):
     assert 0 <= arm(result, "demo")["prediction_error"] < 1e-5  # float32, batch reordered
     assert 1e-4 < arm(result, "resident")["prediction_error"] < 0.1  # bfloat16
 
 
+@pytest.mark.slow
 def test_predictions_are_compared_with_float32(result):
     assert result["float32"]["seconds"] > 0
     assert arm(result, "demo")["prediction_error_to_float32"] < 1e-5  # float32 in this test
@@ -135,6 +141,7 @@ def test_rounding_is_measured_of_both_forward_passes():
     assert 0 < errors["fast_to_demo"] < 2 * errors["demo_to_float32"]
 
 
+@pytest.mark.slow
 def test_without_float32_the_report_says_why(result):
     arms = [{key: value for key, value in row.items() if "float32" not in key} for row in result["arms"]]
     text = markdown(result | {"arms": arms, "float32": {"error": "OutOfMemoryError: 40 GiB"}})
@@ -143,6 +150,7 @@ def test_without_float32_the_report_says_why(result):
     assert "| to float32 |" in markdown(result)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_path: Path):
     assert [len(step["arms"]) for step in steps] == [1, 2, 3, 4, 5, 5, 5, 5]  # Arms, two loaded again, float32
     assert steps[-1] == result
@@ -153,6 +161,7 @@ def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_pa
         assert "| demo |" in files["benchmark.md"].read_text()
 
 
+@pytest.mark.slow
 def test_the_report_has_all_arms(result, tmp_path: Path):
     files = {file.name: file for file in write_benchmark(result, tmp_path / "report")}
     assert set(files) == {"benchmark.json", "benchmark.md", "benchmark.png"}
@@ -255,6 +264,7 @@ def test_the_command_runs_baselines_where_asked_for(option, repository: Path, tm
     assert "gguf-q4_0" in {each.name for each in ran}
 
 
+@pytest.mark.slow
 def test_older_files_are_reported_without_arms_that_are_gone(result, tmp_path: Path):
     figures = {"seconds": 3.0, "large": {"step_ms": 1.0}}
     gone = [{"name": "resident, swapped", "way": "ours"} | figures, {"name": "another", "way": "ours", "error": "no"}]
@@ -290,6 +300,7 @@ def test_the_prompt_enhancer_writes_exactly_as_many_tokens_as_asked_for(reposito
     assert written(first) == [first]
 
 
+@pytest.mark.slow
 def test_growth_is_a_table(result):
     grown = result | {
         "growth": {
@@ -300,6 +311,7 @@ def test_growth_is_a_table(result):
     assert "| 512x512, 2 | 1.0 | 3.0 | 1.50 |" in markdown(grown)
 
 
+@pytest.mark.slow
 def test_the_rate_of_int8_products_is_compared_with_bfloat16s(result):
     found = compare_int8((16, 32), (64, 256), "cpu")
     assert [row["rows"] for row in found] == [16, 32]
