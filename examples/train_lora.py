@@ -4,9 +4,10 @@
     python examples/train_lora.py PICTURES --model user/ERNIE-Image-NF4 --output my-style
 
 PICTURES holds ``NAME.png`` (or .jpg, .webp) with ``NAME.txt`` beside it, or a ``metadata.jsonl`` with ``file_name`` and
-``text`` on each line. In my-style/ appear ``my-style.safetensors``, which `load_lora` and ``generate --lora`` take,
-pictures of the prompts given by ``--sample`` every ``--save-every`` steps, and what a run needs that goes on after an
-interruption: start it again. On several GPUs: ``accelerate launch examples/train_lora.py ...``.
+``text`` on each line. An empty caption teaches what is drawn without a prompt. In my-style/ appear
+``my-style.safetensors``, which `load_lora` and ``generate --lora`` take, pictures of the prompts given by ``--sample``
+every ``--save-every`` steps, and what a run needs that goes on after an interruption: start it again. On several GPUs:
+``accelerate launch examples/train_lora.py ...``.
 
 Text embeddings and latents are computed once and kept in a file; then the text encoder leaves the GPU. What is left
 there is the transformer in NF4, the LoRA in float32 with AdamW's two moments, and the activations of one block at a
@@ -21,6 +22,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +32,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import ErnieImagePipeline
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.errors import ErnieImageNF4Error
+from ernie_image_nf4.memory.placement import find_device
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "linear_fc2")
@@ -121,6 +124,12 @@ def read_picture(path: Path, resolution: int) -> Image.Image:
         raise SystemExit(f"{path} is no picture that can be read ({error}): replace it, or take it out.") from None
 
 
+def fingerprint(pairs: Sequence[tuple[Path, str]]) -> str:
+    """A hash of pictures and captions."""
+    what = [[hashlib.sha256(path.read_bytes()).hexdigest(), caption] for path, caption in pairs]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
 # Latents and embeddings
 
 
@@ -132,19 +141,19 @@ def encoded(
     The embeddings of samples follow those of the captions, and that of the empty caption is the last.
     """
     texts = [*(caption for _, caption in pairs), *options.sample, ""]
-    what = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path, _ in pairs]
-    key = hashlib.sha256(json.dumps([what, texts, options.resolution, pipe.name_or_path]).encode()).hexdigest()
+    key = json.dumps([fingerprint(pairs), texts, options.resolution, str(options.model)])
+    metadata = {"key": hashlib.sha256(key.encode()).hexdigest()}
     cache = options.output / "encoded.safetensors"
     if cache.is_file():
-        with safe_open(cache, "pt") as stored:
-            if stored.metadata() == {"key": key}:
+        with suppress(SafetensorError), safe_open(cache, "pt") as stored:  # a damaged one is made anew
+            if stored.metadata() == metadata:
                 return load_file(cache)
     values = {}
     for number, (path, _) in enumerate(tqdm(pairs, desc="pictures", unit="picture")):
         values[f"latents.{number}"] = encode_picture(pipe, path, options.resolution).cpu()
     for number, text in enumerate(tqdm(texts, desc="captions", unit="caption")):
         values[f"text.{number}"] = pipe.encode_prompt(text, device)[0].cpu().contiguous()
-    save(values, cache, {"key": key})
+    save(values, cache, metadata)
     return values
 
 
@@ -211,8 +220,12 @@ def loss_of(
 def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a file under another name first: it is whole, or isn't there."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, unfinished, metadata)
-    unfinished.replace(path)
+    try:
+        save_file(tensors, unfinished, metadata)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise SystemExit(f"{path} can't be written ({error}): mend that, and start again to go on.") from None
 
 
 def save_lora(transformer: torch.nn.Module, path: Path) -> None:
@@ -246,13 +259,17 @@ def restore_state(
     """The step that a former run came to; 0 without one."""
     if not path.is_file():
         return 0
-    with safe_open(path, "pt") as stored:
-        noted = stored.metadata()
-    if noted["about"] != about:
+    try:
+        with safe_open(path, "pt") as stored:
+            noted = stored.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise SystemExit(f"{path} is damaged ({error}): remove it to begin anew.") from None
+    if noted.get("about") != about:
         raise SystemExit(
-            f"{path} is of a run with other settings ({noted['about']}): name another folder, or remove it."
+            f"{path} is of a run with other settings ({noted.get('about')}): name another folder, or remove it."
         )
-    tensors, step = load_file(path), int(noted["step"])
+    step = int(noted["step"])
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[f"weight.{name}"])
@@ -281,8 +298,10 @@ def draw_samples(
 def train(options: argparse.Namespace) -> Path:
     """Train, and write the LoRA. Returns its file."""
     accelerator = Accelerator(cpu=options.device == "cpu", gradient_accumulation_steps=options.accumulate)
-    device = accelerator.device if options.device in (None, "cpu") else torch.device(options.device)
+    device = accelerator.device if options.device in (None, "cpu") else find_device(options.device)
     pairs = read_pictures(options.pictures)
+    for path, _ in pairs:
+        read_picture(path, options.resolution)  # now, not when the first ones have been encoded
     options.output.mkdir(parents=True, exist_ok=True)
     pipe = load(options.model, device=device, memory="resident", prompt_enhancer=False)
     pipe.set_progress_bar_config(disable=True)
@@ -302,7 +321,10 @@ def train(options: argparse.Namespace) -> Path:
     for weight in weights.values():
         weight.data = weight.data.float()
     optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, weight_decay=0.0)
-    about = f"rank {options.rank}, {options.resolution} pixels, {len(pairs)} pictures, seed {options.seed}"
+    about = (
+        f"rank {options.rank}, {options.resolution} pixels, seed {options.seed}, model {options.model}, "
+        f"{len(pairs)} pictures and captions {fingerprint(pairs)[:12]}"
+    )
     state, result = (
         options.output / "state.safetensors",
         options.output / f"{options.output.resolve().name}.safetensors",
@@ -330,9 +352,11 @@ def train(options: argparse.Namespace) -> Path:
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{math.fsum(losses) / len(losses):.4f}")
         if ((step + 1) % options.save_every == 0 or step + 1 == options.steps) and accelerator.is_main_process:
-            save_state(weights, optimizer, state, step + 1, about)
             save_lora(transformer, result)
+            save_state(weights, optimizer, state, step + 1, about)
             draw_samples(pipe, values, options, step + 1)
+    if accelerator.is_main_process and not result.is_file():  # of a run that had done all steps
+        save_lora(transformer, result)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return result

@@ -89,12 +89,12 @@ def benchmark(
     ] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Run other libraries' quantizations as well.")] = False,
     peers: Annotated[bool, typer.Option("--peers", hidden=True)] = False,
-    size: Annotated[int, typer.Option(help="Height and width of the pictures.")] = 512,
-    large: Annotated[int, typer.Option(help="Another size, for step time and memory; 0 for none.")] = 1024,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    size: Annotated[int, typer.Option(min=16, help="Height and width of the pictures.")] = 512,
+    large: Annotated[int, typer.Option(min=0, help="Another size, for step time and memory; 0 for none.")] = 1024,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
-    tokens: Annotated[int, typer.Option(help="New tokens of the prompt enhancer; 0 leaves it out.")] = 256,
-    pictures: Annotated[int, typer.Option(help="Pictures in a row after one load.")] = 10,
+    tokens: Annotated[int, typer.Option(min=0, help="New tokens of the prompt enhancer; 0 leaves it out.")] = 256,
+    pictures: Annotated[int, typer.Option(min=2, help="Pictures in a row after one load.")] = 10,
     growth: Annotated[bool, typer.Option(help="Measure a step at four sizes and three batches.")] = True,
     device: Annotated[str, typer.Option(help="Device to measure.")] = "cuda",
     quick: Annotated[
@@ -117,7 +117,7 @@ def benchmark(
         arms = choose_arms(arm or (), baselines=baselines or peers)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error), param_hint="--arm") from error
-    _check(model, synthetic, device)
+    _check(model, synthetic, device, {"--size": size, "--large": large})
     if not quick:
         make_output_folder(out_dir)
     nf4, original = _repositories(model, original, synthetic)
@@ -153,10 +153,16 @@ def _repositories(model: str | None, original: Path | None, synthetic: Path | No
     return find_repository(model), original
 
 
-def _check(model: str | None, synthetic: Path | None, device: str) -> None:
-    """Refuse none and both of a repository and one to be made, and a device that isn't there, before one is made."""
+def _check(model: str | None, synthetic: Path | None, device: str, sides: dict[str, int]) -> None:
+    """Refuse none and both of a repository and one to be made, and a device that isn't there, before one is made.
+
+    Also sides of pictures, by their options, that no picture can have.
+    """
     from ..memory.placement import find_device
 
+    for option, side in sides.items():
+        if side % 16:
+            raise typer.BadParameter(f"{side} is no multiple of 16: try {side // 16 * 16 + 16}.", param_hint=option)
     if model is None and synthetic is None:
         raise typer.BadParameter(
             "name an NF4 repository, or a folder for a synthetic one (--synthetic).", param_hint="MODEL"

@@ -255,6 +255,25 @@ def test_the_command_needs_something_to_measure_and_known_arms(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "number"),
+    [
+        ("--steps", 1),
+        ("--pictures", 1),
+        ("--tokens", -1),
+        ("--size", 17),
+        ("--size", 0),
+        ("--large", -16),
+        ("--large", 1000),
+    ],
+)
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_numbers_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path, option, number, quick):
+    outcome = CliRunner().invoke(app, ["benchmark", str(tmp_path), option, str(number), *quick])
+    assert outcome.exit_code == 2
+    assert option in outcome.output
+
+
 @pytest.mark.parametrize("option", ["--baselines", "--peers"])
 def test_the_command_runs_baselines_where_asked_for(option, repository: Path, tmp_path: Path, monkeypatch):
     ran: list[Arm] = []

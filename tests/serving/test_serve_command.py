@@ -13,9 +13,10 @@ import pytest
 from running import client_of, serve_command
 
 from ernie_image_nf4.cli import serve
-from ernie_image_nf4.errors import MissingPackage
+from ernie_image_nf4.errors import InvalidSettings, MissingPackage
 from ernie_image_nf4.serving import security
 from ernie_image_nf4.serving.extra import check_installed
+from ernie_image_nf4.serving.server import bind
 
 DRAWN = {"size": "64x64", "extra_body": {"steps": 100, "seed": 1, "use_pe": False}}
 
@@ -49,6 +50,11 @@ def test_sigterm_finishes_what_is_drawn_and_refuses_the_rest(repository):
     assert "being stopped" in outcomes["waiting"].message
     with pytest.raises(openai.APIConnectionError):
         client_of(url).models.list()
+
+
+def test_a_host_that_is_not_there_is_told_as_such():
+    with pytest.raises(InvalidSettings, match=r"no address nowhere\.invalid .* try another --host"):
+        bind("nowhere.invalid", 0)
 
 
 def test_an_address_that_is_taken_is_one_line(command, repository):

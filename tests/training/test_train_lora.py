@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,48 @@ def test_an_interrupted_run_goes_on(script, whole, pictures, repository, tmp_pat
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     with pytest.raises(SystemExit, match="of a run with other settings"):
         run(script, pictures, repository, tmp_path / "style", "--steps", 6, "--rank", 4)
+
+
+def test_the_lora_is_never_older_than_the_state(script, whole, pictures, repository, tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "save_state", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(script, pictures, repository, tmp_path / "style", "--steps", 4, "--save-every", 4)
+    monkeypatch.undo()
+    result = tmp_path / "style" / "style.safetensors"
+    expected = load_file(whole)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(result).items())
+    run(script, pictures, repository, tmp_path / "style", "--steps", 4)
+    result.unlink()
+    assert run(script, pictures, repository, tmp_path / "style", "--steps", 4) == result  # with nothing left to do
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(result).items())
+
+
+def test_what_goes_on_is_the_same_run_with_files_that_are_whole(script, pictures, repository, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    output = tmp_path / "style"
+    run(script, folder, repository, output, "--steps", 2)
+    (folder / "red.txt").write_text("all blue", encoding="utf-8")
+    with pytest.raises(SystemExit, match="of a run with other settings"):
+        run(script, folder, repository, output, "--steps", 4)
+    (folder / "red.txt").write_text("all red", encoding="utf-8")
+    (output / "encoded.safetensors").write_bytes(b"damaged")  # is made anew
+    run(script, folder, repository, output, "--steps", 4)
+    (output / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=r"state\.safetensors is damaged .* remove it to begin anew"):
+        run(script, folder, repository, output, "--steps", 6)
+    (output / "state.safetensors").unlink()
+
+    def fill(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "save_file", fill)
+    with pytest.raises(SystemExit, match=r"can't be written .*No space left"):
+        run(script, folder, repository, output, "--steps", 2)
+    assert not list(output.glob(".*"))
 
 
 def test_it_learns(script, pictures, repository, tmp_path, monkeypatch):
@@ -195,6 +238,8 @@ def test_what_load_refuses_has_its_line_and_pictures_come_first(script, pictures
     assert not output.exists()
     with pytest.raises(SystemExit, match=r"^Error: "):
         script.main([str(pictures), "-o", str(output), "--model", str(tmp_path / "model"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"^Error: .*'foo'"):
+        script.main([str(pictures), "-o", str(output), "--device", "foo"])
     output.rmdir()
     output.write_text("")
     with pytest.raises(SystemExit):
