@@ -78,6 +78,12 @@ def _is_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def is_autocast_to_another_dtype(pe: Ministral3ForCausalLM) -> bool:
+    """Whether autocast would give keys and values another dtype than the cache's. Offloaded, `pe` is on the CPU."""
+    dtype, kinds = decoder.activation_dtype(pe), {pe.device.type, "cuda"}
+    return any(_is_autocast(kind) and torch.get_autocast_dtype(kind) != dtype for kind in kinds)
+
+
 @named_as_upstream
 class FastRMSNorm(Ministral3RMSNorm):
     """A norm in one kernel where there are kernels."""
@@ -219,6 +225,8 @@ class FastPromptEnhancer(Ministral3ForCausalLM):
             or not may_be_served(kwargs)
             or decoder.CACHE_ARGUMENT is None
             or attention_implementation(self.config) != ATTENTION
+            or getattr(self.config, "sliding_window", None) is not None  # its cache is shorter than the buffers
+            or is_autocast_to_another_dtype(self)
             or not supports_custom_generate(super().generate)
         ):
             return None

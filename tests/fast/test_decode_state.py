@@ -96,3 +96,34 @@ def test_tokens_beyond_the_vocabulary_are_upstreams_affair(model, tokens):
     call |= tokens
     assert model.decode_request(**call) is None
     assert torch.equal(model.generate(**call), plain.generate(**call))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_to_another_dtype_texts_are_upstreams(device, dtype):
+    model, plain = build(device), build(device)
+    make_prompt_enhancer_fast(model)
+    call = prompt(model, 1, 5) | {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    with torch.autocast(device, dtype):
+        assert model.decode_request(**call) is None
+        assert torch.equal(model.generate(**call), plain.generate(**call))
+    assert model.decode_request(**call) is not None
+    with torch.autocast(device, dtype):
+        assert model.to(dtype).decode_request(**call) is not None  # the dtype that it has
+
+
+def test_a_model_with_a_sliding_window_is_upstreams(model):
+    plain, call = build("cpu"), prompt(model, 1, 30) | {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    for each in (model, plain):
+        each.config.sliding_window = 8
+    assert torch.equal(model.generate(**call), plain.generate(**call))
+
+
+@pytest.mark.gpu
+def test_a_default_device_changes_no_text():
+    model = build("cuda")
+    make_prompt_enhancer_fast(model)
+    call = prompt(model, 1, 5) | {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    expected = model.generate(**call)
+    with torch.device("cuda"):
+        assert torch.equal(model.generate(**call), expected)
