@@ -266,7 +266,7 @@ def add_base_product(layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> to
     once more.
     """
     weight = _weight_in(layer, x.dtype)
-    if weight is None:
+    if weight is None or out.dtype != x.dtype:  # under autocast, which leaves products in place alone
         return out.add_(layer(x))
     out.addmm_(x, weight.t())
     bias = cast("torch.Tensor | None", layer.bias)

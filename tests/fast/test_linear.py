@@ -147,3 +147,11 @@ def test_other_rows_share_a_product(monkeypatch, count, bias, alone, gradients):
     with torch.set_grad_enabled(gradients):
         found = linear.apply_to_rows(rows, layer, alone=alone)
         assert torch.equal(found, layer(torch.cat(rows, 1)))
+
+
+def test_under_autocast_a_low_rank_product_is_added_to_the_layers_output():
+    layer, x = torch.nn.Linear(128, 64), torch.randn(5, 128)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low_rank = torch.randn(5, 4) @ torch.randn(4, 64)
+        expected = low_rank + layer(x)
+        assert torch.equal(linear.add_base_product(layer, x, low_rank), expected)
