@@ -20,5 +20,5 @@ def initial_latents(pipe: ErnieImagePipeline, settings: Settings) -> torch.Tenso
         settings.height // pipe.vae_scale_factor,
         settings.width // pipe.vae_scale_factor,
     )
-    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(settings.seed))
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(settings.seed), device="cpu")
     return noise.to(execution_device(pipe), pipe.transformer.dtype)

@@ -171,6 +171,13 @@ def test_a_seed_means_the_same_noise_in_every_dtype(pipe, repository):
     assert torch.equal(initial_latents(other, settings), initial_latents(pipe, settings).to(torch.bfloat16))
 
 
+def test_a_seed_means_the_same_noise_whatever_the_default_device(pipe):
+    settings = Settings("a cat", "", 32, 32, 1, 1.0, seed=0)
+    expected = initial_latents(pipe, settings)
+    with torch.device("meta"):
+        assert torch.equal(initial_latents(pipe, settings), expected)
+
+
 @pytest.mark.parametrize("name", ["out.jpg", "out.jpeg", "out.webp"])
 def test_the_ending_of_the_output_is_its_format(command, repository, tmp_path, name):
     result = command("generate", "一只猫", "-m", repository, "-o", tmp_path / name, *SMALL, "--seed", 7, "--count", 2)
