@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The figures of the full-size architecture with random weights that hang on this package's speed, measured anew on one
-# H100 (about 40 minutes) or two (half of that). With the packages of the other formats: pip install -e ".[baselines]".
+# H100 or two. With the packages of the other formats: pip install -e ".[baselines]".
 #
 #   bash benchmarks/renew_full_size.sh FOLDER
 #
@@ -10,9 +10,11 @@ set -uo pipefail
 
 folder=${1:?usage: bash benchmarks/renew_full_size.sh FOLDER}
 mkdir -p "$folder/log"
-second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true)
+rm -rf "$folder/benchmark" # or an earlier result would be taken for this one's
+second="" # a GPU of its own for the other formats, unless the caller has chosen one for all
+[ -n "${CUDA_VISIBLE_DEVICES:-}" ] || second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p')
 
-run() { # GPU NAME ARGUMENTS...: its words in a file; the others go on if it fails
+run() { # GPU NAME MODULE ARGUMENTS...: its words in a file; the others go on if it fails
   local gpu=$1 name=$2
   shift 2
   CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 -m "$@" > "$folder/log/$name" 2>&1 || echo "$name failed: see $folder/log/$name" >&2

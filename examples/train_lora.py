@@ -134,20 +134,27 @@ def fingerprint(pairs: Sequence[tuple[Path, str]]) -> str:
 
 
 def encoded(
-    pipe: ErnieImagePipeline, pairs: Sequence[tuple[Path, str]], options: argparse.Namespace, device: torch.device
+    pipe: ErnieImagePipeline,
+    pairs: Sequence[tuple[Path, str]],
+    data: str,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Latents, (C, height / 16, width / 16), and embeddings, (tokens, width), by number, from the file if it is there.
 
-    The embeddings of samples follow those of the captions, and that of the empty caption is the last.
+    The embeddings of samples follow those of the captions, and that of the empty caption is the last. `data` is the
+    `fingerprint` of the pairs.
     """
     texts = [*(caption for _, caption in pairs), *options.sample, ""]
-    key = json.dumps([fingerprint(pairs), texts, options.resolution, str(options.model)])
+    key = json.dumps([data, texts, options.resolution, pipe.name_or_path])
     metadata = {"key": hashlib.sha256(key.encode()).hexdigest()}
     cache = options.output / "encoded.safetensors"
     if cache.is_file():
         with suppress(SafetensorError), safe_open(cache, "pt") as stored:  # a damaged one is made anew
             if stored.metadata() == metadata:
                 return load_file(cache)
+    for path, _ in pairs:
+        read_picture(path, options.resolution)  # all of them, before the first is encoded
     values = {}
     for number, (path, _) in enumerate(tqdm(pairs, desc="pictures", unit="picture")):
         values[f"latents.{number}"] = encode_picture(pipe, path, options.resolution).cpu()
@@ -300,13 +307,12 @@ def train(options: argparse.Namespace) -> Path:
     accelerator = Accelerator(cpu=options.device == "cpu", gradient_accumulation_steps=options.accumulate)
     device = accelerator.device if options.device in (None, "cpu") else find_device(options.device)
     pairs = read_pictures(options.pictures)
-    for path, _ in pairs:
-        read_picture(path, options.resolution)  # now, not when the first ones have been encoded
+    data = fingerprint(pairs)
     options.output.mkdir(parents=True, exist_ok=True)
     pipe = load(options.model, device=device, memory="resident", prompt_enhancer=False)
     pipe.set_progress_bar_config(disable=True)
     with accelerator.main_process_first():
-        values = encoded(pipe, pairs, options, device)
+        values = encoded(pipe, pairs, data, options, device)
     pipe.text_encoder = None
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -322,8 +328,8 @@ def train(options: argparse.Namespace) -> Path:
         weight.data = weight.data.float()
     optimizer = torch.optim.AdamW(weights.values(), lr=options.learning_rate, weight_decay=0.0)
     about = (
-        f"rank {options.rank}, {options.resolution} pixels, seed {options.seed}, model {options.model}, "
-        f"{len(pairs)} pictures and captions {fingerprint(pairs)[:12]}"
+        f"rank {options.rank}, {options.resolution} pixels, seed {options.seed}, model {pipe.name_or_path}, "
+        f"{len(pairs)} pictures and captions {data[:12]}"
     )
     state, result = (
         options.output / "state.safetensors",

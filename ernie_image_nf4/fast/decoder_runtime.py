@@ -75,7 +75,7 @@ class DecoderRuntime(Runtime):
                     batch = self._batch_for(model, step, requests, min(count, MOST_TEXTS), device)
                     texts = decode_together(model, batch, requests, seeds)
                     if batch.buffers.capacity > CACHE_STEP:
-                        self.batch = None  # 54 MB a row and step of the full-size enhancer are better used for pictures
+                        self.batch = None  # a large cache leaves its memory to the pictures
                 else:
                     slots += [self._new_slot(device, 1 + number) for number in range(count)]
                     texts = _take_turns(model, slots, requests, seeds, device)

@@ -4,9 +4,8 @@ On CPUs with AVX512-BF16, bitsandbytes 0.50 fetches a compiled kernel from the H
 `kernels` is installed, and warns if that fails. Nothing here uses that kernel: it is for repacked weights, which `load`
 does without.
 
-It also lets PyTorch compile four functions, for devices without kernels of its own, as it decorates them. That imports
-PyTorch's compiler, which takes a quarter of the time in which all that `load` needs is imported. Here they are compiled
-when they are called.
+It also lets PyTorch compile four functions as it decorates them, for devices without kernels of its own. That imports
+PyTorch's compiler, which takes seconds on a slow machine. Here they are compiled when they are called.
 
 A finder, because diffusers imports bitsandbytes as well, and whichever import comes first has to be the local one. Gone
 (no such download, nothing to compile): the finder hides a package that nobody asks for, and nothing waits.
@@ -18,10 +17,10 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -78,44 +77,23 @@ def _errors_only(name: str) -> Iterator[None]:
 
 @contextmanager
 def _compiled_when_called() -> Iterator[None]:
-    """Let ``torch.compile`` wait for the first call of a function, whichever thread asks."""
+    """Let ``torch.compile``, where this thread calls it, wait until the function is called."""
     torch: Any = importlib.import_module("torch")
-    compile_now = torch.compile
+    compile_now, thread = torch.compile, threading.get_ident()
 
-    def compile_later(model: Any = None, **options: Any) -> Any:
-        if model is None:
+    def compile_later(function: Any = None, **options: Any) -> Any:
+        if threading.get_ident() != thread:
+            return compile_now(function, **options)
+        if function is None:
             return functools.partial(compile_later, **options)
-        return (
-            CompiledWhenCalled(model, compile_now, options)
-            if inspect.isfunction(model)
-            else compile_now(model, **options)
-        )
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
     torch.compile = compile_later
     try:
         yield
     finally:
         torch.compile = compile_now
-
-
-class CompiledWhenCalled:
-    """A function that is compiled when it is first called.
-
-    Args:
-        function: The function.
-        compile_now: ``torch.compile``.
-        options: Of it.
-    """
-
-    def __init__(self, function: Callable[..., Any], compile_now: Callable[..., Any], options: dict[str, Any]) -> None:
-        functools.update_wrapper(self, function)
-        self._compile = functools.partial(compile_now, function, **options)
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is None:
-            self._compiled = self._compile()
-        return self._compiled(*args, **kwargs)
 
 
 def install() -> None:

@@ -65,7 +65,7 @@ class Card:
 
 
 def compile_launched(capability: tuple[int, int], launch: Callable[[], object], folder: Path) -> list[Compiled]:
-    """All that the function `launch` launches, compiled for a card. `folder`: an empty one."""
+    """All that the function `launch` launches, compiled for a card. `folder`: for Triton's cache."""
     compiled: list[tuple[str, Any]] = []
 
     # One after the other: in Python 3.11 threads that parse code at once fail now and then.

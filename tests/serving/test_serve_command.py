@@ -52,9 +52,13 @@ def test_sigterm_finishes_what_is_drawn_and_refuses_the_rest(repository):
         client_of(url).models.list()
 
 
-def test_a_host_that_is_not_there_is_told_as_such():
-    with pytest.raises(InvalidSettings, match=r"no address nowhere\.invalid .* try another --host"):
-        bind("nowhere.invalid", 0)
+def test_a_host_that_is_not_there_is_told_as_such(monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(InvalidSettings, match=r"no address nowhere .* try another --host"):
+        bind("nowhere", 0)
 
 
 def test_an_address_that_is_taken_is_one_line(command, repository):

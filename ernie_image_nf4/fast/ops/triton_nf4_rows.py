@@ -28,7 +28,8 @@ from .triton_nf4 import INTERPRETED, number_words, numbers_on
 CODES_A_WORD = 8
 ALIGNMENT = 16  # bytes, of a weight's codes: what a thread reads at a time
 WORDS = 128  # of a weight's row that are read at a time
-# Of the three kernels, by benchmarks/decode_step.py: columns of a weight's product that a program computes, and warps.
+# Columns of a weight's product that a program of each kernel computes, and its warps: ``benchmarks/decode_step.py
+# --sweep`` tries others.
 COLUMNS, ADDED_COLUMNS, GATED_COLUMNS = 8, 8, 16
 WARPS, ADDED_WARPS, GATED_WARPS = 2, 8, 4
 
