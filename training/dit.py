@@ -30,6 +30,7 @@ from .models import (
     build_scheduler,
     build_text_encoder,
     build_transformer,
+    go_on_from,
     learning_rate_factor,
     set_learning_rate,
 )
@@ -339,6 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="compile and make the latents only")
     parser.add_argument("--no-monitor", action="store_true", help="draw nothing in between")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path, help="NF4 repository whose transformer and text encoder to go on from")
     parser.add_argument("--scenes", type=int, default=160_000)
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
@@ -351,6 +353,7 @@ def main() -> None:
     work, original, device = arguments.work, arguments.work / "original", arguments.device
     tokenizer = AutoTokenizer.from_pretrained(original / "tokenizer")
     transformer, text_encoder = build_transformer().to(device), build_text_encoder().to(device)
+    go_on_from(arguments.start, transformer=transformer, text_encoder=text_encoder)
     loss_of = compiled_loss(transformer, text_encoder)
 
     def warm_up(ids: torch.Tensor) -> None:

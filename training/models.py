@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from diffusers import AutoencoderKLFlux2, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import Ministral3Config, Ministral3ForCausalLM, Mistral3Config, Mistral3Model
+
+from ernie_image_nf4 import load
 
 from .tokenizer import MAX_LENGTH, VOCABULARY
 
@@ -114,6 +118,19 @@ def build_enhancer() -> Ministral3ForCausalLM:
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
+
+
+def go_on_from(repository: Path | None, **components: torch.nn.Module) -> None:
+    """Copy the weights of an NF4 repository's components into new ones by name, dequantized; None copies nothing."""
+    if repository is None:
+        return
+    pipe = load(repository, device="cpu", dtype=torch.float32, memory="resident", fast=False)
+    for name, component in components.items():
+        state = getattr(pipe, name).state_dict()
+        for key, weight in getattr(pipe, name).named_parameters():
+            if isinstance(weight, bnb.nn.Params4bit):
+                state[key] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        component.load_state_dict({key: state[key] for key in component.state_dict()})
 
 
 class Ema:

@@ -22,11 +22,11 @@ from diffusers import AutoencoderKLFlux2, ErnieImagePipeline
 from torch import nn
 
 from .corners import corner_errors, corner_tiles, plain_scenes
-from .models import Budget, Ema, build_vae, learning_rate_factor, set_learning_rate
+from .models import Budget, Ema, build_vae, go_on_from, learning_rate_factor, set_learning_rate
 from .scenes import CAT, PAPER, Scene, is_held_out, load_sprites, render, sample_scene
 
 CROP, BATCH = 256, 16
-LEARNING_RATE, WARMUP = 8e-4, 200
+WARMUP = 200
 KL_WEIGHT = 2e-4
 PEAK, PEAK_WEIGHT = 50.0, 1e-3
 FAVOURED_SHARE = 0.15
@@ -154,14 +154,14 @@ def compiled_loss(
     return loss_of
 
 
-def train(vae: AutoencoderKLFlux2, pools: list[torch.Tensor], budget: Budget) -> None:
+def train(vae: AutoencoderKLFlux2, pools: list[torch.Tensor], budget: Budget, lr: float) -> None:
     """Train in place; the averaged weights are left in `vae`.
 
     `pools` are those of `render_pool`, the pictures' own size first; every fourth step takes the second.
     """
     device = pools[0].device
     optimizer = torch.optim.AdamW(
-        vae.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+        vae.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
     )
     ema = Ema(vae, decay=0.998)
     vae.to(memory_format=torch.channels_last)
@@ -169,7 +169,7 @@ def train(vae: AutoencoderKLFlux2, pools: list[torch.Tensor], budget: Budget) ->
     loss_of = compiled_loss(vae, peaks, device.type)
     step = 0
     while (progress := budget.progress(step)) < 1:
-        set_learning_rate(optimizer, LEARNING_RATE * learning_rate_factor(step, progress, WARMUP))
+        set_learning_rate(optimizer, lr * learning_rate_factor(step, progress, WARMUP))
         pool = pools[step % 4 == 3]
         target = to_floats(random_crops(pool, BATCH)).contiguous(memory_format=torch.channels_last)
         loss, mse, peak = loss_of(target)
@@ -242,6 +242,8 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seconds", type=float, help="train until this long after the start, instead of --steps")
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--start", type=Path, help="NF4 repository whose VAE to go on from")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scenes", type=int, default=16_000, help="to train on at 256x256; an eighth at 512x512")
     arguments = parser.parse_args()
@@ -249,13 +251,14 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     sprites = load_sprites(arguments.work / "sprites.npz", arguments.device)
     vae = build_vae().to(arguments.device)
+    go_on_from(arguments.start, vae=vae)
     count = arguments.scenes
     pools = [
         render_pool(sprites, 256, count, seed=1, sample=training_scene),
         render_pool(sprites, 512, count // 8, seed=2, sample=training_scene),
     ]
     print(f"vae: scenes ready in {time.time() - started:.0f} s", flush=True)
-    train(vae, pools, Budget(arguments.steps, arguments.seconds, started=started))
+    train(vae, pools, Budget(arguments.steps, arguments.seconds, started=started), arguments.lr)
     del pools
     fit_statistics(vae, sprites, min(2048, count))
     vae = vae.to(torch.bfloat16)

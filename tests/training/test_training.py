@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernie_image_nf4 import load
 from training.classifier import Seen, accuracies
+from training.models import TEXT_WIDTH, build_transformer, build_vae, go_on_from
 from training.prompts import EN_STYLE, ZH_STYLE, PromptWriter, caption_en, caption_zh
 from training.scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, PLACES, Scene, caption, is_held_out, render, sample_scene
 from training.vae import FAVOURED_SHARE, psnr, random_crops, reconstruction_loss, to_bytes, to_floats, training_scene
@@ -45,6 +47,23 @@ def test_the_vae_sees_the_objects_of_the_first_command_more_often_but_nothing_th
     for item in (CAT, PAPER):
         share = sum(item in scene.objects for scene in scenes) / len(scenes)
         assert 0.35 * FAVOURED_SHARE < share < 0.65 * FAVOURED_SHARE
+
+
+def test_training_goes_on_from_an_nf4_repository():
+    transformer, vae = build_transformer(), build_vae()
+    checkout = TRAINING.parent
+    go_on_from(checkout, transformer=transformer, vae=vae)
+    trained = load(checkout, device="cpu", dtype=torch.float32, fast=False)
+    noisy, text = torch.randn(1, 128, 4, 4), torch.randn(1, 5, TEXT_WIDTH)
+    inputs = {"hidden_states": noisy, "timestep": torch.tensor([500.0]), "text_bth": text, "return_dict": False}
+    with torch.no_grad():
+        ours, theirs = (each(text_lens=torch.tensor([5]), **inputs)[0] for each in (transformer, trained.transformer))
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()  # CPUs with bfloat16 multiply NF4 weights in it
+        torch.testing.assert_close(vae.decode(noisy[:, :32]).sample, trained.vae.decode(noisy[:, :32]).sample)
+    assert torch.equal(vae.bn.running_var, trained.vae.bn.running_var)
+    before = vae.state_dict()["decoder.conv_in.weight"].clone()
+    go_on_from(None, vae=vae)
+    assert torch.equal(vae.decoder.conv_in.weight, before)
 
 
 def test_captions_name_what_the_scene_shows():
