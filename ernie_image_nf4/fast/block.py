@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers.models.transformers.transformer_ernie_image import ErnieImageSharedAdaLNBlock
+from diffusers.models.transformers.transformer_ernie_image import (
+    ErnieImageSharedAdaLNBlock,
+    ErnieImageSingleStreamAttnProcessor,
+)
 
+from ..upstream.models import is_hooked
 from . import float16
 from .attention import attend_rows
 from .linear import Tokens, WideTokens, apply_layers, apply_to_gelu, apply_to_rows, input_for
@@ -71,6 +75,17 @@ class FastErnieImageBlock(ErnieImageSharedAdaLNBlock):
         if isinstance(x, Pending):
             return Pending(total, output)
         return elementwise.gated_add(total, output, gate_mlp, rows)
+
+
+def calls_all_modules(block: Any) -> bool:
+    """Whether a block has to be upstream's, which calls each of its modules.
+
+    Hooks on the attention, the feed-forward layer or a norm wait for such a call, and so does an attention processor of
+    somebody's own. Hooks on the linear layers don't: those are called here as well.
+    """
+    attention = block.self_attention
+    parts = attention, block.mlp, block.adaLN_sa_ln, block.adaLN_mlp_ln, attention.norm_q, attention.norm_k
+    return type(attention.processor) is not ErnieImageSingleStreamAttnProcessor or any(map(is_hooked, parts))
 
 
 def add_and_norm(

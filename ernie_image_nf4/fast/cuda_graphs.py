@@ -122,6 +122,10 @@ class Predictor(Protocol):
 
     def modules(self) -> Iterator[nn.Module]: ...
 
+    def has_upstream_blocks(self) -> bool:
+        """Whether somebody's own code runs within blocks."""
+        ...
+
 
 class CapturedStep:
     """One denoising step of one picture as a CUDA graph, captured in the second step: the first compiles and allocates.
@@ -198,7 +202,7 @@ def may_be_captured(transformer: Predictor, latents: torch.Tensor) -> bool:
     """Whether a step on these latents can be captured, and is the same work each time."""
     if not latents.is_cuda or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
         return False
-    return is_undisturbed(transformer)
+    return is_undisturbed(transformer) and not transformer.has_upstream_blocks()
 
 
 def is_undisturbed(transformer: Predictor) -> bool:

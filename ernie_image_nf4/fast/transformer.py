@@ -30,7 +30,7 @@ from ..errors import InvalidSettings
 from ..upstream.models import attention_dispatch, is_compiled, is_hooked, version_of
 from ..upstream.offloading import kept_on_device
 from .adapters import Adapters
-from .block import FastErnieImageBlock, Pending, Rotary
+from .block import FastErnieImageBlock, Pending, Rotary, calls_all_modules
 from .cuda_graphs import CapturedStep
 from .ops import elementwise
 from .packing import Packing, pack, packed_rotary, token_positions
@@ -243,10 +243,16 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
             _warn_of_compiled_products()
         return True
 
+    def has_upstream_blocks(self) -> bool:
+        """Whether hooks or attention processors within blocks wait for calls, which upstream's blocks make."""
+        return any(map(calls_all_modules, self.layers.children()))
+
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """The prediction (B, C, height, width) by packed rows; arguments as of `forward`."""
+        if self.has_upstream_blocks():
+            return super().forward(latents, timestep, text, lengths, return_dict=False)[0]
         size, pictures = self.patch_size, cast(TransformerRuntime, self.runtime).pictures
         rows, columns = latents.shape[2] // size, latents.shape[3] // size
         packing, rotary = self._positions(lengths, text.shape[1], rows, columns, latents.dtype)

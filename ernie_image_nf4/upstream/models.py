@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .gone import note_gone
-from .offloading import hook_of
+from .offloading import HOOK, hook_of
 
 MINISTRAL = "transformers.models.ministral3.modeling_ministral3"
 ATTENTION_DISPATCH = "diffusers.models.attention_dispatch"
@@ -43,12 +43,13 @@ def is_hooked(module: nn.Module, *, except_offload: bool = False) -> bool:
     except AttributeError:
         note_gone("torch.nn.Module._forward_hooks", "modules count as hooked, no denoising step is captured")
         return True
-    hook = hook_of(module)
-    if after or hasattr(module, "_diffusers_hook"):
+    attributes = vars(module)  # `getattr` of what isn't there would take most of the time
+    if after or "_diffusers_hook" in attributes:
         return True
     if except_offload:
+        hook = hook_of(module)
         return any(hook is None or getattr(each, "__self__", each) is not hook for each in before.values())
-    return bool(before) or hook is not None or "forward" in vars(module)
+    return bool(before) or attributes.get(HOOK) is not None or "forward" in attributes
 
 
 def is_compiled(module: nn.Module) -> bool:

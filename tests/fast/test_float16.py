@@ -248,6 +248,15 @@ def test_with_gradients_a_mixed_transformer_is_upstreams_with_a_residual_stream_
 
 
 @torch.no_grad()
+def test_hooks_within_blocks_of_a_mixed_transformer_are_called():
+    transformer, call = mixed(build()), inputs("cpu", torch.float32, (4, 1, 7))
+    expected, seen = transformer(**call).sample, []
+    with transformer.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output)):
+        torch.testing.assert_close(transformer(**call).sample, expected, rtol=0, atol=2e-3 * expected.abs().max())
+    assert len(seen) == 1
+
+
+@torch.no_grad()
 def test_an_adapter_works_on_a_mixed_transformer():
     transformer = mixed(build())
     call = inputs("cpu", torch.float32, (2, 5))

@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ErnieImageTransformer2DModel
 from diffusers.hooks import apply_layerwise_casting
+from diffusers.models.transformers.transformer_ernie_image import ErnieImageSingleStreamAttnProcessor
 
 from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
@@ -118,6 +119,53 @@ def test_a_hooked_block_takes_and_gives_tokens_and_changes_nothing(device, dtype
     transformer.layers[1].register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
     assert torch.equal(transformer(**arguments).sample, expected)
     assert [each.shape for each in seen] == [(1, 2 * 48 + 1 + 9, 96)] * 2
+
+
+class Noted(ErnieImageSingleStreamAttnProcessor):
+    """A processor of somebody's own, which counts its calls."""
+
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        Noted.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["self_attention", "mlp", "adaLN_sa_ln", "adaLN_mlp_ln", "self_attention.norm_q", "self_attention.norm_k",
+     "self_attention.to_q", "self_attention.to_out.0", "mlp.up_proj", "mlp.linear_fc2"],
+)  # fmt: skip
+@torch.no_grad()
+def test_hooks_within_blocks_are_called_and_what_they_return_counts(name):
+    transformer, arguments = build(), inputs("cpu", torch.float32, (4, 1, 7))
+    make_transformer_fast(transformer, capture_steps=False)
+    expected, seen = transformer(**arguments).sample, []
+    module = transformer.layers[1].get_submodule(name)
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(module))
+    torch.testing.assert_close(transformer(**arguments).sample, expected, rtol=0, atol=2e-6 * expected.abs().max())
+    assert seen
+    assert set(map(id, seen)) == {id(module)}
+    handle.remove()
+    assert torch.equal(transformer(**arguments).sample, expected)
+    if name in ("self_attention.norm_q", "self_attention.norm_k", "self_attention.to_q"):
+        return  # of random weights: queries and keys hardly matter
+    with module.register_forward_hook(lambda module, args, output: output * 2):
+        assert (transformer(**arguments).sample - expected).abs().max() > 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_an_attention_processor_of_ones_own_is_called_and_no_step_with_it_is_captured():
+    transformer, arguments = build(), inputs("cpu", torch.float32, (4, 1, 7))
+    make_transformer_fast(transformer, capture_steps=False)
+    expected = transformer(**arguments).sample
+    assert not transformer.has_upstream_blocks()
+    transformer.layers[2].self_attention.set_processor(Noted())
+    Noted.calls = 0
+    torch.testing.assert_close(transformer(**arguments).sample, expected, rtol=0, atol=2e-6 * expected.abs().max())
+    assert Noted.calls == 1
+    assert transformer.has_upstream_blocks()
+    assert is_undisturbed(transformer)
 
 
 @torch.no_grad()
