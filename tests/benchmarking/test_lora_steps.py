@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHECKOUT
 
+from benchmarks.lora import step_ms
 from benchmarks.summary import lora_figures
 
 pytest.importorskip("peft")
@@ -32,6 +34,17 @@ def test_it_times_steps_with_loras_and_of_training(tmp_path: Path) -> None:
     assert min(row[f"{name}_ms"] for name in ("none", "one", "two", "off")) > 0
     assert result["train"]["steps"] == 2  # of six, three of which warm up
     assert result["train"]["step_s"] > 0
+
+
+def test_each_figure_is_of_a_picture_of_its_own_whose_step_can_be_captured() -> None:
+    """A step is captured once a picture, which its text is recognized by: with other adapters it would be no longer."""
+    inputs, texts = {"text_bth": torch.zeros(2, 3), "timestep": torch.zeros(2)}, []
+    for _ in range(2):
+        step_ms(lambda text_bth, timestep: texts.append(text_bth), inputs, "cpu")
+    half = len(texts) // 2
+    assert all(text is texts[0] for text in texts[:half])
+    assert all(text is texts[half] for text in texts[half:])
+    assert texts[0] is not texts[half]
 
 
 def test_headline_figures_are_those_of_rows_that_ended() -> None:
