@@ -8,6 +8,7 @@ instead of the modules (`decode_step`): they sum in another order.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -205,6 +206,14 @@ class FastPromptEnhancer(Ministral3ForCausalLM):
     """
 
     runtime: DecoderRuntime | None = None  # of a model built by this class itself: its layers are upstream's
+
+    @functools.wraps(Ministral3ForCausalLM.to)
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        before, moved = self.device, super().to(*args, **kwargs)
+        if self.runtime is not None and self.device != before:
+            with self.runtime.turn.take(before):
+                self.runtime.release()
+        return moved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -224,6 +224,13 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
                 sample = runtime.captured_step.predict(self, hidden_states, timestep, text_bth, text_lens)
         return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    @functools.wraps(ErnieImageTransformer2DModel.to)
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        before, moved = self.device, super().to(*args, **kwargs)
+        if self.runtime is not None and self.device != before:
+            self.runtime.release_graph()
+        return moved
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         restore_nf4_weights(self)

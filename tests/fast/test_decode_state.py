@@ -50,6 +50,15 @@ def test_buffers_serve_until_the_model_is_another_one(model, change: Callable):
     assert buffers_of(model) is after
 
 
+def test_buffers_go_when_the_model_leaves_their_device(model):
+    before = buffers_of(model)
+    model.to("cpu")
+    assert buffers_of(model) is before
+    model.to("meta")
+    assert not model.runtime.slot.buffers
+    assert model.runtime.batch is None
+
+
 def test_adapters_and_their_strengths_are_part_of_a_step(model):
     peft = pytest.importorskip("peft")
     found = [buffers_of(model)]

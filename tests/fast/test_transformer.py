@@ -423,6 +423,17 @@ class OffloadHook(ModelHook):
         self.pre_forward(module)
 
 
+def test_a_captured_step_goes_when_the_transformer_leaves_its_device(monkeypatch):
+    transformer, released = build(), []
+    make_transformer_fast(transformer, capture_steps=True)
+    monkeypatch.setattr(transformer.runtime.captured_step, "release", lambda: released.append(transformer.device.type))
+    transformer.to("cpu")
+    transformer.to(torch.float64)
+    assert not released
+    transformer.to(device="meta")
+    assert released == ["meta"]
+
+
 def test_hooks_keep_steps_from_being_captured():
     assert is_undisturbed(build())
     hooked = build()

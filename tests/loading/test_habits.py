@@ -123,6 +123,21 @@ def test_the_picture_stays_the_usual_one(repository, expected, memory, habit, dr
 
 
 @pytest.mark.gpu
+def test_a_pipeline_on_the_cpu_keeps_nothing_on_the_gpu(repository):
+    pipe = load(repository, device="cuda", memory="resident")
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"height": 64, "width": 96, "num_inference_steps": 4, "use_pe": True}
+    pipe("a cat", **settings)
+    pipe.to("cpu")  # what stays after the first time stays with the process: cuBLAS's workspaces
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        pipe.to("cuda")
+        pipe("a cat", **settings)
+        pipe.to("cpu")
+        assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_default_device_changes_nothing(repository, expected, memory, fast):
     before = torch.get_default_device()
