@@ -5,7 +5,8 @@ its own, on the GPU that Ray gives it. Ray spreads the requests, and starts repl
 page: a page's visitor would have to stay with one replica.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: Ray looks whether the annotation of `app`'s argument is a model of
+# pydantic, to make one of the arguments, and wouldn't recognize it in a string.
 
 import os
 from typing import Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,15 @@ def test_the_settings_file_is_what_ray_takes():
     ClusterOptions.model_validate(application.args)
     assert application.import_path == "ernie_image_nf4.serving.cluster:app"
     assert [deployment.name for deployment in application.deployments] == ["ErnieImage"]
+
+
+def test_ray_sees_what_to_make_of_the_arguments_of_serve_run():
+    from ernie_image_nf4.serving.cluster import ClusterOptions, app
+
+    (options,) = inspect.signature(app).parameters.values()
+    assert options.annotation is ClusterOptions  # not its name: Ray would hand on the arguments as a dictionary
+    said = ClusterOptions.model_validate({"model": "user/ERNIE-Image-NF4", "gpus": "0", "replicas": "2"})
+    assert (said.gpus, said.replicas) == (0, 2)
 
 
 @pytest.mark.parametrize(("key", "fault"), [("", "would let everybody in"), ("sesame\n", "nobody could get in")])
