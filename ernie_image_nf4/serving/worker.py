@@ -7,6 +7,7 @@ leave the server and its queue alive.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import signal
 import threading
@@ -47,6 +48,8 @@ class Worker:
         self.process = context.Process(target=run_worker, args=(theirs, options), daemon=True)
         self.process.start()
         theirs.close()  # so that reading ends when the process does
+        # A program that ends without `stop` would wait for it: multiprocessing sends a signal that it leaves to others.
+        atexit.register(self.process.kill)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -67,6 +70,7 @@ class Worker:
             if isinstance(message, Idle):
                 self.idle, self._room = True, message
             yield message
+        atexit.unregister(self.process.kill)
 
     def batch_size(self, picture: Pending) -> int:
         """Pictures like this one that it can draw together."""
@@ -103,6 +107,7 @@ class Worker:
             logging.getLogger(__name__).warning("Worker %s doesn't stop: it is killed.", self.process.pid)
             self.kill()
             await asyncio.to_thread(self.process.join)
+        atexit.unregister(self.process.kill)
         with suppress(OSError):
             self._connection.close()
 

@@ -283,3 +283,19 @@ def pixels(png: bytes) -> np.ndarray:
 
 def test_limits_are_those_that_were_given(repository):
     assert Engine(str(repository), limits=Limits(max_steps=3)).limits.max_steps == 3
+
+
+def test_a_script_that_ends_without_closing_its_engine_ends(repository, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from ernie_image_nf4.serving.engine import Engine\n"
+        "async def main():\n"
+        "    await Engine(sys.argv[1], devices=['cpu']).start()\n"
+        "    raise ValueError('a fault of the script')\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    ended = subprocess.run([sys.executable, script, repository], capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("ValueError: a fault of the script")
