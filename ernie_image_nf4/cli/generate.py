@@ -141,15 +141,12 @@ def _draw_prompt(
         )
 
 
-def _find_loras(*named: Sequence[str], loading: dict[str, Any]) -> LoraFiles | None:
-    """The LoRAs of several lists, so that a missing one is told of before a model is loaded. None if there are none."""
-    if not any(named):
-        return None
+def _find_loras(named: Sequence[str], *, loading: dict[str, Any]) -> LoraFiles:
+    """The LoRAs of a list, so that a missing one is told of before a model is loaded."""
     from ..generation.loras import LoraFiles
 
     files = LoraFiles(local_files_only=loading["local_files_only"])
-    for each in named:
-        files.find(each)
+    files.find(named)
     return files
 
 
@@ -167,9 +164,9 @@ def _draw_file(
     from ..generation.prompt_file import read_prompts
     from ..generation.settings import check_settings
 
-    rows = read_prompts(prompts_file)
     check_settings("-", **{name: settings[name] for name in (*CHECKED, "seed", "count")})
-    settings["lora_files"] = _find_loras(settings["lora"], *(row.lora or () for row in rows), loading=loading)
+    settings["lora_files"] = loras = _find_loras(settings["lora"], loading=loading)
+    rows = read_prompts(prompts_file, loras=loras)
     make_output_folder(out_dir)
     from accelerate import PartialState
 

@@ -116,9 +116,9 @@ def generate_batch(
         raise InvalidSettings(f"{batch_size} is too few for the batch size: use 1 or more.")
     if format not in FORMATS:
         raise InvalidSettings(f"Format {format!r} is none of {', '.join(FORMATS)}.")
-    rows = check_rows((f"Row {number}", vars(row)) for number, row in enumerate(rows, 1))
-    recommended, name = described_model(pipe, model)
     loras = lora_files or LoraFiles()
+    rows = check_rows(((f"Row {number}", vars(row)) for number, row in enumerate(rows, 1)), loras)
+    recommended, name = described_model(pipe, model)
     defaults = complete_settings(
         recommended,
         "",

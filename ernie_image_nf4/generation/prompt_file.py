@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -27,8 +27,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from ..errors import InvalidSettings
+from ..errors import InvalidLora, InvalidSettings, RepositoryNotFound
 from .settings import check_settings
+
+if TYPE_CHECKING:
+    from .loras import LoraFiles
 
 UNSAFE_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]')  # path separators, and what Windows refuses
 # Characters of a name, and its bytes in UTF-8: file systems allow 255, some of which number, ending and the name of the
@@ -111,16 +114,22 @@ WHOLE_NUMBERS, FLOATS = ("seed", "height", "width", "steps", "cache"), ("guidanc
 NUMBERS = dict.fromkeys(WHOLE_NUMBERS, int) | dict.fromkeys(FLOATS, float)  # all other fields are text
 
 
-def read_prompts(path: str | Path) -> list[Row]:
+def read_prompts(path: str | Path, *, loras: LoraFiles | None = None) -> list[Row]:
     """The rows of a prompt file in UTF-8, read as its suffix says.
 
     ``.txt`` (or no suffix) has one prompt a line; blank lines and those that begin with ``#`` are skipped. ``.jsonl``
     has one object a line, with the fields of `Row`. ``.csv`` has a header line with names of these fields; an empty
     cell stands for None. ``-`` is standard input: JSON Lines if its first line with text begins with ``{``, else text.
 
+    Args:
+        path: The file.
+        loras: Looks for the LoRAs that rows name; None leaves that to `generate_batch`.
+
     Raises:
         InvalidSettings: The file can't be read, or rows are wrong. The message names file, line and field of each
             problem. Or several processes would share the standard input.
+        InvalidLora: A LoRA isn't there, or is none. The message names file and line.
+        RepositoryNotFound: A LoRA's Hub repository isn't there or can't be reached; likewise.
     """
     if str(path) == STANDARD_INPUT:
         what, place, content = "Standard input", "standard input", _read_standard_input()
@@ -142,7 +151,7 @@ def read_prompts(path: str | Path) -> list[Row]:
         raise InvalidSettings(
             f"{place}, line {line}: byte 0x{byte:02x} is not UTF-8, save the file as UTF-8."
         ) from None
-    rows = check_rows((f"{place}, line {line}", values) for line, values in READERS[suffix](text))
+    rows = check_rows(((f"{place}, line {line}", values) for line, values in READERS[suffix](text)), loras)
     if not rows:
         raise InvalidSettings(f"{what} has no prompts.")
     return rows
@@ -162,17 +171,22 @@ def _read_standard_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def check_rows(entries: Iterable[tuple[str, Mapping[str, Any] | str]]) -> list[Row]:
+def check_rows(entries: Iterable[tuple[str, Mapping[str, Any] | str]], loras: LoraFiles | None = None) -> list[Row]:
     """Rows of values that have been checked. A `Row` made by hand isn't checked until then.
 
     Args:
         entries: Place of each row, for messages, and its values by field; or the reason why it couldn't be read.
+        loras: Looks for the LoRAs that rows name, once all else is right; None if they aren't to be looked for.
 
     Raises:
         InvalidSettings: A row is wrong. The message has a line for each problem.
+        InvalidLora: A LoRA isn't there, or is none.
+        RepositoryNotFound: A LoRA's Hub repository isn't there or can't be reached.
     """
     adapter = TypeAdapter(Row)
-    rows, problems = [], []
+    rows: list[Row] = []
+    places: list[str] = []
+    problems: list[str] = []
     names: dict[str, str] = {}
     for place, values in entries:
         if isinstance(values, str):
@@ -189,9 +203,16 @@ def check_rows(entries: Iterable[tuple[str, Mapping[str, Any] | str]]) -> list[R
                 problems.append(f"{place}, name: {row.name!r} was used before ({names[key]}), choose another.")
             names.setdefault(key, place)
         rows.append(row)
+        places.append(place)
     if problems:
         more = [f"... and {len(problems) - MAX_PROBLEMS} more."] if len(problems) > MAX_PROBLEMS else []
         raise InvalidSettings("\n".join(problems[:MAX_PROBLEMS] + more))
+    if loras is not None:
+        for place, row in zip(places, rows, strict=True):
+            try:
+                loras.find(row.lora or ())
+            except (InvalidLora, InvalidSettings, RepositoryNotFound) as error:
+                raise type(error)(f"{place}, lora: {error}") from None
     return rows
 
 

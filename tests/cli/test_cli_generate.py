@@ -220,6 +220,15 @@ def test_prompts_come_from_standard_input(command, repository, tmp_path, monkeyp
     assert {path.name for path in (tmp_path / "out").glob("*.webp")} == {"0001-a-cat.webp", "0002-一只猫.webp"}
 
 
+def test_a_lora_of_a_row_that_is_not_there_is_told_of_before_anything_is_loaded(command, tmp_path):
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text('{"prompt": "a cat", "lora": ["nowhere.safetensors"]}')
+    result = command("generate", "--prompts-file", prompts, "--out-dir", tmp_path / "out", "-m", "user/never-asked-for")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"Error: {prompts}, line 1, lora: There is no file or folder 'nowhere.safetensors'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_another_run_draws_into_is_refused_before_anything_is_loaded(command, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat")
     options = ("--prompts-file", tmp_path / "prompts.txt", "--out-dir", tmp_path / "out", "--device", "cpu")

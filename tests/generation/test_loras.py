@@ -106,6 +106,17 @@ def test_a_strength_beyond_all_numbers(text):
         parse_lora(text)
 
 
+def test_a_lora_of_a_row_that_is_not_there_is_told_of_with_its_place(files, tmp_path):
+    rows = [{"prompt": "a", "lora": [str(files["ink"])]}, {"prompt": "b", "lora": ["nowhere.safetensors:0.5"]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    with pytest.raises(InvalidLora, match=r"rows\.jsonl, line 3, lora: There is no file or folder 'nowhere"):
+        read_prompts(path, loras=LoraFiles())
+    path.write_text(json.dumps({"prompt": "a", "lora": [str(files["ink"])] * 2}))
+    with pytest.raises(InvalidSettings, match=r"rows\.jsonl, line 1, lora: LoRA ink\.safetensors is named twice"):
+        read_prompts(path, loras=LoraFiles())
+
+
 @pytest.mark.parametrize("text", ["~nobody-is-called-so/ink.safetensors", "x" * 5000, "x" * 5000 + ".safetensors:0.5"])
 def test_a_path_that_no_system_takes_is_not_there(text):
     with pytest.raises(InvalidLora, match="There is no file or folder"):
