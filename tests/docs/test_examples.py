@@ -58,9 +58,9 @@ def examples(page: str, text: str) -> list[ast.Module]:
 
 
 def run(page: str, text: str) -> dict[str, Any]:
-    """Run a page's blocks one after the other. Later ones may use what an earlier one, or the README, imports."""
+    """Run a page's blocks one after the other. Later ones may use what an earlier one imports."""
     names: dict[str, Any] = {name: getattr(ernie_image_nf4, name) for name in ernie_image_nf4.__all__}
-    if page == "README.md":
+    if page in PAGES and page != "docs/python-api.md":  # which says at its top where its names come from
         names = {}
     with diffusers_nf4_on_cpus():
         for tree in examples(page, text):
