@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import CHECKOUT
 from PIL import Image
 from running import Loop, events_of, request, running_engine, running_loop, until
 
@@ -299,3 +301,13 @@ def test_a_script_that_ends_without_closing_its_engine_ends(repository, tmp_path
     ended = subprocess.run([sys.executable, script, repository], capture_output=True, text=True, timeout=90)
     assert ended.returncode == 1
     assert ended.stderr.rstrip().endswith("ValueError: a fault of the script")
+
+
+def test_the_documentations_script_draws(repository, tmp_path):
+    page = (CHECKOUT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = (each for each in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "Engine" in each)
+    code = code.replace("user/ERNIE-Image-NF4", str(repository)).replace("=1024", "=32").replace("=50", "=1")
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=90)
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (32, 32)
