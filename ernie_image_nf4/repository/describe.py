@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .components import COMPONENTS, Component
 from .lora_file import describe_lora
-from .metadata import installed_versions
+from .metadata import Quantization, installed_versions
 from .record import Repository
 
 MB = 1000**2
@@ -25,7 +25,7 @@ def describe(repository: Repository) -> list[str]:
         source, scheme = metadata.source, metadata.quantization
         origin = (source.repository, source.revision, source.license)
         rows.append(("source", ", ".join(part for part in origin if part)))
-        rows.append(("quantized", f"{scheme.quant_type.upper()} by {scheme.method}, blocks of {scheme.block_size}"))
+        rows.append(("quantized", _scheme_text(scheme)))
     rows += [(component.name, _component_text(repository, component)) for component in COMPONENTS]
     size = f"{settings.width}x{settings.height}"
     rows.append(("recommended", f"{size}, {settings.num_inference_steps} steps, guidance {settings.guidance_scale}"))
@@ -57,6 +57,16 @@ def describe_adapter(file: Path) -> list[str]:
     return [f"{label:<12} {text}" for label, text in rows]
 
 
+def _scheme_text(scheme: Quantization) -> str:
+    parts = [f"{scheme.quant_type.upper()} by {scheme.method}", f"blocks of {scheme.block_size}"]
+    if scheme.scale_search:
+        parts.append("scale search")
+    if scheme.calibration_prompts:
+        source = f" ({scheme.calibration_source})" if scheme.calibration_source else ""
+        parts.append(f"calibrated with {scheme.calibration_prompts} prompts{source}")
+    return ", ".join(parts)
+
+
 def _component_text(repository: Repository, component: Component) -> str:
     part = repository.components.get(component.name)
     if part is None:
@@ -70,7 +80,8 @@ def _component_text(repository: Repository, component: Component) -> str:
         size = f"{sum(file.stat().st_size for file in files) / MB:.1f} MB"
     else:
         size = f"{record.bytes / MB:.1f} MB, not here" if record else "weights not here"
-    return f"{part.class_name}, {precision}, {size}"
+    kept = f", kept: {', '.join(record.kept_modules)}" if record and record.kept_modules else ""
+    return f"{part.class_name}, {precision}, {size}{kept}"
 
 
 def _versions(versions: dict[str, str]) -> str:

@@ -31,7 +31,7 @@ from .messages import Drawn, Failed, Idle, StepDone, TextRevised, WorkerOptions
 from .metrics import Metrics
 from .pool import WorkerPool
 from .queue import PictureQueue, pictures_of
-from .requests import DrawRequest, Limits, check_request
+from .requests import DrawRequest, Limits, check_request, recommended_within
 from .worker import Worker
 
 __all__ = ["Engine", "Event", "Picture", "Queued", "Revised", "Started", "Step"]
@@ -64,7 +64,7 @@ class Engine:
     Attributes:
         name: The model's name.
         model: Folder or Hub id as it was asked for, None for the repository of this package.
-        recommended: Size, steps and guidance scale that suit the model.
+        recommended: Size, steps and guidance scale that suit the model, within the limits.
         limits: What a request may ask for.
         loras: The LoRAs that a request may name, at strength 1.
         prompt_enhancer: Whether a request can have its prompt rewritten.
@@ -111,8 +111,10 @@ class Engine:
         metadata = read_metadata_if_ours(folder)
         self.model = model
         self.name = metadata.name if metadata is not None else model or folder.resolve().name
-        self.recommended = metadata.recommended if metadata is not None else Recommended()
         self.limits = limits or Limits()
+        self.recommended = recommended_within(
+            self.limits, metadata.recommended if metadata is not None else Recommended()
+        )
         self.loras, lora_paths = find_loras(loras or {}, local_files_only=local_files_only)
         self.prompt_enhancer = prompt_enhancer
         self.log_prompts = log_prompts

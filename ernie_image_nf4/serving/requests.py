@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InvalidRequest, InvalidSettings
 from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from ..generation.settings import check_settings
+from ..repository.components import PIXELS_PER_PATCH
+from ..repository.metadata import Recommended
 
 MAX_LORA_STRENGTH = 4.0
 MAX_GUIDANCE = 100.0
@@ -68,6 +70,21 @@ class Limits:
     max_body_bytes: int = 256 * 1024
     queue_length: int = 64
     seconds: float = 600.0
+
+
+def recommended_within(limits: Limits, recommended: Recommended) -> Recommended:
+    """What a request that names no size and no steps gets: the model's, as far as the server allows it.
+
+    A size that is too large becomes a smaller one of about the same shape.
+    """
+    pixels = recommended.width * recommended.height
+    scale = min(1.0, (limits.max_pixels / pixels) ** 0.5)
+    width, height = (
+        max(1, int(side * scale) // PIXELS_PER_PATCH) * PIXELS_PER_PATCH
+        for side in (recommended.width, recommended.height)
+    )
+    steps = min(recommended.num_inference_steps, limits.max_steps)
+    return replace(recommended, width=width, height=height, num_inference_steps=steps)
 
 
 def check_request(request: DrawRequest, limits: Limits, *, lora_names: Collection[str]) -> None:

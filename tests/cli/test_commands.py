@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from ernie_image_nf4.fast.products import PRODUCTS
 from ernie_image_nf4.generation.image_file import FORMATS
 from ernie_image_nf4.memory.placement import DTYPES, MEMORY_MODES
 from ernie_image_nf4.quantization.synthetic import PRESETS
+from ernie_image_nf4.repository.components import METADATA
 
 # Usage
 
@@ -82,6 +85,19 @@ def test_info_says_what_a_repository_holds(command, repository):
     assert lines["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert "guidance" in lines["recommended"]
     assert lines["installed"].startswith(f"ernie-image-nf4 {ernie_image_nf4.__version__}, torch ")
+
+
+def test_info_tells_how_the_weights_were_made(command, copy):
+    metadata = json.loads((copy / METADATA).read_text())
+    metadata["quantization"] |= {"scale_search": True, "calibration_prompts": 64, "calibration_source": "built in"}
+    metadata["components"]["transformer"]["kept_modules"] = ["text_proj", "final_linear"]
+    (copy / METADATA).write_text(json.dumps(metadata))
+    out = command("info", copy).out
+    assert "blocks of 64, scale search, calibrated with 64 prompts (built in)" in out
+    assert "kept: text_proj, final_linear" in out
+    metadata["quantization"] |= {"scale_search": False, "calibration_prompts": 0}
+    (copy / METADATA).write_text(json.dumps(metadata))
+    assert not re.search("scale search|calibrated", command("info", copy).out)
 
 
 def test_info_without_weights_takes_sizes_from_the_metadata(command, copy):

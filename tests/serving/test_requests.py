@@ -8,9 +8,10 @@ import pytest
 
 from ernie_image_nf4.errors import InvalidRequest, InvalidSettings
 from ernie_image_nf4.generation import schedule
+from ernie_image_nf4.repository.metadata import Recommended
 from ernie_image_nf4.serving import queue
 from ernie_image_nf4.serving.lora import named_loras
-from ernie_image_nf4.serving.requests import DrawRequest, Limits, check_request
+from ernie_image_nf4.serving.requests import DrawRequest, Limits, check_request, recommended_within
 
 LIMITS = Limits(max_pixels=64 * 64, max_steps=10, max_count=3, max_prompt_characters=20)
 GOOD = {"prompt": "a cat", "width": 64, "height": 64, "steps": 10, "guidance_scale": 4.0, "count": 3}
@@ -49,6 +50,22 @@ def test_what_is_not_is_refused_with_the_field(field, change, text):
     with pytest.raises(InvalidRequest, match=text) as raised:
         check_request(DrawRequest(**{**GOOD, **change}), LIMITS, lora_names=("style",))
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("max_pixels", "size", "expected"),
+    [
+        (1024 * 1024, (1024, 1024), (1024, 1024)),
+        (512 * 512, (1024, 1024), (512, 512)),
+        (500 * 500, (1376, 768), (656, 368)),
+        (10, (768, 1376), (16, 16)),
+    ],
+)
+def test_what_a_request_leaves_out_is_what_the_server_allows(max_pixels, size, expected):
+    width, height = size
+    found = recommended_within(Limits(max_pixels=max_pixels, max_steps=10), Recommended(height, width, 50, 3.0))
+    assert (found.width, found.height, found.num_inference_steps, found.guidance_scale) == (*expected, 10, 3.0)
+    assert recommended_within(Limits(), Recommended()) == Recommended()
 
 
 def test_batches_are_as_large_as_generate_batch_makes_them():
