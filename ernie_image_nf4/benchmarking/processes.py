@@ -1,11 +1,12 @@
-"""Fresh processes, one for each measurement."""
+"""Fresh processes, one for each measurement, which end with the process that started them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_all_start_methods, get_context
+import os
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -34,6 +35,9 @@ def process_context(device: str) -> BaseContext:
 def in_own_process(context: BaseContext, function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """Call a function in a fresh process.
 
+    It is killed where this one is interrupted, and ends by itself where this one is killed: a measurement that nobody
+    waits for any more would disturb the next one on the device.
+
     Args:
         context: As from `process_context`.
         function: One that can be pickled.
@@ -43,10 +47,35 @@ def in_own_process(context: BaseContext, function: Callable[..., dict[str, Any]]
         Its result, or the ``error`` that it or its process ended with: an arm that can't run says why, and the others
             run.
     """
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            return {"error": "the process was killed, probably for lack of memory"}
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, function, arguments))  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()  # so that reading ends when the process does
+    try:
+        answer = ours.recv()
+        process.join()
+        return answer
+    except EOFError:
+        return {"error": "the process was killed, probably for lack of memory"}
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def _answer(connection: Connection, function: Callable[..., dict[str, Any]], arguments: Sequence[object]) -> None:
+    """In the fresh process: send what the function gives, or its error."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        answer = function(*arguments)
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+    connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking import run
 from ernie_image_nf4.benchmarking.arms import ARMS, Arm, Workload, choose_arms, is_baseline
 from ernie_image_nf4.benchmarking.growth import compare_int8, step_operations
-from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process, process_context
+from ernie_image_nf4.benchmarking.processes import process_context
 from ernie_image_nf4.benchmarking.report import arms_table, bar_chart, markdown, write_benchmark
 from ernie_image_nf4.benchmarking.run import benchmark
 from ernie_image_nf4.benchmarking.summary import summary
@@ -340,16 +339,6 @@ def test_the_rate_of_int8_products_is_compared_with_bfloat16s(result):
         found[0]["speedup"], rel=1e-3
     )
     assert "h100.int8_product_vs_bf16" not in summary(result)
-
-
-@pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")
-def test_processes_are_forked_after_the_slow_imports():
-    context = process_context("cpu")
-    assert context.get_start_method() == "forkserver"
-    # A builtin function, so that unpickling it imports nothing
-    imported = in_own_process(context, eval, "sorted(__import__('sys').modules)")
-    assert set(PRELOADED) <= set(imported)
-    assert "bitsandbytes" not in imported
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
