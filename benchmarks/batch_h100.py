@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
+
+from benchmarks.children import answer
 
 ORIGINAL, NF4 = "ERNIE-Image", "ERNIE-Image-NF4"
 GIB = 1024**3
@@ -76,7 +77,7 @@ def main() -> None:
     for memory in arguments.memory:
         print(f"{memory} ...", flush=True)
         command = [sys.executable, *sys.argv, "--measure", memory]
-        result[memory] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        result[memory] = answer(command)
         print(json.dumps(result[memory]), flush=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")  # Now: a later mode may fail
     if not arguments.keep_files:
@@ -84,16 +85,35 @@ def main() -> None:
 
 
 def build(work: Path, preset: str) -> None:
-    """Make the NF4 repository with random weights, unless it exists."""
+    """Make the NF4 repository with random weights, unless a run has finished it.
+
+    In a process of its own, whose memory on the GPU is free again when the measurement begins.
+    """
+    from multiprocessing import get_context
+
+    from ernie_image_nf4.benchmarking.processes import in_own_process
+
+    error = in_own_process(get_context("spawn"), make, work, preset).get("error")
+    if error:
+        raise SystemExit(error)
+
+
+def make(work: Path, preset: str) -> dict[str, Any]:
+    """`build` in this process. An original that was there stays."""
     from ernie_image_nf4.quantization.convert import quantize
+    from ernie_image_nf4.quantization.resumable_output import is_finished
     from ernie_image_nf4.quantization.synthetic import synthesize
 
-    if (work / NF4).exists():
-        return
+    if is_finished(work / NF4):
+        return {}
     work.mkdir(parents=True, exist_ok=True)
-    synthesize(work / ORIGINAL, preset=preset, progress=False)
+    kept = is_finished(work / ORIGINAL)
+    if not kept:
+        synthesize(work / ORIGINAL, preset=preset, progress=False)
     quantize(work / ORIGINAL, work / NF4, progress=False)
-    shutil.rmtree(work / ORIGINAL)
+    if not kept:
+        shutil.rmtree(work / ORIGINAL)
+    return {}
 
 
 def measure(memory: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Each step runs in its own process: synthesize an original (31.6 GB, random weights), quantize it as bitsandbytes does,
 with the scale search, and calibrated with the prompts that are built in; then compare predictions for prompts, noise
-and timesteps that calibration didn't see. Needs 65 GB of disk. `--preset tiny` is for a try on a CPU.
+and timesteps that calibration didn't see. Needs 65 GB of disk. `--preset tiny` is for a try on a CPU. The same call
+goes on with an interrupted run: repositories that it finished, and their figures in the output, are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
+from benchmarks.children import answer
 from benchmarks.quantize_full_size import GIB, machine, measured
 
 ORIGINAL = "ERNIE-Image"
@@ -69,19 +70,46 @@ def main() -> None:
         "preset": arguments.preset,
     }
     result["settings"] = vars(settings(arguments))
+    kept = figures_kept(arguments, result)
     for step in steps_of(arguments):
-        if step == "synthesize" and (arguments.work / ORIGINAL / "model_index.json").exists():
+        if step == "synthesize" and is_made(arguments.work / ORIGINAL):
+            result |= {step: kept[step]} if step in kept else {}
             continue
+        if step in VARIANTS and step in kept and is_made(arguments.work / step):
+            result[step] = kept[step]
+            continue
+        if step in VARIANTS:
+            shutil.rmtree(
+                arguments.work / step, ignore_errors=True
+            )  # Half of one would be gone on with, and half timed
         print(f"{step} ...", flush=True)
         os.sync()  # Write out the previous step's data before this step is timed
         command = [sys.executable, __file__, "--step", step, *sys.argv[1:]]
-        result[step] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        result[step] = answer(command)
         if (extra := arguments.work / f"{step}.json").exists():
             result[step] |= json.loads(extra.read_text(encoding="utf-8"))
         print(json.dumps(result[step]), flush=True)
         arguments.output.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n", encoding="utf-8")
     if not arguments.keep_files:
         shutil.rmtree(arguments.work)
+
+
+def figures_kept(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """Figures of an earlier run with the same preset, settings and machine."""
+    if not arguments.output.exists():
+        return {}
+    earlier = json.loads(arguments.output.read_text(encoding="utf-8"))
+    same = {"preset", "settings"} <= earlier.keys() and all(
+        earlier[key] == result[key] for key in ("preset", "settings")
+    )
+    return earlier if same and earlier.get("machine") == json.loads(json.dumps(machine())) else {}
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a run wrote the repository to its end."""
+    from ernie_image_nf4.quantization.resumable_output import is_finished
+
+    return is_finished(folder)
 
 
 def settings(arguments: argparse.Namespace) -> Any:

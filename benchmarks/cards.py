@@ -25,9 +25,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import run
 from ernie_image_nf4.benchmarking.arms import PROMPT
 
 CHECKOUT = Path(__file__).parents[1]
@@ -65,14 +67,21 @@ def parse() -> argparse.Namespace:
 def measure_all(arguments: argparse.Namespace) -> None:
     """Measure everything, and write what there is after each picture."""
     from ernie_image_nf4.benchmarking.device import describe_machine
-    from ernie_image_nf4.benchmarking.run import make_synthetic
+    from ernie_image_nf4.benchmarking.processes import in_own_process
+    from ernie_image_nf4.benchmarking.run import NF4
     from ernie_image_nf4.evaluation.report import write_files
     from ernie_image_nf4.repository.record import open_repository
 
-    model = make_synthetic(arguments.synthetic)[0] if arguments.synthetic else arguments.model
+    # In processes of their own: this one has no part in the GPU's memory.
+    context = get_context("spawn")
+    made = in_own_process(context, synthesize, arguments.synthetic) if arguments.synthetic else {}
+    found = made if "error" in made else in_own_process(context, describe_machine, arguments.device)
+    if "error" in found:
+        raise SystemExit(found["error"])
+    model = arguments.synthetic / NF4 if arguments.synthetic else arguments.model
     gpu = arguments.device.startswith("cuda")
     steps = arguments.steps or open_repository(model).recommended.num_inference_steps
-    result: dict[str, Any] = describe_machine(arguments.device) | {
+    result: dict[str, Any] = found | {
         "command": "python -m benchmarks.cards " + ("--synthetic FOLDER" if arguments.synthetic else "--model FOLDER"),
         "settings": {"size": arguments.size, "steps": steps, "prompt": PROMPT},
         "cards": [],
@@ -98,6 +107,14 @@ def measure_all(arguments: argparse.Namespace) -> None:
         for expected, enhancer, free in limits(model, result["context_gib"]):
             options = [] if enhancer else ["--no-pe"]
             note("limits", {"expected": expected} | measure(model, free, [*asked, *options], gpu=True))
+
+
+def synthesize(folder: Path) -> dict[str, Any]:
+    """Make the repositories unless they are there."""
+    from ernie_image_nf4.benchmarking.run import make_synthetic
+
+    make_synthetic(folder)
+    return {}
 
 
 def drawing(size: int, steps: int) -> list[str]:
@@ -166,7 +183,7 @@ def start(command: Sequence[str]) -> tuple[str, str]:
     """Run a process to its end, or to `TIME_LIMIT`; returns what it wrote to both streams."""
     options: dict[str, Any] = {"cwd": CHECKOUT, "capture_output": True, "text": True, "errors": "replace"}
     try:
-        ended = subprocess.run(command, timeout=TIME_LIMIT, check=False, **options)
+        ended = run(command, timeout=TIME_LIMIT, check=False, **options)
     except subprocess.TimeoutExpired:
         return "", f"not done after {TIME_LIMIT} s"
     return ended.stdout, ended.stderr

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from PIL import Image, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
+from benchmarks.children import run
 from benchmarks.quantize_full_size import machine
 from ernie_image_nf4 import load, load_lora
 from training.scenes import BACKGROUNDS, OBJECTS, Scene, caption, load_sprites, render
@@ -118,7 +118,7 @@ def train(arguments: argparse.Namespace) -> Path:
                "rank": arguments.rank, "learning-rate": arguments.learning_rate}  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     script = CHECKOUT / "examples" / "train_lora.py"
-    subprocess.run([sys.executable, str(script), str(arguments.work / "pictures"), *words], check=True)
+    run([sys.executable, str(script), str(arguments.work / "pictures"), *words], check=True)
     return output / f"{output.name}.safetensors"
 
 

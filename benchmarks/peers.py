@@ -10,8 +10,8 @@ pictures. First plain, then by diffusers' ``compile_repeated_blocks``, compiled 
 ``fullgraph`` where the library can't be compiled with it. Ours isn't compiled: that would take its kernels away.
 
 SDNQ tunes its kernels for quantized products, which takes minutes, and keeps what it found for its next arm. Arms are
-compared with each other, so they all belong to one run: there is no adding to a file. `--preset tiny --device cpu` is
-for a try.
+compared with each other, so they all belong to one run: `--resume` goes on with one that was interrupted, on the same
+machine with the same versions and settings, and else begins anew. `--preset tiny --device cpu` is for a try.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+from benchmarks.children import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--limit", type=float, default=120, help="seconds of an arm")
     parser.add_argument("--tuning-limit", type=float, default=240, help="seconds of an arm that tunes its kernels")
+    parser.add_argument("--resume", action="store_true", help="keep the arms that --output has, of an interrupted run")
     parser.add_argument("--no-compile", action="store_true", help="time plain steps only")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--measure", choices=ARMS, help=argparse.SUPPRESS)
@@ -87,7 +90,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
         found = in_own_process(get_context("spawn"), *work)
         if "error" in found:
             raise SystemExit(found["error"])
-    words = ["FOLDER" if word == str(arguments.synthetic) else word for word in sys.argv[1:]]
+    words = ["FOLDER" if word == str(arguments.synthetic) else word for word in sys.argv[1:] if word != "--resume"]
     result: dict[str, Any] = {
         "machine": found["machine"],
         "versions": library_versions(),
@@ -101,14 +104,36 @@ def measure_all(arguments: argparse.Namespace) -> None:
         },
         "arms": [],
     }
+    if arguments.resume:
+        result["arms"] = arms_kept(arguments.output, result)
+    done = {row["name"] for row in result["arms"]}
     with tempfile.TemporaryDirectory(prefix="peers-") as caches:
         for name in arguments.arms:
+            if name in done:
+                continue
             print(f"{name} ...", flush=True)
             limit = arguments.tuning_limit if name in TUNING else arguments.limit
             row = run_arm(name, limit, sys.argv[1:], Path(caches))
             print(f"  {json.dumps(row)}", flush=True)
             result["arms"].append(row)
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write(arguments.output, json.dumps(result, indent=2) + "\n")
+
+
+def arms_kept(output: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an interrupted run left in a file; none if it was of another machine, other versions or settings."""
+    if not output.exists():
+        return []
+    earlier = json.loads(output.read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(result))  # Tuples become lists
+    same = all(earlier.get(key) == asked[key] for key in ("machine", "versions", "settings"))
+    return earlier["arms"] if same else []
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a file as a whole: the process may be killed while it writes."""
+    written = file.with_suffix(".part")
+    written.write_text(text, encoding="utf-8")
+    written.replace(file)
 
 
 def synthesize(folder: Path, preset: str) -> dict[str, Any]:
@@ -119,17 +144,17 @@ def synthesize(folder: Path, preset: str) -> dict[str, Any]:
     return {}
 
 
-def run_arm(name: str, limit_s: float, options: list[str], caches: Path) -> dict[str, Any]:
+def run_arm(name: str, limit_s: float, words: list[str], caches: Path) -> dict[str, Any]:
     """An arm in a process of its own: what it measured, and if it didn't end well, what it was in and why.
 
     Args:
         name: Of the arm.
         limit_s: Seconds after which it is killed, with all that it has started.
-        options: Of this script's command line.
+        words: Of this script's command line.
         caches: Folder for compiled kernels. What one library compiled or tuned is there for its next arm.
     """
     file = caches / f"{name}.json"
-    command = [sys.executable, "-m", "benchmarks.peers", *options, "--measure", name, "--row", str(file)]
+    command = [sys.executable, "-m", "benchmarks.peers", *words, "--measure", name, "--row", str(file)]
     kept = caches / (name if name in OURS else name.partition("-")[0])
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"),
@@ -137,9 +162,8 @@ def run_arm(name: str, limit_s: float, options: list[str], caches: Path) -> dict
         "TRITON_CACHE_AUTOTUNING": "1",
     }
     began = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=CHECKOUT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    options: dict[str, Any] = {"cwd": CHECKOUT, "env": environment, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent(), **options)
     try:
         code = process.wait(limit_s)
         end = None if code == 0 else f"The process ended with code {code}" + (", killed" if code < 0 else "")
@@ -173,9 +197,7 @@ def measure_arm(name: str, arguments: argparse.Namespace) -> None:
 
     def note(found: dict[str, Any]) -> None:
         figures.update(found)
-        written = arguments.row.with_suffix(".part")
-        written.write_text(json.dumps(figures), encoding="utf-8")
-        written.replace(arguments.row)  # The process may be killed while it writes
+        write(arguments.row, json.dumps(figures))
 
     try:
         pipe = open_arm(name, arguments, note)

@@ -9,6 +9,7 @@ answered is compared with one drawn alone, by the function behind ``generate``, 
 
 `speed` makes a repository of full size with random weights in `--work` (41 GB of disk while it is made), draws with it
 alone and by `generate_batch`, then starts the server and draws the same prompts and seeds with 1, 4 and 16 clients.
+What was drawn without the server is kept in ``WORK/alone.json``: an interrupted run is gone on with by the same call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import platform
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +43,7 @@ from urllib.parse import urlsplit
 import openai
 import psutil
 
+from benchmarks.children import answer, end_with_parent
 from ernie_image_nf4.repository.metadata import installed_versions
 
 PROMPTS = ("an orange cat on a wooden desk", "a red apple and a fish on the beach", "一只狗在草地上", "a rocket")
@@ -55,6 +58,7 @@ BAD = (
     {"stepz": 3},
     {"size": "9999x9999"},
 )
+ALONE = "alone.json"
 TRIES = 20  # of a request that is told to come again
 
 
@@ -125,16 +129,17 @@ def machine() -> dict[str, Any]:
 def server(*arguments: str) -> Iterator[tuple[psutil.Process, str, float]]:
     """The command ``serve`` at a free port: its process, its address, and the seconds it took to be ready."""
     command = [sys.executable, "-m", "ernie_image_nf4", "serve", *arguments, "--no-page", "--port", "0"]
-    process = psutil.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"is ready at (\S+) after (\S+) s", line):
-            break
-    else:
-        raise RuntimeError("".join(lines))
-    threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()  # so that it isn't held up
+    # By SIGTERM it ends its workers too.
+    process = psutil.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent(signal.SIGTERM))
     try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"is ready at (\S+) after (\S+) s", line):
+                break
+        else:
+            raise RuntimeError("".join(lines))
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()  # so that it isn't held up
         yield process, found[1], float(found[2])
     finally:
         process.terminate()
@@ -305,8 +310,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.batch_h100 import build
 
     build(arguments.work, arguments.preset)
-    command = [sys.executable, "-m", "benchmarks.serve", "alone", *sys.argv[2:]]
-    without = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    without = drawn_alone(arguments)
     with server(str(arguments.work / "ERNIE-Image-NF4")) as (_, url, ready):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
 
@@ -328,6 +332,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
             with ThreadPoolExecutor(count) as pool:
                 list(pool.map(draw, range(pictures)))
             clients[str(count)] = round(60 * pictures / (time.perf_counter() - began), 3)
+    (arguments.work / ALONE).unlink()
     return {
         "settings": {"preset": arguments.preset, "size": arguments.size, "steps": arguments.steps, "guidance": 4.0},
         "ready_seconds": ready,
@@ -340,6 +345,27 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
             statistics.median(a - b for a, b in zip(lone, without["single_seconds"], strict=True)), 4
         ),
     }
+
+
+def drawn_alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `alone` measures, from the file in which an interrupted run with the same settings left it if it is there.
+
+    The file is removed by a run that comes to its end.
+    """
+    asked = machine() | {name: getattr(arguments, name) for name in ("preset", "size", "steps", "pictures")}
+    file = arguments.work / ALONE
+    if file.exists():
+        left = json.loads(file.read_text(encoding="utf-8"))
+        if left["asked"] == asked:
+            return left["found"]
+    options = [
+        word
+        for name in ("work", "preset", "size", "steps", "pictures")
+        for word in (f"--{name}", getattr(arguments, name))
+    ]
+    found = answer([sys.executable, "-m", "benchmarks.serve", "alone", *options])
+    file.write_text(json.dumps({"asked": asked, "found": found}), encoding="utf-8")
+    return found
 
 
 def prompt_of(seed: int) -> str:

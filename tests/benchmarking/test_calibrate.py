@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
+
+from benchmarks import calibrate
 
 
 @pytest.mark.slow
@@ -34,3 +37,16 @@ def test_it_records_phases_memory_and_errors(original: Path, tmp_path: Path) -> 
     assert "synthesize" not in result
     assert not (tmp_path / "work").exists()
     assert (original / "model_index.json").exists()
+
+
+def test_figures_of_an_interrupted_run_are_kept_for_the_same_settings_and_machine(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    options = argparse.Namespace(output=output, preset="tiny", turbo=False)
+    asked = {"preset": "tiny", "settings": vars(calibrate.settings(options))}
+    assert calibrate.figures_kept(options, asked) == {}
+    earlier = asked | {"stock": {"seconds": 1.0}, "machine": calibrate.machine()}
+    output.write_text(json.dumps(earlier))
+    assert calibrate.figures_kept(options, asked)["stock"] == {"seconds": 1.0}
+    assert calibrate.figures_kept(options, asked | {"preset": "full"}) == {}
+    output.write_text(json.dumps(earlier | {"machine": {"gpu": "another"}}))
+    assert calibrate.figures_kept(options, asked) == {}

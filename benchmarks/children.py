@@ -1,0 +1,33 @@
+"""Commands that a benchmark runs: none outlives the script that started it, however that ends.
+
+A command that goes on after the script was killed would take the GPU from what is measured next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def run(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess:
+    """`subprocess.run`, from the main thread, of a command that is killed where this process ends."""
+    return subprocess.run([str(word) for word in command], preexec_fn=end_with_parent(), **options)
+
+
+def answer(command: Sequence[object]) -> Any:
+    """What a command that has to end well says in its last line, as JSON."""
+    return json.loads(run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+
+
+def end_with_parent(by: signal.Signals = signal.SIGKILL) -> Callable[[], None] | None:
+    """A ``preexec_fn``: the process gets this signal where the thread that starts it ends. None where there is none."""
+    libc = _LIBC
+    return None if libc is None else lambda: libc.prctl(PR_SET_PDEATHSIG, int(by))
