@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import sys
 import time
@@ -57,6 +58,13 @@ def peak_memory(device: str) -> dict[str, float]:
         "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
     }
+
+
+def free_unused_memory() -> None:
+    """Give the memory back to the GPU that PyTorch's allocator keeps for later, if this process uses one."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory(device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def remove_predictions(work: Path) -> None:
         file.unlink()
 
 
+def has_predictions(row: Mapping[str, Any], work: Path) -> bool:
+    """Whether an arm's predictions are there, as far as `compare_predictions` compares them."""
+    return not _is_compared(row) or _file(work, row["name"]).exists()
+
+
 def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
     """Add each arm's largest relative error.
 
@@ -95,13 +101,17 @@ def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
     reference = load_file(files[REFERENCE])
     exact = load_file(files[EXACT])["prediction"] if files[EXACT].exists() else None
     for arm in arms:
-        if "error" in arm or arm["way"] not in ("demo", "ours") or has_own_work(arm):
+        if "error" in arm or not _is_compared(arm):
             continue
         own = load_file(_file(work, arm["name"]))
         other = own["reordered" if arm["name"] == REFERENCE else "prediction"]
         arm["prediction_error"] = largest_error(other, reference["prediction"])
         if exact is not None:
             arm["prediction_error_to_float32"] = largest_error(own["prediction"], exact)
+
+
+def _is_compared(row: Mapping[str, Any]) -> bool:
+    return row["way"] in ("demo", "ours") and not has_own_work(row)
 
 
 def largest_error(one: torch.Tensor, reference: torch.Tensor) -> float:

@@ -6,9 +6,10 @@ The workload is the model card's two experiments: one picture, and several in a 
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from ..quantization.convert import quantize
 from ..quantization.resumable_output import is_finished
 from ..quantization.synthetic import synthesize
 from .arms import ARMS, DEFAULT_WORKLOAD, LOADED_AGAIN, PROMPT, Arm, Workload
-from .device import describe_machine
+from .device import describe_machine, free_unused_memory
 from .growth import measure_growth
-from .predictions import compare_predictions, remove_predictions, save_exact_predictions
+from .predictions import compare_predictions, has_predictions, remove_predictions, save_exact_predictions
 from .processes import in_own_process, process_context
 from .worker import measure_arm
 
@@ -37,6 +38,7 @@ def benchmark(
     workload: Workload = DEFAULT_WORKLOAD,
     device: str = "cuda",
     growth: bool = True,
+    earlier: Mapping[str, Any] | None = None,
     on_progress: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Run all arms and collect what they measure.
@@ -49,6 +51,8 @@ def benchmark(
         workload: What each arm does.
         device: To run on.
         growth: Whether to measure how a step's time grows with size and batch.
+        earlier: Result of an interrupted run with the same `work`, to go on with. One of another machine, workload or
+            version is left alone.
         on_progress: Called with the result so far after each arm and each later part: a run takes a quarter of an hour.
 
     Returns:
@@ -63,30 +67,34 @@ def benchmark(
     work.mkdir(parents=True, exist_ok=True)
     run = functools.partial(in_own_process, process_context(device))
     result = _machine(run, device) | {"workload": asdict(workload), "prompt": PROMPT, "arms": []}
-    remove_predictions(work)
+    kept = _finished(earlier or {}, result, arms, work)
+    if not kept["arms"]:
+        remove_predictions(work)
 
     def measure(arm: Arm, pictures: int | None = None) -> dict[str, Any]:
         return run(measure_arm, arm, model, original, work, workload, device, pictures)
 
-    if workload.loads > 1:
+    if workload.loads > 1 and not kept["arms"]:
         measure(arms[0], pictures=0)  # The first process on a machine is slower than later ones
     for arm in arms:
+        if arm.name in kept["arms"]:
+            result["arms"].append(kept["arms"][arm.name])
+            continue
         print(f"{arm.name} ...", file=sys.stderr, flush=True)
         figures = measure(arm)
-        row = {"name": arm.name, "way": arm.way, "options": arm.options} | ({"work": arm.work} if arm.work else {})
-        result["arms"].append(row | figures)
+        result["arms"].append(_head(arm) | figures)
         print(f"  {_brief(figures)}", file=sys.stderr, flush=True)
         compare_predictions(result["arms"], work)
         on_progress(result)
     for arm, row in zip(arms, result["arms"], strict=True):
-        if arm.name in LOADED_AGAIN and "error" not in row:
+        if arm.name in LOADED_AGAIN and not {"error", "all_load_s"} & row.keys():
             _take_median_load(row, [measure(arm, pictures=0) for _ in range(workload.loads - 1)])
             on_progress(result)
-    result["float32"] = run(save_exact_predictions, model, work, workload.size, device)
+    result["float32"] = kept["float32"] or run(save_exact_predictions, model, work, workload.size, device)
     compare_predictions(result["arms"], work)
     on_progress(result)
     if growth:
-        result["growth"] = run(measure_growth, model, device)
+        result["growth"] = kept["growth"] or run(measure_growth, model, device)
         on_progress(result)
     return result
 
@@ -110,7 +118,32 @@ def make_synthetic(folder: str | Path, *, preset: str = "full") -> tuple[Path, P
         synthesize(original, preset=preset)
     if not is_finished(nf4):
         quantize(original, nf4)
+        free_unused_memory()  # Else this process would keep the GPU's from those that measure
     return nf4, original
+
+
+def _head(arm: Arm) -> dict[str, Any]:
+    """What a row says of its arm."""
+    return {"name": arm.name, "way": arm.way, "options": arm.options} | ({"work": arm.work} if arm.work else {})
+
+
+def _finished(earlier: Mapping[str, Any], result: Mapping[str, Any], arms: Sequence[Arm], work: Path) -> dict[str, Any]:
+    """What an earlier run finished of what `result` begins: rows by their arms' names, and the parts after the arms."""
+    asked = json.loads(json.dumps(result))  # as it was read
+    if any(earlier.get(key) != asked[key] for key in ("machine", "versions", "workload", "prompt")):
+        earlier = {}
+    heads = {arm.name: json.loads(json.dumps(_head(arm))) for arm in arms}
+    rows = {
+        row["name"]: row
+        for row in earlier.get("arms", ())
+        if row["name"] in heads
+        and "error" not in row
+        and all(row.get(key) == value for key, value in heads[row["name"]].items())
+        and has_predictions(row, work)
+    }
+    parts = {name: earlier.get(name, {}) for name in ("float32", "growth")}
+    ended = {name: part if rows and "error" not in part else {} for name, part in parts.items()}
+    return {"arms": rows} | ended
 
 
 def _machine(run: Callable[..., dict[str, Any]], device: str) -> dict[str, Any]:

@@ -97,6 +97,9 @@ def benchmark(
     pictures: Annotated[int, typer.Option(min=2, help="Pictures in a row after one load.")] = 10,
     growth: Annotated[bool, typer.Option(help="Measure a step at four sizes and three batches.")] = True,
     device: Annotated[str, typer.Option(help="Device to measure.")] = "cuda",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interrupted run left in --out-dir, and measure the rest.")
+    ] = False,
     quick: Annotated[
         bool,
         typer.Option(
@@ -108,7 +111,7 @@ def benchmark(
 ) -> None:
     """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""
     from ..benchmarking.arms import Workload, choose_arms
-    from ..benchmarking.report import write_benchmark
+    from ..benchmarking.report import read_benchmark, write_benchmark
     from ..benchmarking.run import benchmark
     from ..errors import InvalidSettings
     from ..generation.image_file import make_output_folder
@@ -131,7 +134,15 @@ def benchmark(
         files[:] = write_benchmark(result, out_dir)
 
     benchmark(
-        nf4, original, out_dir / "work", arms=arms, workload=workload, device=device, growth=growth, on_progress=keep
+        nf4,
+        original,
+        out_dir / "work",
+        arms=arms,
+        workload=workload,
+        device=device,
+        growth=growth,
+        earlier=read_benchmark(out_dir) if resume else None,
+        on_progress=keep,
     )
     typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
 

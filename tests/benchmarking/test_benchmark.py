@@ -6,10 +6,11 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from diffusers import ErnieImagePipeline
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from benchmarks import rounding
@@ -17,13 +18,15 @@ from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking import run
 from ernie_image_nf4.benchmarking.arms import ARMS, Arm, Workload, choose_arms, is_baseline
 from ernie_image_nf4.benchmarking.growth import compare_int8, step_operations
+from ernie_image_nf4.benchmarking.predictions import compare_predictions, save_predictions
 from ernie_image_nf4.benchmarking.processes import process_context
 from ernie_image_nf4.benchmarking.report import arms_table, bar_chart, markdown, write_benchmark
 from ernie_image_nf4.benchmarking.run import benchmark
 from ernie_image_nf4.benchmarking.summary import summary
-from ernie_image_nf4.benchmarking.worker import _fixed_length
+from ernie_image_nf4.benchmarking.worker import _fixed_length, load_arm, measure_arm
 from ernie_image_nf4.cli.app import app
 from ernie_image_nf4.errors import InvalidSettings
+from ernie_image_nf4.fast.products import CAPABILITY
 
 TINY = Workload(size=32, steps=3, tokens=5, pictures=3, large=48, loads=1)
 # The names of real arms, with options that a CPU has.
@@ -161,6 +164,36 @@ def test_an_interrupted_run_leaves_a_report_of_what_it_had(result, steps, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_an_interrupted_one(result, steps, tmp_path: Path, repository: Path, monkeypatch):
+    """Only with one of the same machine, versions and workload whose predictions are there."""
+    ran: list[str] = []
+
+    def measure(context, function, *arguments):
+        if function is run.describe_machine:
+            return {key: result[key] for key in ("machine", "versions", "command")}
+        ran.append(arguments[0].name if isinstance(arguments[0], Arm) else function.__name__)
+        return {"error": "not here"}
+
+    monkeypatch.setattr(run, "in_own_process", measure)
+    monkeypatch.setattr(run, "process_context", lambda device: None)
+    others = ["original, CPU offload", "save_exact_predictions"]
+
+    def go_on(earlier: dict, workload: Workload = TINY) -> list[str]:
+        ran.clear()
+        options = {"arms": CPU_ARMS, "workload": workload, "device": "cpu", "growth": False}
+        benchmark(repository, None, tmp_path, **options, earlier=json.loads(json.dumps(earlier)))
+        return ran
+
+    assert go_on(steps[1])[:2] == ["demo", "resident"]  # Their predictions aren't there
+    for name in ("demo", "resident"):
+        save_file({key: torch.ones(1, 1) for key in ("prediction", "reordered")}, tmp_path / f"{name}.safetensors")
+    assert go_on(steps[1]) == ["turbo", "turbo, no enhancer", *others]
+    assert go_on(result) == others[:1]
+    assert go_on(result | {"versions": {"torch": "1"}})[0] == "demo"
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.slow
 def test_the_report_has_all_arms(result, tmp_path: Path):
     files = {file.name: file for file in write_benchmark(result, tmp_path / "report")}
     assert set(files) == {"benchmark.json", "benchmark.md", "benchmark.png"}
@@ -198,33 +231,45 @@ def test_arms_are_chosen_by_name():
         choose_arms(["swap"])
 
 
-def on_gpu(repository: Path, original: Path, work: Path, names: list[str], **options: Any) -> dict:
-    workload = replace(TINY, loads=2)
-    return benchmark(repository, original, work, arms=choose_arms(names), workload=workload, device="cuda", **options)
+@pytest.fixture(scope="module")
+def demo(repository: Path) -> ErnieImagePipeline:
+    """The demo's pipeline on the GPU."""
+    return load_arm(ARMS[0], repository, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [each.name for each in ARMS])  # a test each, which may run beside each other
-def test_an_arm_runs_on_a_gpu(name: str, original: Path, repository: Path, tmp_path: Path):
+def test_an_arm_runs_on_a_gpu(name: str, original: Path, repository: Path, demo, tmp_path: Path, monkeypatch):
+    """In this process: to start others, with their imports and CUDA contexts, took nearly all of the time."""
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))  # so that it is taken back
     (chosen,) = choose_arms([name])
-    compared = chosen.way == "ours" and not chosen.work
-    result = on_gpu(repository, original, tmp_path, ["demo", name] if compared else [name], growth=False)
-    if name in ("resident, fp8", "resident, int8") and "error" in arm(result, name):
-        assert "compute capability" in arm(result, name)["error"]  # 8.9 and 7.5
+    least, _ = CAPABILITY.get(chosen.options.get("products"), ((0, 0), ""))
+    if torch.cuda.get_device_capability() < least:
+        with pytest.raises(InvalidSettings, match="compute capability"):
+            measure_arm(chosen, repository, original, tmp_path, TINY, "cuda")
         return
-    assert not [row for row in result["arms"] if "error" in row]
-    row = result["arms"][-1]
-    if row["way"] == "ours":
+    row = measure_arm(chosen, repository, original, tmp_path, TINY, "cuda")
+    assert len(row["pictures"]) == min(chosen.pictures or TINY.pictures, TINY.pictures)
+    assert row["large"]["step_ms"] > 0
+    if chosen.way == "ours":
         assert row["peak_reserved_gib"] > 0
-    if compared:
-        assert row["prediction_error"] < 0.5
-    if name == "resident":
-        assert len(row["all_load_s"]) == 2
+    if chosen.way == "ours" and not chosen.work:
+        save_predictions(demo, TINY.size, "cuda", tmp_path, "demo")
+        rows = [{"name": "demo", "way": "demo"}, {"name": name, "way": "ours"}]
+        compare_predictions(rows, tmp_path)
+        assert rows[1]["prediction_error"] < 0.5
 
 
 @pytest.mark.gpu
-def test_steps_at_four_sizes_and_three_batches_are_measured_on_a_gpu(original: Path, repository: Path, tmp_path: Path):
-    assert len(on_gpu(repository, original, tmp_path, ["resident"])["growth"]["rows"]) == 12
+def test_a_run_on_a_gpu_has_processes_of_its_own_and_all_parts(original: Path, repository: Path, tmp_path: Path):
+    options = {"arms": choose_arms(["resident"]), "workload": replace(TINY, loads=2, large=None), "device": "cuda"}
+    result = benchmark(repository, original, tmp_path, **options)
+    (row,) = result["arms"]
+    assert "error" not in row
+    assert len(row["all_load_s"]) == 2
+    assert result["float32"]["seconds"] > 0
+    assert len(result["growth"]["rows"]) == 12  # four sizes and three batches
 
 
 def test_operations_are_those_that_torch_counts():
