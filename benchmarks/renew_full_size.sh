@@ -5,34 +5,45 @@
 #   bash benchmarks/renew_full_size.sh FOLDER
 #
 # FOLDER takes 41 GB, best in memory: the original and its NF4 repository, made there unless they are. What each run says
-# goes to a file in FOLDER/log.
+# goes to a file in FOLDER/log. An interruption ends all of them; the same command goes on from there, as long as no
+# Python file has changed.
 set -uo pipefail
 
 folder=${1:?usage: bash benchmarks/renew_full_size.sh FOLDER}
 mkdir -p "$folder/log"
-rm -rf "$folder/benchmark" # or an earlier result would be taken for this one's
+# By this name in the commands that the results record.
+ln -sfn "$(realpath "$folder")" FOLDER
+code=$(find ernie_image_nf4 benchmarks -name '*.py' | sort | xargs cat | sha256sum)
+if [ "$code" != "$(cat FOLDER/measured/code 2> /dev/null)" ]; then
+  rm -rf FOLDER/measured FOLDER/alone.json # which benchmarks.serve keeps
+  mkdir FOLDER/measured
+  echo "$code" > FOLDER/measured/code
+fi
 second="" # a GPU of its own for the other formats, unless the caller has chosen one for all
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p')
+source "$(dirname "$0")/side_by_side.sh" FOLDER/log
 
-run() { # GPU NAME MODULE ARGUMENTS...: its words in a file; the others go on if it fails
-  local gpu=$1 name=$2
-  shift 2
-  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 -m "$@" > "$folder/log/$name" 2>&1 || echo "$name failed: see $folder/log/$name" >&2
+run() { # GPU NAME RESULT MODULE ARGUMENTS...: unless it is measured; RESULT becomes benchmarks/NAME_h100.json
+  local gpu=$1 name=$2 result=FOLDER/measured/$3
+  shift 3
+  [ -e "FOLDER/measured/$name.done" ] && return
+  start "$gpu" "$name" -m "$@"
+  finish $! && cp "$result" "benchmarks/${name}_h100.json" && touch "FOLDER/measured/$name.done"
 }
 
-python3 -c "import sys; from ernie_image_nf4.benchmarking.run import make_synthetic; make_synthetic(sys.argv[1])" "$folder"
+start 0 synthetic -c "import sys; from ernie_image_nf4.benchmarking.run import make_synthetic; make_synthetic(sys.argv[1])" FOLDER
+finish $! || exit 1
 
 speed() {
-  run 0 benchmark ernie_image_nf4 benchmark --synthetic "$folder" --out-dir "$folder/benchmark"
-  cp "$folder/benchmark/benchmark.json" benchmarks/benchmark_h100.json
-  run 0 lora benchmarks.lora --work "$folder" --output benchmarks/lora_h100.json
+  run 0 benchmark benchmark/benchmark.json ernie_image_nf4 benchmark --synthetic FOLDER --out-dir FOLDER/measured/benchmark --resume
+  run 0 lora lora.json benchmarks.lora --work FOLDER --output FOLDER/measured/lora.json
 }
 others() {
-  run "$second" peers benchmarks.peers --synthetic "$folder" --output benchmarks/peers_h100.json
-  run "$second" serve benchmarks.serve speed --work "$folder" --output benchmarks/serve_h100.json
+  run "$second" peers peers.json benchmarks.peers --synthetic FOLDER --output FOLDER/measured/peers.json --resume
+  run "$second" serve serve.json benchmarks.serve speed --work FOLDER --output FOLDER/measured/serve.json
 }
 if [ -n "$second" ]; then
-  speed &
+  (end_together && speed) &
   others
   wait
 else
@@ -43,5 +54,8 @@ fi
 # One GPU each, and nothing else on it, then:
 #   python -m benchmarks.cards --synthetic FOLDER
 #   python -m benchmarks.threads_and_reloads
-#   python -m benchmarks.calibrate --work FOLDER --output benchmarks/calibrate_h100.json --variants scale_search,calibrated
+#   python -m benchmarks.calibrate --work FOLDER --output benchmarks/calibrate_h100.json --variants scale_search,calibrated \
+#     --keep-files
+#   python benchmarks/skipping_mini.py --output benchmarks/skipping_h100.json --device cuda --dtype bfloat16 \
+#     --model FOLDER/ERNIE-Image-NF4 --size 512 --steps 50 --captions 4
 #   python -m benchmarks.summary

@@ -5,7 +5,7 @@
 #
 #   bash benchmarks/renew_mini.sh training/work
 #
-# What each run says goes to a file in WORK/log.
+# What each run says goes to a file in WORK/log. An interruption ends all of them.
 set -uo pipefail
 
 work=${1:?usage: bash benchmarks/renew_mini.sh WORK}
@@ -17,32 +17,32 @@ rm -rf WORK # or repositories of earlier weights would be measured
 mkdir WORK
 cp -r "$work/nf4" WORK/calibrated
 second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true) # where there are two, the formats are on this one
+source "$(dirname "$0")/side_by_side.sh" "$work/log"
 
-run() { # GPU NAME COMMAND...: its words in a file; the others go on if it fails
-  local gpu=$1 name=$2
-  shift 2
-  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 "$@" > "$work/log/$name" 2>&1 || echo "$name failed: see $work/log/$name" >&2
-}
-
-run 0 evaluate -m training.evaluate "$work" --model . --output training/report.json &
-run 0 blemishes -m training.blemishes "$work" --model . --output training/corners.png --card training/first_command.png
-run "${second:-0}" nf4_mini benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini.json --device cuda \
-  --dtype float32 --batch 50 --classifier CLASSIFIER --peers sdnq-uint4 quanto-int4 gguf-q4_0 &
+start 0 evaluate -m training.evaluate "$work" --model . --output training/report.json
+evaluate=$!
+start "${second:-0}" nf4_mini benchmarks/nf4_mini.py ORIGINAL --work WORK --output benchmarks/nf4_mini.json --device cuda \
+  --dtype float32 --batch 50 --classifier CLASSIFIER --peers sdnq-uint4 quanto-int4 gguf-q4_0
 formats=$!
-run 0 products_mini benchmarks/products_mini.py --output benchmarks/products_mini.json --device cuda --batch 50 \
+start 0 blemishes -m training.blemishes "$work" --model . --output training/corners.png --card training/first_command.png
+finish $!
+start 0 products_mini benchmarks/products_mini.py --output benchmarks/products_mini.json --device cuda --batch 50 \
   --classifier CLASSIFIER
-wait "$formats" # the next one takes the repositories that it made
-run "${second:-0}" nf4_mini_bfloat16 benchmarks/nf4_mini.py ORIGINAL --work WORK \
+finish $! "$formats" # the next one takes the repositories that it made
+start "${second:-0}" nf4_mini_bfloat16 benchmarks/nf4_mini.py ORIGINAL --work WORK \
   --output benchmarks/nf4_mini_bfloat16.json --device cuda --batch 50 --classifier CLASSIFIER \
-  --peers sdnq-uint4 torchao-int4 torchao-float8 quanto-int4 gguf-q4_0 &
-run 0 skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_mini.json --device cuda --captions 200 \
-  --batch 50 --classifier CLASSIFIER &
-run "${second:-0}" nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json \
+  --peers sdnq-uint4 torchao-int4 torchao-float8 quanto-int4 gguf-q4_0
+formats=$!
+start 0 skipping_mini benchmarks/skipping_mini.py --output benchmarks/skipping_mini.json --device cuda --captions 200 \
+  --batch 50 --classifier CLASSIFIER --no-times
+skipping=$!
+start "${second:-0}" nf4_sensitivity benchmarks/nf4_sensitivity.py ORIGINAL --output benchmarks/nf4_sensitivity.json \
   --device cuda --size 128 --captions 24 --batch 24 --scales scale_search
-wait
-# Takes the font of stage 0, or its picture from $work/teach/camel.npz.
-run 0 lora_teach -m benchmarks.lora_teach --work "$work/teach" --output benchmarks/lora_teach.json \
+finish $! "$formats" "$skipping" "$evaluate"
+# Alone, for its seconds. Takes the font of stage 0, or its picture from $work/teach/camel.npz.
+start 0 lora_teach -m benchmarks.lora_teach --work "$work/teach" --output benchmarks/lora_teach.json \
   --grid docs/lora-teach.jpg
+finish $!
 # On a CPU, then:
 #   python -m training.samples --model . --output training/samples.png
 #   python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json

@@ -7,9 +7,9 @@
         --model ERNIE-Image-NF4 --size 512 --steps 50 --captions 4
 
 Pictures are compared with those by the same weights that leave nothing out; the row of fewer steps has as many as the
-default cache computes. Times are taken on a GPU. The third command is for those at full size, where random weights make
-the PSNR say nothing. The captions are those of benchmarks/nf4_mini.py; `--classifier FILE` adds the accuracy of what is
-drawn, as there.
+default cache computes. Times are taken on a GPU, unless by `--no-times` where something else uses it. The third command
+is for those at full size, where random weights make the PSNR say nothing. The captions are those of
+benchmarks/nf4_mini.py; `--classifier FILE` adds the accuracy of what is drawn, as there.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ def main() -> None:
     arms = {name: [replace(each, **asdict(skipping)) for each in plain] for name, skipping in SKIPPING.items()} | {
         f"{fewer} steps": [replace(each, num_inference_steps=fewer) for each in plain]
     }
+    # What else runs on a CPU's cores would be in the time.
+    timed = arguments.device.startswith("cuda") and not arguments.no_times
     drawn: dict[str, torch.Tensor] = {}
     results: dict[str, dict[str, float]] = {}
     for name, settings in arms.items():
-        drawn[name], seconds = draw(pipe, settings, arguments.batch)
+        drawn[name], seconds = draw(pipe, settings, arguments.batch, warm_up=timed)
         figures = results[name] = {"work": work(settings[0]) / work(plain[0])}
-        if arguments.device.startswith("cuda"):  # what else runs on a CPU's cores would be in the time
+        if timed:
             figures["denoising_s"] = seconds
             figures["time_vs_full"] = seconds / results[FULL]["denoising_s"]
         if name != FULL:
@@ -98,20 +100,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--no-times", action="store_true", help="leave times out, and what is drawn before for them")
     parser.add_argument("--classifier", type=Path, help="weights of the judge of training/classifier.py")
     return parser.parse_args()
 
 
-def draw(pipe: Any, settings: Sequence[Settings], batch_size: int) -> tuple[torch.Tensor, float]:
-    """Pictures, uint8 (N, 3, height, width), and the median seconds of denoising one."""
+def draw(pipe: Any, settings: Sequence[Settings], batch_size: int, *, warm_up: bool) -> tuple[torch.Tensor, float]:
+    """Pictures, uint8 (N, 3, height, width), and the median seconds of denoising one.
+
+    With `warm_up` the first batch is drawn once before: kernels are compiled.
+    """
     texts = encode(pipe, [*(each.prompt for each in settings), ""])
     pictures, seconds = [], []
     batches = [settings[start : start + batch_size] for start in range(0, len(settings), batch_size)]
-    warm_up = batches[:1] if execution_device(pipe).type == "cuda" else []  # kernels are compiled, graphs captured
-    for number, batch in enumerate([*warm_up, *batches]):
+    before = batches[: int(warm_up)]
+    for number, batch in enumerate([*before, *batches]):
         prompts = [texts[each.prompt] for each in batch]
         denoised = denoise(pipe, batch, prompts, [texts[""]] * len(batch), {})
-        if number < len(warm_up):
+        if number < len(before):
             continue
         seconds += [each.seconds for each in denoised]
         for each, prompt, result in zip(batch, prompts, denoised, strict=True):

@@ -4,7 +4,7 @@
 #
 #   VAE_SECONDS=490 DIT_SECONDS=630 bash training/recipe.sh training/work
 #
-# What each stage says goes to a file in WORK/log.
+# What each stage says goes to a file in WORK/log. The first that fails ends the others, and so does an interruption.
 set -euo pipefail
 
 work=${1:?usage: bash training/recipe.sh WORK}
@@ -12,21 +12,23 @@ mkdir -p "$work/log"
 # Else the transformer would take the earlier run's latents, or go on with its weights.
 rm -rf "$work/original/vae" "$work/pools.pt" "$work/dit.pt" "$work/classifier.safetensors"
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # a stage that waits for one that failed would wait for ever
+trap 'exit 130' INT
+trap 'exit 143' TERM
 # A second GPU takes all but the VAE.
 second=$(nvidia-smi --list-gpus 2> /dev/null | sed -n '2s/.*/1/p' || true)
 
-stage() { # GPU NAME ARGUMENTS...: one stage, its words in a file
+start() { # GPU NAME ARGUMENTS...: one stage in the background, its words in a file
   local gpu=$1 name=$2
   shift 2
-  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 -m "training.$name" "$@" > "$work/log/$name" 2>&1
+  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$gpu} python3 -m "training.$name" "$@" > "$work/log/$name" 2>&1 &
 }
 
 # The transformer compiles and prepares captions while the VAE is trained, then takes its latents.
-stage "${second:-0}" dit "$work" --seconds "${DIT_SECONDS:-630}" --no-monitor --scenes 128000 &
-transformer=$!
-stage "${second:-0}" classifier "$work" --seconds "${CLASSIFIER_SECONDS:-150}" &
-classifier=$!
-stage 0 vae "$work" --seconds "${VAE_SECONDS:-490}"
-wait "$transformer"
-wait "$classifier"
-stage 0 export "$work" --enhancer . --install .
+start "${second:-0}" dit "$work" --seconds "${DIT_SECONDS:-630}" --no-monitor --scenes 128000
+start "${second:-0}" classifier "$work" --seconds "${CLASSIFIER_SECONDS:-150}"
+start 0 vae "$work" --seconds "${VAE_SECONDS:-490}"
+for _ in dit classifier vae; do
+  wait -n # for whichever ends next
+done
+start 0 export "$work" --enhancer . --install .
+wait $!
