@@ -66,7 +66,9 @@ def main() -> None:
     made = {name: make(name, arguments.original, arguments.work, arguments.device) for name in names}
     scenes, rows = held_out(arguments.captions)
     candidates = [str(made[name][0]) for name in names] + arguments.baselines
-    *_, evaluation = evaluate(
+    judge = load_judge(arguments.classifier, arguments.device) if arguments.classifier else None
+    seen: dict[str, dict[str, float]] = {}
+    for evaluation in evaluate(
         arguments.original,
         candidates,
         prompts=rows,
@@ -79,20 +81,27 @@ def main() -> None:
         dtype=arguments.dtype,
         command=" ".join(["python", *sys.argv]),
         progress=True,
-    )
-    accuracies = judge(evaluation, scenes, arguments.classifier, arguments.device) if arguments.classifier else {}
-    results = {
-        name: figures(result) | accuracies.get(result.name, {})
-        for name, result in zip(["original", *names, *arguments.baselines], evaluation.results, strict=True)
-    }
-    for name in names:
-        results[name]["quantize_s"] = made[name][1]
+    ):
+        for name, pictures in evaluation.pictures.items():
+            if judge is not None and name not in seen:
+                seen[name] = judged(judge, pictures, scenes, arguments.device)
+        # After each, which may be the last one that is measured
+        so_far = zip(["original", *names, *arguments.baselines], evaluation.results, strict=False)
+        results = {name: figures(result) | seen.get(result.name, {}) for name, result in so_far}
+        for name in made.keys() & results.keys():
+            results[name]["quantize_s"] = made[name][1]
+        content = write(arguments, evaluation, results)
+    print(formats_table(content))
+
+
+def write(arguments: argparse.Namespace, evaluation: Evaluation, results: dict[str, dict[str, object]]) -> dict:
+    """Write both files; returns the content of the one of flat figures."""
     content = {
         "command": evaluation.command,
         "machine": {"device": evaluation.device, "platform": platform.platform()},
         "versions": evaluation.versions,
         "dtype": evaluation.dtype,
-        "captions": len(rows),
+        "captions": len(evaluation.prompts),
         "calibration_prompts": CALIBRATION_PROMPTS,
         "settings": vars(evaluation.settings),
         "batch_size": evaluation.batch_size,
@@ -101,7 +110,7 @@ def main() -> None:
     arguments.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     details = json.loads(evaluation_json(evaluation))
     arguments.output.with_suffix(".details.json").write_text(json.dumps(details) + "\n", encoding="utf-8")
-    print(formats_table(content))
+    return content
 
 
 def make(name: str, original: Path, work: Path, device: str | None) -> tuple[Path, float | None]:
@@ -127,14 +136,6 @@ def held_out(count: int) -> tuple[list[Scene], list[Row]]:
 
 def language(number: int) -> str:
     return ("en", "zh")[number % 2]
-
-
-def judge(
-    evaluation: Evaluation, scenes: list[Scene], classifier: Path, device: str | None
-) -> dict[str, dict[str, float]]:
-    """Accuracies that the classifier of training/ finds in each result's pictures."""
-    model = load_judge(classifier, device)
-    return {name: judged(model, pictures, scenes, device) for name, pictures in evaluation.pictures.items()}
 
 
 def load_judge(classifier: Path, device: str | None) -> SceneClassifier:

@@ -10,12 +10,13 @@ original's text embeddings. The combinations at the end are candidates for `laye
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
 from benchmarks.nf4_mini import SETTINGS, held_out
+from ernie_image_nf4.evaluation.environment import device_name
 from ernie_image_nf4.evaluation.metrics import psnr
 from ernie_image_nf4.evaluation.pictures import draw_from_latents, draw_latents
 from ernie_image_nf4.evaluation.predictions import Probe, encode, make_probe, predict, prediction_error
@@ -113,23 +115,28 @@ def main() -> None:
     mini = measured_mini(arguments)
     groups = {"transformer": TRANSFORMER | COMBINATIONS, "text_encoder": TEXT_ENCODER}
     wanted = arguments.groups.split(";") if arguments.groups else None
-    results = []
+    results: list[dict[str, Any]] = []
     for scales in arguments.scales:
         quantized = {name: nf4_of(weights, SCALES[scales]) for name, weights in mini.originals.items()}
         for component, patterns in groups.items():
             chosen = {name: found for name, found in patterns.items() if not wanted or name in wanted}
-            results += measure_groups(mini, scales, component, quantized[component], chosen, arguments.original)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(execution_device(mini.pipe))
+            for found in measure_groups(mini, scales, component, quantized[component], chosen, arguments.original):
+                results.append(found)
+                write(arguments.output, mini, results)  # Now: the next one may be interrupted
+
+
+def write(output: Path, mini: Mini, results: list[dict[str, Any]]) -> None:
+    device = execution_device(mini.pipe)
     content = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": {"device": device, "platform": platform.platform()},
+        "machine": {"device": device_name(device), "platform": platform.platform()},
         "versions": installed_versions(),
         "dtype": "float32",
         "captions": len(mini.prompts),
         "settings": asdict(mini.settings),
         "results": results,
     }
-    arguments.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -191,8 +198,8 @@ def measure_groups(
     quantized: dict[str, torch.Tensor],
     groups: dict[str, Sequence[str]],
     original: Path,
-) -> list[dict[str, Any]]:
-    """Quantize one component, first all of it, then keeping one group of layers at a time.
+) -> Iterator[dict[str, Any]]:
+    """Quantize one component, first all of it, then keeping one group of layers at a time: a row of results each.
 
     Args:
         mini: The mini.
@@ -204,7 +211,7 @@ def measure_groups(
     """
     base = measure(mini, component, quantized, [])
     print(scales, component, "nothing kept", base, flush=True)
-    results: list[dict[str, Any]] = [{"scales": scales, "quantized": component, "kept": "nothing", **base}]
+    yield {"scales": scales, "quantized": component, "kept": "nothing", **base}
     for name, patterns in groups.items():
         found = measure(mini, component, quantized, patterns)
         cost = {size: extra_bytes(patterns, size, original) for size in ("mini", "full")}
@@ -217,8 +224,7 @@ def measure_groups(
             "share_of_full_transformer": round(cost["full"] / full_transformer_bytes(), 5),
         }
         print(scales, name, found, flush=True)
-        results.append({"scales": scales, "quantized": component, "kept": name, "patterns": patterns, **found})
-    return results
+        yield {"scales": scales, "quantized": component, "kept": name, "patterns": patterns, **found}
 
 
 def measure(mini: Mini, component: str, quantized: dict[str, torch.Tensor], patterns: Sequence[str]) -> dict[str, Any]:
@@ -279,6 +285,7 @@ def extra_bytes(patterns: Sequence[str], size: str, original: Path) -> int:
     return total
 
 
+@functools.cache
 def configured(component: str, size: str, original: Path | None) -> nn.Module:
     """A component of the mini or of the full size, without storage."""
     if size == "mini":
@@ -293,6 +300,7 @@ def without_storage(component: Component, folder: Path) -> nn.Module:
     )
 
 
+@functools.cache
 def full_transformer_bytes() -> int:
     """NF4 bytes of the full-size transformer."""
     model = configured("transformer", "full", None)

@@ -56,10 +56,11 @@ def main() -> None:
 
     scenes, rows = held_out(arguments.captions)
     judge = load_judge(arguments.classifier, arguments.device) if arguments.classifier else None
-    drawn = {name: draw(*options, rows, arguments) for name, options in ARMS.items()}
-    pictures, prediction = drawn[EXACT]
+    torch.backends.cudnn.allow_tf32 = False  # as is torch's default in convolutions: float32 is to be exact
+    pictures, prediction = exact = draw(*ARMS[EXACT], rows, arguments)
     results: dict[str, dict[str, float]] = {}
-    for name, (its_pictures, its_prediction) in drawn.items():
+    for name, options in ARMS.items():
+        its_pictures, its_prediction = exact if name == EXACT else draw(*options, rows, arguments)
         figures = results[name] = {}
         if name != EXACT:
             ratios = psnr(pictures, its_pictures)
@@ -68,6 +69,11 @@ def main() -> None:
             figures["prediction_error"] = float(f"{largest_error(its_prediction, prediction):.4g}")
         if judge is not None:
             figures |= judged(judge, its_pictures, scenes, arguments.device)
+        write(arguments, results)  # Now: a later one may fail
+    print(json.dumps(results, indent=2))
+
+
+def write(arguments: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
     cuda = arguments.device.startswith("cuda")
     content = {
         "command": " ".join(["python", *sys.argv]),
@@ -79,7 +85,6 @@ def main() -> None:
         "results": results,
     }
     arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
 
 
 def draw(

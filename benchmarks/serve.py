@@ -322,9 +322,9 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
             base64.b64decode(answer.data[0].b64_json)
             return time.perf_counter() - began
 
-        with ThreadPoolExecutor(16) as pool:  # warm-up, of every batch size that comes
-            list(pool.map(lambda seed: draw(seed, 2), range(16)))
-        draw(0, 2)
+        for count in (16, 4, 1):  # warm-up, of every batch size that comes
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(lambda seed: draw(seed, 2), range(count)))
         lone = [draw(seed) for seed in range(4)]
         clients = {}
         for count, pictures in ((1, 4), (4, max(4, arguments.pictures // 2)), (16, arguments.pictures)):

@@ -207,7 +207,8 @@ def main() -> None:
             "seconds": round(time.time() - started),
         }
         print(json.dumps({part: figures | details}, ensure_ascii=False), flush=True)
-    arguments.output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Now: the next part may be interrupted
+        arguments.output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

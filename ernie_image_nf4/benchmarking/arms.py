@@ -86,7 +86,7 @@ class Workload:
     tokens: int = 256
     pictures: int = 10
     large: int | None = 1024
-    loads: int = 5
+    loads: int = 3
 
 
 DEFAULT_WORKLOAD = Workload()

@@ -14,6 +14,7 @@ import torch
 from ..repository.metadata import installed_versions
 
 GIB = 1024**3
+LONG_S = 1.0  # of calls so far, after which more would show little
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -33,10 +34,10 @@ def synchronize(device: str) -> None:
 
 
 def best_seconds(function: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Shortest wall time of a few calls, after one that warms up."""
+    """Shortest wall time of a few calls, after one that warms up: `repeats`, or 3 if they take longer than a second."""
     function()
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < 3 or (len(seconds) < repeats and sum(seconds) < LONG_S):
         synchronize(device)
         began = time.perf_counter()
         function()

@@ -66,7 +66,11 @@ def save_predictions(pipe: ErnieImagePipeline, size: int, device: str, work: Pat
 
 
 def save_exact_predictions(model: str | Path, work: Path, size: int, device: str) -> dict[str, float]:
-    """Save what plain pipelines predict in float32: against it each arm shows what its rounding takes."""
+    """Save what plain pipelines predict in float32: against it each arm shows what its rounding takes.
+
+    To be called in a process of its own: in it convolutions are no more in TF32, which is torch's default for them.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     pipe = load(model, device=device, dtype="float32", fast=False, prompt_enhancer=False)
     began = time.perf_counter()
     _save(predictions(pipe, size, device), _file(work, EXACT))
@@ -81,15 +85,14 @@ def remove_predictions(work: Path) -> None:
 
 def has_predictions(row: Mapping[str, Any], work: Path) -> bool:
     """Whether an arm's predictions are there, as far as `compare_predictions` compares them."""
-    return not _is_compared(row) or _file(work, row["name"]).exists()
+    return not is_compared(row) or _file(work, row["name"]).exists()
 
 
 def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
     """Add each arm's largest relative error.
 
     ``prediction_error`` is against the demo, and for the demo itself that of its own reordered batch;
-    ``prediction_error_to_float32`` is against the same weights in float32, once those are there. Originals and
-    baselines have other weights and are left out, and so are arms with other work, as they have no other predictions.
+    ``prediction_error_to_float32`` is against the same weights in float32, once those are there.
 
     Args:
         arms: Rows of the result so far.
@@ -101,7 +104,7 @@ def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
     reference = load_file(files[REFERENCE])
     exact = load_file(files[EXACT])["prediction"] if files[EXACT].exists() else None
     for arm in arms:
-        if "error" in arm or not _is_compared(arm):
+        if "error" in arm or not is_compared(arm):
             continue
         own = load_file(_file(work, arm["name"]))
         other = own["reordered" if arm["name"] == REFERENCE else "prediction"]
@@ -110,7 +113,8 @@ def compare_predictions(arms: list[dict[str, Any]], work: Path) -> None:
             arm["prediction_error_to_float32"] = largest_error(own["prediction"], exact)
 
 
-def _is_compared(row: Mapping[str, Any]) -> bool:
+def is_compared(row: Mapping[str, Any]) -> bool:
+    """Whether an arm's predictions are compared: those of other weights, and of other work, are not."""
     return row["way"] in ("demo", "ours") and not has_own_work(row)
 
 

@@ -28,7 +28,7 @@ from ..repository.components import COMPONENTS, PIPELINE_CLASS, QUANTIZED
 from ..repository.record import open_repository
 from .arms import PROMPT, Arm, Workload
 from .device import best_seconds, peak_memory, reserved_memory, reset_peak_memory, synchronize
-from .predictions import save_predictions
+from .predictions import is_compared, save_predictions
 
 
 def measure_arm(
@@ -80,7 +80,7 @@ def measure_arm(
             "texts": arm.texts,
             "ms_per_token": 1000 * seconds / (arm.texts * tokens),
         }
-    if not arm.work:
+    if is_compared({"way": arm.way, "work": arm.work}):
         save_predictions(pipe, workload.size, device, work, arm.name)
     if workload.large:
         reset_peak_memory(device)

@@ -111,8 +111,6 @@ def benchmark(
 ) -> None:
     """Measure speed and memory of this package, of the model card's demo and of the original, in a process each."""
     from ..benchmarking.arms import Workload, choose_arms
-    from ..benchmarking.report import read_benchmark, write_benchmark
-    from ..benchmarking.run import benchmark
     from ..errors import InvalidSettings
     from ..generation.image_file import make_output_folder
 
@@ -128,22 +126,22 @@ def benchmark(
         _print_row(nf4, [size, large] if large else [size], device)
         return
     workload = Workload(size, steps, guidance, tokens, pictures, large or None)
+    options: dict[str, Any] = {"arms": arms, "workload": workload, "device": device, "growth": growth}
+    _benchmark_into(out_dir, nf4, original, resume, options)
+
+
+def _benchmark_into(out_dir: Path, nf4: Path, original: Path | None, resume: bool, options: dict[str, Any]) -> None:
+    """Run `benchmark` and write its result, or the rest of one that an interrupted run left."""
+    from ..benchmarking.report import read_benchmark, write_benchmark
+    from ..benchmarking.run import benchmark
+
     files: list[Path] = []
 
     def keep(result: dict[str, Any]) -> None:  # After each part, so that an interrupted run leaves what it had
         files[:] = write_benchmark(result, out_dir)
 
-    benchmark(
-        nf4,
-        original,
-        out_dir / "work",
-        arms=arms,
-        workload=workload,
-        device=device,
-        growth=growth,
-        earlier=read_benchmark(out_dir) if resume else None,
-        on_progress=keep,
-    )
+    earlier = read_benchmark(out_dir) if resume else None
+    benchmark(nf4, original, out_dir / "work", earlier=earlier, on_progress=keep, **options)
     typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
 
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from conftest import CHECKOUT
 
+from ernie_image_nf4.benchmarking import device
 from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process, process_context
 
 METHODS = [method for method in ("spawn", "forkserver") if method in get_all_start_methods()]
@@ -78,3 +79,16 @@ def test_processes_are_forked_after_the_slow_imports() -> None:
     imported = in_own_process(context, eval, "sorted(__import__('sys').modules)")
     assert set(PRELOADED) <= set(imported)
     assert "bitsandbytes" not in imported
+
+
+def test_long_calls_are_timed_three_times_and_short_ones_as_often_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, calls in ((0.01, 1 + 5), (0.4, 1 + 3), (3.0, 1 + 3)):
+        now, called = [0.0], []
+
+        def work(seconds=seconds, now=now, called=called) -> None:
+            called.append(now[0])
+            now[0] += seconds
+
+        monkeypatch.setattr(device.time, "perf_counter", lambda now=now: now[0])
+        assert device.best_seconds(work, "cpu") == pytest.approx(seconds)
+        assert len(called) == calls
