@@ -5,7 +5,7 @@
 The target is noise minus latent at sigma drawn from a shifted logit-normal; matrices are updated by Muon, everything
 else by AdamW; the averaged weights are kept. Every sixth step is at 512x512, the others at the native 256x256.
 
-With ``--stop-after`` a run leaves its state in the work folder, and the same command goes on from there.
+With ``--stop-after``, and by SIGTERM, a run leaves its state in the work folder; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .models import (
     build_scheduler,
     build_text_encoder,
     build_transformer,
+    due,
     go_on_from,
     learning_rate_factor,
     set_learning_rate,
@@ -189,18 +190,17 @@ def train(
     budget: Budget,
     lr: float,
     monitor: Callable[[int], None] | None,
-    stop_at: float = float("inf"),
+    is_due: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train in place; returns whether it came to its end, with the averaged weights in the models.
 
-    `loss_of` comes from `compiled_loss`; `monitor(step)` runs on the averaged weights now and then. At the time
-    `stop_at` (as ``time.time()``) it is left where it is.
+    `loss_of` comes from `compiled_loss`; `monitor(step)` runs on the averaged weights at times; `is_due()` leaves it.
     """
     ema, running = training.ema, 0.0
     torch.manual_seed(21 + training.step)
     while (progress := budget.progress(training.step)) < 1:
         step = training.step
-        if time.time() > stop_at:
+        if is_due():
             return False
         for optimizer in training.optimizers:
             set_learning_rate(optimizer, lr * learning_rate_factor(step, progress, 300))
@@ -383,8 +383,8 @@ def main() -> None:
     spent = training.restore(checkpoint) if checkpoint.exists() else 0.0
     print(f"dit: ready for step {training.step} after {time.time() - began:.0f} s", flush=True)
     budget = Budget(arguments.steps, arguments.seconds, spent)
-    stop_at = began + (arguments.stop_after or float("inf"))
-    if not train(training, loss_of, pools, budget, arguments.lr, monitor, stop_at):
+    is_due = due(began + (arguments.stop_after or float("inf")))
+    if not train(training, loss_of, pools, budget, arguments.lr, monitor, is_due):
         training.save(checkpoint, budget.elapsed())
         print(f"dit: left at step {training.step}, {budget.elapsed():.0f} s", flush=True)
         return

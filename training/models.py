@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -121,7 +124,11 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def go_on_from(repository: Path | None, **components: torch.nn.Module) -> None:
-    """Copy the weights of an NF4 repository's components into new ones by name, dequantized; None copies nothing."""
+    """Copy the weights of an NF4 repository's components into new ones by name, dequantized; None copies nothing.
+
+    Raises:
+        SystemExit: A component has other layers than the new one.
+    """
     if repository is None:
         return
     pipe = load(repository, device="cpu", dtype=torch.float32, memory="resident", fast=False)
@@ -130,7 +137,10 @@ def go_on_from(repository: Path | None, **components: torch.nn.Module) -> None:
         for key, weight in getattr(pipe, name).named_parameters():
             if isinstance(weight, bnb.nn.Params4bit):
                 state[key] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        component.load_state_dict({key: state[key] for key in component.state_dict()})
+        wanted = component.state_dict()
+        if any(key not in state or state[key].shape != value.shape for key, value in wanted.items()):
+            raise SystemExit(f"The {name} of {repository} has other layers than the one to train: leave --start out.")
+        component.load_state_dict({key: state[key] for key in wanted})
 
 
 class Ema:
@@ -176,6 +186,13 @@ class Budget:
     def progress(self, step: int) -> float:
         """From 0 to 1, where the training ends."""
         return min(1.0, step / self.steps if self.seconds is None else self.elapsed() / self.seconds)
+
+
+def due(at: float) -> Callable[[], bool]:
+    """Tells whether it is this time (``time.time()``), or the process was asked to end: SIGTERM no longer ends it."""
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return lambda: asked.is_set() or time.time() > at
 
 
 def learning_rate_factor(step: int, progress: float, warmup: int) -> float:

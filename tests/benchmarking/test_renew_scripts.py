@@ -99,6 +99,22 @@ def test_the_recipe_ends_with_the_export(checkout: Path) -> None:
     assert len(calls(checkout)) == 4
 
 
+def test_the_recipe_goes_on_with_the_stages_that_an_interrupted_one_left(checkout: Path) -> None:
+    (checkout / "work" / "original" / "vae").mkdir(parents=True)
+    (checkout / "work" / "dit.pt").touch()
+    assert begin(checkout, "training/recipe.sh", GO_ON="1").wait(20) == 0
+    assert sorted(words.split()[1] for words in calls(checkout)) == [
+        "training.classifier",
+        "training.dit",
+        "training.export",
+    ]
+    assert (checkout / "work" / "dit.pt").exists()
+    (checkout / "calls").unlink()
+    assert begin(checkout, "training/recipe.sh").wait(20) == 0
+    assert len(calls(checkout)) == 4
+    assert not (checkout / "work" / "dit.pt").exists()
+
+
 def test_the_minis_figures_are_measured_though_one_fails(checkout: Path) -> None:
     assert begin(checkout, "benchmarks/renew_mini.sh", FAIL="blemishes").wait(20) == 0
     assert len(calls(checkout)) == 8

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2
 
 from ernie_image_nf4 import load
 from training.classifier import Seen, accuracies
-from training.models import TEXT_WIDTH, build_transformer, build_vae, go_on_from
+from training.dit import CAPTIONS, Pool, Training, train
+from training.models import TEXT_WIDTH, Budget, Ema, build_transformer, due, go_on_from
 from training.prompts import EN_STYLE, ZH_STYLE, PromptWriter, caption_en, caption_zh
 from training.scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, PLACES, Scene, caption, is_held_out, render, sample_scene
 from training.vae import FAVOURED_SHARE, psnr, random_crops, reconstruction_loss, to_bytes, to_floats, training_scene
@@ -50,10 +54,10 @@ def test_the_vae_sees_the_objects_of_the_first_command_more_often_but_nothing_th
 
 
 def test_training_goes_on_from_an_nf4_repository():
-    transformer, vae = build_transformer(), build_vae()
     checkout = TRAINING.parent
-    go_on_from(checkout, transformer=transformer, vae=vae)
     trained = load(checkout, device="cpu", dtype=torch.float32, fast=False)
+    transformer, vae = build_transformer(), AutoencoderKLFlux2.from_config(trained.vae.config)
+    go_on_from(checkout, transformer=transformer, vae=vae)
     noisy, text = torch.randn(1, 128, 4, 4), torch.randn(1, 5, TEXT_WIDTH)
     inputs = {"hidden_states": noisy, "timestep": torch.tensor([500.0]), "text_bth": text, "return_dict": False}
     with torch.no_grad():
@@ -64,6 +68,43 @@ def test_training_goes_on_from_an_nf4_repository():
     before = vae.state_dict()["decoder.conv_in.weight"].clone()
     go_on_from(None, vae=vae)
     assert torch.equal(vae.decoder.conv_in.weight, before)
+    deeper = AutoencoderKLFlux2.from_config(trained.vae.config, layers_per_block=2)
+    with pytest.raises(SystemExit, match=r"The vae of .* has other layers than the one to train: leave --start out"):
+        go_on_from(checkout, vae=deeper)
+
+
+def test_a_training_that_is_asked_to_end_is_gone_on_with(tmp_path: Path):
+    pools = [Pool(torch.zeros(4, 2, 1, 1), torch.zeros(4, CAPTIONS, 3, dtype=torch.int16), batch=2, shift=1.0)] * 2
+    seen: list[int] = []
+
+    def begin(end: int | None) -> tuple[Training, bool]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(1, 1)
+        training = Training(0, [torch.optim.AdamW(layer.parameters(), 0.1)], Ema(layer, decay=0.9))
+        file = tmp_path / "dit.pt"
+        spent = training.restore(file) if file.exists() else 0.0
+
+        def loss_of(latents, ids, sigma):
+            seen.append(training.step)
+            if training.step == end:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return layer(sigma[:, None]).square().mean()
+
+        ended = train(training, loss_of, pools, Budget(6, spent=spent), 0.1, None, due(float("inf")))
+        if not ended:
+            training.save(file, 1.0)
+        return training, ended
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stopped, ended = begin(end=2)
+        assert (stopped.step, ended) == (3, False)
+        assert begin(end=None)[1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert due(0.0)()
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_captions_name_what_the_scene_shows():
