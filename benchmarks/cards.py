@@ -9,7 +9,8 @@ there. What a small card also has, less computing power and a slower bus, is not
 - ``cards``: memory left free as on cards of 12, 8, 6 and 4 GB beside a desktop, on the last one with ``--no-pe`` too;
 - ``limits``: as much free as docs/memory-modes.md says that a mode takes at least, for two steps.
 
-With ``--device cpu`` nothing is held, to try the script itself.
+With ``--device cpu`` nothing is held, to try the script itself. ``--resume`` goes on with an interrupted run that was
+on the same machine with the same versions and settings.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, help="default: as the repository recommends")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --output has, of an interrupted run")
     parser.add_argument("--no-limits", action="store_true", help="leave the limits of the modes out")
     return parser.parse_args()
 
@@ -92,7 +94,12 @@ def measure_all(arguments: argparse.Namespace) -> None:
         print(f"CUDA's context takes {result['context_gib']} GiB", flush=True)
         measure(model, None, [*drawing(arguments.size, 2), "--device", arguments.device], gpu=True)  # compiles kernels
 
-    def note(part: str, row: dict[str, Any]) -> None:
+    kept = rows_kept(arguments.output, result) if arguments.resume else []
+
+    def note(part: str, what: dict[str, Any], free: float, asked: list[str]) -> None:
+        what = what | {"free_gib": free, "enhancer": "--no-pe" not in asked}
+        done = [row for row in kept if row.items() >= what.items()]
+        row = done[0] if done else what | measure(model, free, asked, gpu=gpu)
         result[part].append(row)
         print(json.dumps(row), flush=True)
         text = json.dumps(result, indent=2) + "\n"
@@ -100,13 +107,22 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
     asked = [*drawing(arguments.size, steps), "--device", arguments.device]
     for free in arguments.free:
-        note("cards", {"card": CARDS.get(free)} | measure(model, free, asked, gpu=gpu))
-    note("cards", {"card": CARDS.get(free)} | measure(model, free, [*asked, "--no-pe"], gpu=gpu))
+        note("cards", {"card": CARDS.get(free)}, free, asked)
+    note("cards", {"card": CARDS.get(free)}, free, [*asked, "--no-pe"])
     if gpu and not arguments.no_limits:
         asked = [*drawing(arguments.size, 2), "--device", arguments.device]
         for expected, enhancer, free in limits(model, result["context_gib"]):
             options = [] if enhancer else ["--no-pe"]
-            note("limits", {"expected": expected} | measure(model, free, [*asked, *options], gpu=True))
+            note("limits", {"expected": expected}, free, [*asked, *options])
+
+
+def rows_kept(output: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of both parts that an interrupted run left; none of another machine, other versions or settings."""
+    if not output.exists():
+        return []
+    earlier = json.loads(output.read_text(encoding="utf-8"))
+    same = all(earlier.get(key) == result[key] for key in ("machine", "versions", "settings"))
+    return [row for row in (*earlier["cards"], *earlier["limits"]) if "error" not in row] if same else []
 
 
 def synthesize(folder: Path) -> dict[str, Any]:

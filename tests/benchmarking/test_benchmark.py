@@ -327,6 +327,16 @@ def test_the_command_runs_baselines_where_asked_for(option, repository: Path, tm
     assert "gguf-q4_0" in {each.name for each in ran}
 
 
+@pytest.mark.parametrize("option", [(), ("--resume",)])
+def test_the_command_goes_on_where_asked_to(option, repository: Path, tmp_path: Path, monkeypatch):
+    given: list[dict | None] = []
+    monkeypatch.setattr(run, "benchmark", lambda *_, earlier, **__: given.append(earlier))
+    (tmp_path / "benchmark.json").write_text('{"arms": []}')
+    arguments = ["benchmark", str(repository), "--out-dir", str(tmp_path), "--device", "cpu", *option]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert given == [{"arms": []} if option else None]
+
+
 @pytest.mark.slow
 def test_older_files_are_reported_without_arms_that_are_gone(result, tmp_path: Path):
     figures = {"seconds": 3.0, "large": {"step_ms": 1.0}}

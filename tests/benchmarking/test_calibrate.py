@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
 
-from benchmarks import calibrate
+from benchmarks import calibrate, children
 
 
 @pytest.mark.slow
@@ -23,7 +22,7 @@ def test_it_records_phases_memory_and_errors(original: Path, tmp_path: Path) -> 
     command += ["--variants", "scale_search,calibrated", "--work", str(tmp_path / "work")]
     command += ["--output", str(tmp_path / "result.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
+    run = children.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     phases = result["calibrated"]["phases"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import pytest
 import torch
 from conftest import CHECKOUT
 
-from benchmarks import cards, summary
+from benchmarks import cards, children, summary
 from ernie_image_nf4.benchmarking.summary import cards_summary
 from ernie_image_nf4.memory.requirements import GIB, KERNEL_BYTES, MODES
 
 
 def run(repository: Path, output: Path, *options: object) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.cards", "--model", repository, "--output", output, "--size", 32]
-    subprocess.run([*map(str, command), "--steps", "2", *map(str, options)], cwd=CHECKOUT, check=True)
+    children.run([*command, "--steps", "2", *options], cwd=CHECKOUT, check=True)
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -42,6 +41,19 @@ def test_every_card_is_drawn_on_by_the_command_line(result):
         assert row["reason"] == "it works in the machine's own memory"
         assert 0 < row["picture_s"] < row["seconds"]
     assert result["limits"] == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_gone_on_with_on_the_same_machine(result, repository: Path, tmp_path: Path):
+    output = tmp_path / "cards.json"
+    output.write_text(json.dumps(result | {"cards": [result["cards"][0] | {"seconds": 1.5}]}))
+    rows = run(repository, output, "--device", "cpu", "--free", 3.4, "--resume")["cards"]
+    assert rows[0]["seconds"] == 1.5
+    assert rows[1]["enhancer"] is False
+    assert rows[1]["seconds"] > 1.5
+    assert cards.rows_kept(output, result) == rows
+    assert cards.rows_kept(output, result | {"machine": "another"}) == []
+    assert cards.rows_kept(tmp_path / "none.json", result) == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from conftest import CHECKOUT
 from PIL import Image
 
-from benchmarks import peers, peers_report
+from benchmarks import children, peers, peers_report
 from ernie_image_nf4.benchmarking.run import NF4, ORIGINAL
 from ernie_image_nf4.evaluation.baselines import BASELINES
 
@@ -37,7 +36,7 @@ def result(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     arms = ["ours", "ours-int8", "nf4-stock"]  # each is a process, which takes seconds to start
     command = [sys.executable, "-m", "benchmarks.peers", "--synthetic", str(synthetic), "--output", str(output), *TINY]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
+    run = children.run(
         [*command, "--no-compile", "--arms", *arms],
         cwd=CHECKOUT,
         env=environment,
