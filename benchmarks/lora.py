@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, 
 
 from benchmarks.batch_h100 import NF4, build
 from benchmarks.cards import small_card
+from benchmarks.children import run
 from benchmarks.quantize_full_size import GIB, machine
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_lora.py"
@@ -76,10 +77,9 @@ def parse() -> argparse.Namespace:
 def measured(row: str) -> dict[str, Any]:
     """A row's figures, or how it ended."""
     command = [sys.executable, "-m", "benchmarks.lora", *sys.argv[1:], "--row", row]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    found = (
-        json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"error": f"exit status {run.returncode}"}
-    )
+    ended = run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines, code = ended.stdout.splitlines(), ended.returncode
+    found = json.loads(lines[-1]) if code == 0 else {"error": f"exit status {code}"}
     print(f"{row}: {found}", flush=True)
     return found
 
