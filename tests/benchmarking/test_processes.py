@@ -15,7 +15,7 @@ import pytest
 from conftest import CHECKOUT
 
 from ernie_image_nf4.benchmarking import device
-from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process, process_context
+from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process
 
 METHODS = [method for method in ("spawn", "forkserver") if method in get_all_start_methods()]
 # Calls a builtin function in a process of its own, so that unpickling it imports nothing.
@@ -27,6 +27,13 @@ if __name__ == "__main__":
     write = "__import__('pathlib').Path({file!r}).write_text(str(__import__('os').getpid()))"
     code = write + " and __import__('time').sleep(99)"
     in_own_process(get_context({method!r}), eval, code)
+"""
+# The builtin function again.
+FORKING = """
+from ernie_image_nf4.benchmarking.processes import in_own_process, process_context
+if __name__ == "__main__":
+    context = process_context("cpu")
+    print(context.get_start_method(), *in_own_process(context, eval, "sorted(__import__('sys').modules)"))
 """
 
 
@@ -73,10 +80,10 @@ def test_a_measurement_ends_with_the_process_that_started_it(method: str, number
 
 @pytest.mark.skipif("forkserver" not in get_all_start_methods(), reason="the system can't fork")
 def test_processes_are_forked_after_the_slow_imports() -> None:
-    context = process_context("cpu")
-    assert context.get_start_method() == "forkserver"
-    # A builtin function, so that unpickling it imports nothing
-    imported = in_own_process(context, eval, "sorted(__import__('sys').modules)")
+    # In a process that has started no server of such processes, as other tests do with imports of their own.
+    found = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, check=True, cwd=CHECKOUT)
+    method, *imported = found.stdout.split()
+    assert method == "forkserver"
     assert set(PRELOADED) <= set(imported)
     assert "bitsandbytes" not in imported
 
