@@ -4,10 +4,10 @@
     python examples/train_lora.py PICTURES --model user/ERNIE-Image-NF4 --output my-style
 
 PICTURES holds ``NAME.png`` (or .jpg, .webp) with ``NAME.txt`` beside it, or a ``metadata.jsonl`` with ``file_name`` and
-``text`` on each line. An empty caption teaches what is drawn without a prompt. In my-style/ appear
-``my-style.safetensors``, which `load_lora` and ``generate --lora`` take, pictures of the prompts given by ``--sample``
-every ``--save-every`` steps, and what a run needs that goes on after an interruption: start it again. On several GPUs:
-``accelerate launch examples/train_lora.py ...``.
+``text`` on each line. An empty caption teaches what is drawn without a prompt. In my-style/, which `load_lora` and
+``generate --lora`` take, appear ``my-style.safetensors``, pictures of the prompts given by ``--sample`` every
+``--save-every`` steps, and in run/ what a run needs that goes on after an interruption: start it again. On several
+GPUs: ``accelerate launch examples/train_lora.py ...``.
 
 Text embeddings and latents are computed once and kept in a file; then the text encoder leaves the GPU. What is left
 there is the transformer in NF4, the LoRA in float32 with AdamW's two moments, and the activations of one block at a
@@ -43,6 +43,7 @@ from ernie_image_nf4.memory.placement import find_device
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "linear_fc2")
 ADAPTER = "default"
+RUN = "run"  # folder below the output, of what isn't the LoRA: so the output is taken for it
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -148,7 +149,7 @@ def encoded(
     texts = [*(caption for _, caption in pairs), *options.sample, ""]
     key = json.dumps([data, texts, options.resolution, pipe.name_or_path])
     metadata = {"key": hashlib.sha256(key.encode()).hexdigest()}
-    cache = options.output / "encoded.safetensors"
+    cache = options.output / RUN / "encoded.safetensors"
     if cache.is_file():
         with suppress(SafetensorError), safe_open(cache, "pt") as stored:  # a damaged one is made anew
             if stored.metadata() == metadata:
@@ -308,7 +309,7 @@ def train(options: argparse.Namespace) -> Path:
     device = accelerator.device if options.device in (None, "cpu") else find_device(options.device)
     pairs = read_pictures(options.pictures)
     data = fingerprint(pairs)
-    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / RUN).mkdir(parents=True, exist_ok=True)
     pipe = load(options.model, device=device, memory="resident", prompt_enhancer=False)
     pipe.set_progress_bar_config(disable=True)
     with accelerator.main_process_first():
@@ -332,7 +333,7 @@ def train(options: argparse.Namespace) -> Path:
         f"{len(pairs)} pictures and captions {data[:12]}"
     )
     state, result = (
-        options.output / "state.safetensors",
+        options.output / RUN / "state.safetensors",
         options.output / f"{options.output.resolve().name}.safetensors",
     )
     first = restore_state(weights, optimizer, state, about)
