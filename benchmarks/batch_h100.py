@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
-from benchmarks.children import answer
+from benchmarks.children import answer, apart
 
 ORIGINAL, NF4 = "ERNIE-Image", "ERNIE-Image-NF4"
 GIB = 1024**3
@@ -89,23 +89,17 @@ def build(work: Path, preset: str) -> None:
 
     In a process of its own, whose memory on the GPU is free again when the measurement begins.
     """
-    from multiprocessing import get_context
-
-    from ernie_image_nf4.benchmarking.processes import in_own_process
-
-    error = in_own_process(get_context("spawn"), make, work, preset).get("error")
-    if error:
-        raise SystemExit(error)
+    apart(make, work, preset)
 
 
-def make(work: Path, preset: str) -> dict[str, Any]:
+def make(work: Path, preset: str) -> None:
     """`build` in this process. An original that was there stays."""
     from ernie_image_nf4.quantization.convert import quantize
     from ernie_image_nf4.quantization.resumable_output import is_finished
     from ernie_image_nf4.quantization.synthetic import synthesize
 
     if is_finished(work / NF4):
-        return {}
+        return
     work.mkdir(parents=True, exist_ok=True)
     kept = is_finished(work / ORIGINAL)
     if not kept:
@@ -113,7 +107,6 @@ def make(work: Path, preset: str) -> dict[str, Any]:
     quantize(work / ORIGINAL, work / NF4, progress=False)
     if not kept:
         shutil.rmtree(work / ORIGINAL)
-    return {}
 
 
 def measure(memory: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
-from benchmarks.children import answer
+from benchmarks.children import answer, write
 from benchmarks.quantize_full_size import GIB, machine, measured
 
 ORIGINAL = "ERNIE-Image"
@@ -70,18 +70,19 @@ def main() -> None:
         "preset": arguments.preset,
     }
     result["settings"] = vars(settings(arguments))
+    from ernie_image_nf4.quantization.resumable_output import is_finished
+
     kept = figures_kept(arguments, result)
     for step in steps_of(arguments):
-        if step == "synthesize" and is_made(arguments.work / ORIGINAL):
+        if step == "synthesize" and is_finished(arguments.work / ORIGINAL):
             result |= {step: kept[step]} if step in kept else {}
             continue
-        if step in VARIANTS and step in kept and is_made(arguments.work / step):
+        if step in VARIANTS and step in kept and is_finished(arguments.work / step):
             result[step] = kept[step]
             continue
         if step in VARIANTS:
-            shutil.rmtree(
-                arguments.work / step, ignore_errors=True
-            )  # Half of one would be gone on with, and half timed
+            # Half of one would be gone on with, and half timed
+            shutil.rmtree(arguments.work / step, ignore_errors=True)
         print(f"{step} ...", flush=True)
         os.sync()  # Write out the previous step's data before this step is timed
         command = [sys.executable, __file__, "--step", step, *sys.argv[1:]]
@@ -89,27 +90,18 @@ def main() -> None:
         if (extra := arguments.work / f"{step}.json").exists():
             result[step] |= json.loads(extra.read_text(encoding="utf-8"))
         print(json.dumps(result[step]), flush=True)
-        arguments.output.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n", encoding="utf-8")
+        write(arguments.output, json.dumps(result | {"machine": machine()}, indent=2) + "\n")
     if not arguments.keep_files:
         shutil.rmtree(arguments.work)
 
 
 def figures_kept(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """Figures of an earlier run with the same preset, settings and machine."""
-    if not arguments.output.exists():
-        return {}
-    earlier = json.loads(arguments.output.read_text(encoding="utf-8"))
-    same = {"preset", "settings"} <= earlier.keys() and all(
-        earlier[key] == result[key] for key in ("preset", "settings")
-    )
-    return earlier if same and earlier.get("machine") == json.loads(json.dumps(machine())) else {}
+    from ernie_image_nf4.benchmarking.interrupted import is_same_run, read_result
 
-
-def is_made(folder: Path) -> bool:
-    """Whether a run wrote the repository to its end."""
-    from ernie_image_nf4.quantization.resumable_output import is_finished
-
-    return is_finished(folder)
+    earlier = read_result(arguments.output)
+    asked = result | {"machine": machine()}
+    return earlier if is_same_run(earlier, asked, ("preset", "settings", "machine")) else {}
 
 
 def settings(arguments: argparse.Namespace) -> Any:

@@ -26,11 +26,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import run
+from benchmarks.children import apart, run
 from ernie_image_nf4.benchmarking.arms import PROMPT
 
 CHECKOUT = Path(__file__).parents[1]
@@ -69,21 +68,14 @@ def parse() -> argparse.Namespace:
 def measure_all(arguments: argparse.Namespace) -> None:
     """Measure everything, and write what there is after each picture."""
     from ernie_image_nf4.benchmarking.device import describe_machine
-    from ernie_image_nf4.benchmarking.processes import in_own_process
-    from ernie_image_nf4.benchmarking.run import NF4
+    from ernie_image_nf4.benchmarking.run import make_synthetic
     from ernie_image_nf4.evaluation.report import write_files
     from ernie_image_nf4.repository.record import open_repository
 
-    # In processes of their own: this one has no part in the GPU's memory.
-    context = get_context("spawn")
-    made = in_own_process(context, synthesize, arguments.synthetic) if arguments.synthetic else {}
-    found = made if "error" in made else in_own_process(context, describe_machine, arguments.device)
-    if "error" in found:
-        raise SystemExit(found["error"])
-    model = arguments.synthetic / NF4 if arguments.synthetic else arguments.model
+    model = apart(make_synthetic, arguments.synthetic)[0] if arguments.synthetic else arguments.model
     gpu = arguments.device.startswith("cuda")
     steps = arguments.steps or open_repository(model).recommended.num_inference_steps
-    result: dict[str, Any] = found | {
+    result: dict[str, Any] = apart(describe_machine, arguments.device) | {
         "command": "python -m benchmarks.cards " + ("--synthetic FOLDER" if arguments.synthetic else "--model FOLDER"),
         "settings": {"size": arguments.size, "steps": steps, "prompt": PROMPT},
         "cards": [],
@@ -118,19 +110,12 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 def rows_kept(output: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of both parts that an interrupted run left; none of another machine, other versions or settings."""
-    if not output.exists():
+    from ernie_image_nf4.benchmarking.interrupted import is_same_run, read_result
+
+    earlier = read_result(output)
+    if not is_same_run(earlier, result, ("machine", "versions", "settings")):
         return []
-    earlier = json.loads(output.read_text(encoding="utf-8"))
-    same = all(earlier.get(key) == result[key] for key in ("machine", "versions", "settings"))
-    return [row for row in (*earlier["cards"], *earlier["limits"]) if "error" not in row] if same else []
-
-
-def synthesize(folder: Path) -> dict[str, Any]:
-    """Make the repositories unless they are there."""
-    from ernie_image_nf4.benchmarking.run import make_synthetic
-
-    make_synthetic(folder)
-    return {}
+    return [row for row in (*earlier["cards"], *earlier["limits"]) if "error" not in row]
 
 
 def drawing(size: int, steps: int) -> list[str]:

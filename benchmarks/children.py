@@ -1,4 +1,4 @@
-"""Commands that a benchmark runs: none outlives the script that started it, however that ends.
+"""What a benchmark runs in processes of its own: none outlives the script that started it, however that ends.
 
 A command that goes on after the script was killed would take the GPU from what is measured next.
 """
@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +27,28 @@ def run(command: Sequence[object], **options: Any) -> subprocess.CompletedProces
 def answer(command: Sequence[object]) -> Any:
     """What a command that has to end well says in its last line, as JSON."""
     return json.loads(run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+
+
+def apart(function: Callable[..., Any], *arguments: object) -> Any:
+    """What a function gives in a process of its own, whose memory on the GPU is free again then.
+
+    Raises:
+        SystemExit: With the function's error.
+    """
+    from ernie_image_nf4.benchmarking.processes import in_own_process
+
+    found = in_own_process(get_context("spawn"), function, *arguments)
+    if isinstance(found, dict) and "error" in found:
+        raise SystemExit(found["error"])
+    return found
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a file as a whole: the process may be killed while it writes."""
+    from ernie_image_nf4.generation.image_file import replacing
+
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def end_with_parent(by: signal.Signals = signal.SIGKILL) -> Callable[[], None] | None:

@@ -17,6 +17,7 @@ machine with the same versions and settings, and else begins anew. `--preset tin
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -28,12 +29,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from benchmarks.children import end_with_parent
+from benchmarks.children import apart, end_with_parent, write
 
 if TYPE_CHECKING:
     import torch
@@ -82,14 +82,11 @@ def measure_all(arguments: argparse.Namespace) -> None:
     """Run all arms, and write what there is after each."""
     from ernie_image_nf4.benchmarking.device import describe_machine
     from ernie_image_nf4.benchmarking.predictions import TEXT_LENGTHS
-    from ernie_image_nf4.benchmarking.processes import in_own_process
+    from ernie_image_nf4.benchmarking.run import make_synthetic
     from ernie_image_nf4.evaluation.environment import library_versions
 
-    # In processes of their own: what they hold on the GPU is free again when the first arm begins.
-    for work in ((synthesize, arguments.synthetic, arguments.preset), (describe_machine, arguments.device)):
-        found = in_own_process(get_context("spawn"), *work)
-        if "error" in found:
-            raise SystemExit(found["error"])
+    apart(functools.partial(make_synthetic, preset=arguments.preset), arguments.synthetic)
+    found = apart(describe_machine, arguments.device)
     words = ["FOLDER" if word == str(arguments.synthetic) else word for word in sys.argv[1:] if word != "--resume"]
     result: dict[str, Any] = {
         "machine": found["machine"],
@@ -121,27 +118,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 def arms_kept(output: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows that an interrupted run left in a file; none if it was of another machine, other versions or settings."""
-    if not output.exists():
-        return []
-    earlier = json.loads(output.read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(result))  # Tuples become lists
-    same = all(earlier.get(key) == asked[key] for key in ("machine", "versions", "settings"))
-    return earlier["arms"] if same else []
+    from ernie_image_nf4.benchmarking.interrupted import is_same_run, read_result
 
-
-def write(file: Path, text: str) -> None:
-    """Replace a file as a whole: the process may be killed while it writes."""
-    written = file.with_suffix(".part")
-    written.write_text(text, encoding="utf-8")
-    written.replace(file)
-
-
-def synthesize(folder: Path, preset: str) -> dict[str, Any]:
-    """Make the repositories unless they are there."""
-    from ernie_image_nf4.benchmarking.run import make_synthetic
-
-    make_synthetic(folder, preset=preset)
-    return {}
+    earlier = read_result(output)
+    return earlier["arms"] if is_same_run(earlier, result, ("machine", "versions", "settings")) else []
 
 
 def run_arm(name: str, limit_s: float, words: list[str], caches: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ from urllib.parse import urlsplit
 import openai
 import psutil
 
-from benchmarks.children import answer, end_with_parent
+from benchmarks.children import answer, end_with_parent, write
+from ernie_image_nf4.benchmarking.interrupted import is_same_run, read_result
 from ernie_image_nf4.repository.metadata import installed_versions
 
 PROMPTS = ("an orange cat on a wooden desk", "a red apple and a fish on the beach", "一只狗在草地上", "a rocket")
@@ -354,17 +355,16 @@ def drawn_alone(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     asked = machine() | {name: getattr(arguments, name) for name in ("preset", "size", "steps", "pictures")}
     file = arguments.work / ALONE
-    if file.exists():
-        left = json.loads(file.read_text(encoding="utf-8"))
-        if left["asked"] == asked:
-            return left["found"]
+    left = read_result(file)
+    if is_same_run(left, {"asked": asked}, ["asked"]):
+        return left["found"]
     options = [
         word
         for name in ("work", "preset", "size", "steps", "pictures")
         for word in (f"--{name}", getattr(arguments, name))
     ]
     found = answer([sys.executable, "-m", "benchmarks.serve", "alone", *options])
-    file.write_text(json.dumps({"asked": asked, "found": found}), encoding="utf-8")
+    write(file, json.dumps({"asked": asked, "found": found}))
     return found
 
 

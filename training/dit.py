@@ -30,10 +30,10 @@ from .models import (
     build_scheduler,
     build_text_encoder,
     build_transformer,
-    due,
     go_on_from,
     learning_rate_factor,
     set_learning_rate,
+    stop_condition,
 )
 from .scenes import caption, load_sprites, render, sample_scene
 from .vae import encode
@@ -190,17 +190,18 @@ def train(
     budget: Budget,
     lr: float,
     monitor: Callable[[int], None] | None,
-    is_due: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train in place; returns whether it came to its end, with the averaged weights in the models.
 
-    `loss_of` comes from `compiled_loss`; `monitor(step)` runs on the averaged weights at times; `is_due()` leaves it.
+    `loss_of` comes from `compiled_loss`; `monitor(step)` runs on the averaged weights now and then. Where
+    `should_stop()`, it is left as it is.
     """
     ema, running = training.ema, 0.0
     torch.manual_seed(21 + training.step)
     while (progress := budget.progress(training.step)) < 1:
         step = training.step
-        if is_due():
+        if should_stop():
             return False
         for optimizer in training.optimizers:
             set_learning_rate(optimizer, lr * learning_rate_factor(step, progress, 300))
@@ -383,8 +384,8 @@ def main() -> None:
     spent = training.restore(checkpoint) if checkpoint.exists() else 0.0
     print(f"dit: ready for step {training.step} after {time.time() - began:.0f} s", flush=True)
     budget = Budget(arguments.steps, arguments.seconds, spent)
-    is_due = due(began + (arguments.stop_after or float("inf")))
-    if not train(training, loss_of, pools, budget, arguments.lr, monitor, is_due):
+    should_stop = stop_condition(began + (arguments.stop_after or float("inf")))
+    if not train(training, loss_of, pools, budget, arguments.lr, monitor, should_stop):
         training.save(checkpoint, budget.elapsed())
         print(f"dit: left at step {training.step}, {budget.elapsed():.0f} s", flush=True)
         return

@@ -188,8 +188,8 @@ class Budget:
         return min(1.0, step / self.steps if self.seconds is None else self.elapsed() / self.seconds)
 
 
-def due(at: float) -> Callable[[], bool]:
-    """Tells whether it is this time (``time.time()``), or the process was asked to end: SIGTERM no longer ends it."""
+def stop_condition(at: float) -> Callable[[], bool]:
+    """Tells whether a training should stop: at this time (``time.time()``), or by SIGTERM, which ends it no longer."""
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     return lambda: asked.is_set() or time.time() > at

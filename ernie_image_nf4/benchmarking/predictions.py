@@ -66,14 +66,11 @@ def save_predictions(pipe: ErnieImagePipeline, size: int, device: str, work: Pat
 
 
 def save_exact_predictions(model: str | Path, work: Path, size: int, device: str) -> dict[str, float]:
-    """Save what plain pipelines predict in float32: against it each arm shows what its rounding takes.
-
-    To be called in a process of its own: in it convolutions are no more in TF32, which is torch's default for them.
-    """
-    torch.backends.cudnn.allow_tf32 = False
+    """Save what plain pipelines predict in float32: against it each arm shows what its rounding takes."""
     pipe = load(model, device=device, dtype="float32", fast=False, prompt_enhancer=False)
     began = time.perf_counter()
-    _save(predictions(pipe, size, device), _file(work, EXACT))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions are in TF32 by default
+        _save(predictions(pipe, size, device), _file(work, EXACT))
     return {"seconds": time.perf_counter() - began}
 
 

@@ -57,12 +57,6 @@ def write_benchmark(result: dict[str, Any], folder: str | os.PathLike[str], name
     return write_files(Path(folder), writers)
 
 
-def read_benchmark(folder: Path, name: str = "benchmark") -> dict[str, Any]:
-    """The result that an earlier run left in a folder; empty if none did."""
-    file = folder / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The text of ``benchmark.md``: all arms, baselines, the large size, and how a step grows."""
     workload = result["workload"]

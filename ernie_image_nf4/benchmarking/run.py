@@ -6,7 +6,6 @@ The workload is the model card's two experiments: one picture, and several in a 
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from ..quantization.synthetic import synthesize
 from .arms import ARMS, DEFAULT_WORKLOAD, LOADED_AGAIN, PROMPT, Arm, Workload
 from .device import describe_machine, free_unused_memory
 from .growth import measure_growth
+from .interrupted import is_same_run
 from .predictions import compare_predictions, has_predictions, remove_predictions, save_exact_predictions
 from .processes import in_own_process, process_context
 from .worker import measure_arm
@@ -129,16 +129,15 @@ def _head(arm: Arm) -> dict[str, Any]:
 
 def _finished(earlier: Mapping[str, Any], result: Mapping[str, Any], arms: Sequence[Arm], work: Path) -> dict[str, Any]:
     """What an earlier run finished of what `result` begins: rows by their arms' names, and the parts after the arms."""
-    asked = json.loads(json.dumps(result))  # as it was read
-    if any(earlier.get(key) != asked[key] for key in ("machine", "versions", "workload", "prompt")):
+    if not is_same_run(earlier, result, ("machine", "versions", "workload", "prompt")):
         earlier = {}
-    heads = {arm.name: json.loads(json.dumps(_head(arm))) for arm in arms}
+    heads = {arm.name: _head(arm) for arm in arms}
     rows = {
-        row["name"]: row
+        name: row
         for row in earlier.get("arms", ())
-        if row["name"] in heads
-        and "error" not in row
-        and all(row.get(key) == value for key, value in heads[row["name"]].items())
+        if "error" not in row
+        and (name := row["name"]) in heads
+        and is_same_run(row, heads[name], heads[name])
         and has_predictions(row, work)
     }
     parts = {name: earlier.get(name, {}) for name in ("float32", "growth")}

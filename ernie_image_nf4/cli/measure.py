@@ -132,7 +132,8 @@ def benchmark(
 
 def _benchmark_into(out_dir: Path, nf4: Path, original: Path | None, resume: bool, options: dict[str, Any]) -> None:
     """Run `benchmark` and write its result, or the rest of one that an interrupted run left."""
-    from ..benchmarking.report import read_benchmark, write_benchmark
+    from ..benchmarking.interrupted import read_result
+    from ..benchmarking.report import write_benchmark
     from ..benchmarking.run import benchmark
 
     files: list[Path] = []
@@ -140,7 +141,7 @@ def _benchmark_into(out_dir: Path, nf4: Path, original: Path | None, resume: boo
     def keep(result: dict[str, Any]) -> None:  # After each part, so that an interrupted run leaves what it had
         files[:] = write_benchmark(result, out_dir)
 
-    earlier = read_benchmark(out_dir) if resume else None
+    earlier = read_result(out_dir / "benchmark.json") if resume else None
     benchmark(nf4, original, out_dir / "work", earlier=earlier, on_progress=keep, **options)
     typer.echo(f"Wrote {', '.join(str(file) for file in files)}")
 

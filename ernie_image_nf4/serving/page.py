@@ -101,7 +101,7 @@ def mount_page(app: FastAPI, engine: Engine, *, path: str = "/", api_key: str | 
 
 def page_script(engine: Engine) -> str:
     """`page.js` with what it needs to know of the server."""
-    sizes = shape_sizes(engine.recommended.width, engine.recommended.height)
+    sizes = shape_sizes(engine.recommended, engine.limits)
     known = {"/* SIZES */ {}": sizes, "/* LARGEST_FILE */ Infinity": max_file_bytes(engine.limits)}
     script = (HERE / "page.js").read_text(encoding="utf-8")
     for stand_in, value in known.items():

@@ -193,7 +193,7 @@ def _result() -> dict[str, Any]:
 
 def _settings(recommended: Recommended, limits: Limits, lora_names: Sequence[str]) -> dict[str, Any]:
     size: dict[str, Any] = {"precision": 0, "step": PIXELS_PER_PATCH, "min_width": 80}
-    sizes = shape_sizes(recommended.width, recommended.height)
+    sizes = shape_sizes(recommended, limits)
     now = next((shape for shape, its in sizes.items() if its == (recommended.width, recommended.height)), None)
     shape = gr.Radio([*sizes], value=now, label=word("shape"), elem_id="shape")
     with gr.Row(elem_id="size"):

@@ -12,8 +12,9 @@ from ..fast.step_plan import ALL_STEPS, EVERY_STEP
 from ..generation.image_file import read_settings
 from ..generation.settings import LoraUse, read_noted_loras
 from ..repository.components import PIXELS_PER_PATCH
+from ..repository.metadata import Recommended
 from .page_texts import Refusal
-from .requests import DrawRequest, Limits, check_request
+from .requests import DrawRequest, Limits, check_request, size_within
 
 MAX_GUIDANCE = 20.0  # of the slider
 LORA_STRENGTHS = (0.0, 2.0)  # likewise, within what a request may ask for
@@ -35,9 +36,10 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")  # those that the package writes, by P
 SKIPPING = {"guidance_until": (0.05, 1.0, ALL_STEPS, 0.05), "cache": (1, 8, EVERY_STEP, 1)}
 
 
-def shape_sizes(width: int, height: int) -> dict[str, tuple[int, int]]:
-    """Width and height in pixels for each shape, of about as many pixels as a model's own size, in whole patches."""
-    return {name: _size(ratio, width * height) for name, ratio in SHAPES.items()}
+def shape_sizes(recommended: Recommended, limits: Limits) -> dict[str, tuple[int, int]]:
+    """Width and height in pixels for each shape, of about as many pixels as the recommended size, in whole patches."""
+    pixels = recommended.width * recommended.height
+    return {name: size_within(limits, *_size(ratio, pixels)) for name, ratio in SHAPES.items()}
 
 
 def _size(ratio: float, pixels: int) -> tuple[int, int]:

@@ -73,18 +73,17 @@ class Limits:
 
 
 def recommended_within(limits: Limits, recommended: Recommended) -> Recommended:
-    """What a request that names no size and no steps gets: the model's, as far as the server allows it.
-
-    A size that is too large becomes a smaller one of about the same shape.
-    """
-    pixels = recommended.width * recommended.height
-    scale = min(1.0, (limits.max_pixels / pixels) ** 0.5)
-    width, height = (
-        max(1, int(side * scale) // PIXELS_PER_PATCH) * PIXELS_PER_PATCH
-        for side in (recommended.width, recommended.height)
-    )
+    """What a request that names no size and no steps gets: the model's, as far as the server allows it."""
+    width, height = size_within(limits, recommended.width, recommended.height)
     steps = min(recommended.num_inference_steps, limits.max_steps)
     return replace(recommended, width=width, height=height, num_inference_steps=steps)
+
+
+def size_within(limits: Limits, width: int, height: int) -> tuple[int, int]:
+    """A size in pixels, or where the server doesn't allow it a smaller one of about the same shape."""
+    scale = min(1.0, (limits.max_pixels / (width * height)) ** 0.5)
+    width, height = (max(1, int(side * scale) // PIXELS_PER_PATCH) * PIXELS_PER_PATCH for side in (width, height))
+    return width, height
 
 
 def check_request(request: DrawRequest, limits: Limits, *, lora_names: Collection[str]) -> None:

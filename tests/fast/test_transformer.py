@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ernie_image_nf4 import load
 from ernie_image_nf4.benchmarking.predictions import largest_error, predictions
 from ernie_image_nf4.fast import attention, packing
 from ernie_image_nf4.fast import transformer as fast_transformer
-from ernie_image_nf4.fast.cuda_graphs import is_undisturbed
+from ernie_image_nf4.fast.cuda_graphs import is_undisturbed, may_be_captured
 from ernie_image_nf4.fast.ops import elementwise
 from ernie_image_nf4.fast.transformer import (
     FastErnieImageBlock,
@@ -155,17 +156,20 @@ def test_hooks_within_blocks_are_called_and_what_they_return_counts(name):
 
 
 @torch.no_grad()
-def test_an_attention_processor_of_ones_own_is_called_and_no_step_with_it_is_captured():
+def test_an_attention_processor_of_ones_own_is_called_and_no_step_with_it_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    latents = SimpleNamespace(is_cuda=True)
     transformer, arguments = build(), inputs("cpu", torch.float32, (4, 1, 7))
     make_transformer_fast(transformer, capture_steps=False)
     expected = transformer(**arguments).sample
     assert not transformer.has_upstream_blocks()
+    assert may_be_captured(transformer, latents)
     transformer.layers[2].self_attention.set_processor(Noted())
     Noted.calls = 0
     torch.testing.assert_close(transformer(**arguments).sample, expected, rtol=0, atol=2e-6 * expected.abs().max())
     assert Noted.calls == 1
     assert transformer.has_upstream_blocks()
-    assert is_undisturbed(transformer)
+    assert not may_be_captured(transformer, latents)
 
 
 @torch.no_grad()

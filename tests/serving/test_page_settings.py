@@ -21,6 +21,7 @@ from ernie_image_nf4.errors import (
     WorkerLost,
 )
 from ernie_image_nf4.generation.settings import LoraUse
+from ernie_image_nf4.repository.metadata import Recommended
 from ernie_image_nf4.serving.engine import Engine
 from ernie_image_nf4.serving.events import Event, Queued, Revised, Started, Step
 from ernie_image_nf4.serving.page import Page, fill_form, form_request, make_page, picture_line
@@ -192,11 +193,18 @@ def test_values_that_make_no_request_are_told_in_both_languages(field, value, en
 
 @pytest.mark.parametrize(("width", "height"), [(1024, 1024), (256, 256), (512, 768)])
 def test_shapes_have_about_the_pixels_that_suit_the_model(width, height):
-    for name, size in shape_sizes(width, height).items():
+    for name, size in shape_sizes(Recommended(height, width), Limits()).items():
         long, short = map(int, name.split(":"))
         assert size[0] % 16 == size[1] % 16 == 0
         assert size[0] * size[1] == pytest.approx(width * height, rel=0.1)
         assert size[0] / size[1] == pytest.approx(long / short, rel=0.1)
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024])
+def test_shapes_are_ones_that_the_server_allows(side):
+    limits = Limits(max_pixels=side**2)
+    sizes = shape_sizes(Recommended(side, side), limits).values()
+    assert all(0.8 * side**2 < width * height <= side**2 for width, height in sizes)
 
 
 def layout(*lora_names: str, **options: Any) -> Parts:

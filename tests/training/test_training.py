@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLFlux2
 from ernie_image_nf4 import load
 from training.classifier import Seen, accuracies
 from training.dit import CAPTIONS, Pool, Training, train
-from training.models import TEXT_WIDTH, Budget, Ema, build_transformer, due, go_on_from
+from training.models import TEXT_WIDTH, Budget, Ema, build_transformer, go_on_from, stop_condition
 from training.prompts import EN_STYLE, ZH_STYLE, PromptWriter, caption_en, caption_zh
 from training.scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, PLACES, Scene, caption, is_held_out, render, sample_scene
 from training.vae import FAVOURED_SHARE, psnr, random_crops, reconstruction_loss, to_bytes, to_floats, training_scene
@@ -90,7 +90,7 @@ def test_a_training_that_is_asked_to_end_is_gone_on_with(tmp_path: Path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return layer(sigma[:, None]).square().mean()
 
-        ended = train(training, loss_of, pools, Budget(6, spent=spent), 0.1, None, due(float("inf")))
+        ended = train(training, loss_of, pools, Budget(6, spent=spent), 0.1, None, stop_condition(float("inf")))
         if not ended:
             training.save(file, 1.0)
         return training, ended
@@ -103,7 +103,7 @@ def test_a_training_that_is_asked_to_end_is_gone_on_with(tmp_path: Path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [0, 1, 2, 3, 4, 5]
-    assert due(0.0)()
+    assert stop_condition(0.0)()
     signal.signal(signal.SIGTERM, before)
 
 
