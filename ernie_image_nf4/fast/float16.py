@@ -16,6 +16,7 @@ Which weights have which dtype is decided in ``memory/precision.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ def attend(
 
 def _product(x: torch.Tensor, scale: torch.Tensor, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return apply_layers(x, layer)[0], scale
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast switched off, on a device that has it: a mixed model has its dtypes where they belong."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 @named_as_upstream

@@ -15,7 +15,7 @@ import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ from ..upstream.offloading import kept_on_device
 from .adapters import Adapters
 from .block import FastErnieImageBlock, Pending, Rotary, calls_all_modules
 from .cuda_graphs import CapturedStep
+from .float16 import no_autocast
 from .ops import elementwise
 from .packing import Packing, pack, packed_rotary, token_positions
 from .subclassing import Runtime, become, named_as_upstream
@@ -214,9 +215,11 @@ class FastErnieImageTransformer(ErnieImageTransformer2DModel):
             or attention_dispatch() is None  # of a pickle that another version of diffusers loads
         ):
             return super().forward(hidden_states, timestep, text_bth, text_lens, return_dict)
-        with kept_on_device(self), runtime.turn.take(hidden_states.device):
+        device = hidden_states.device
+        precision = no_autocast(device) if runtime.mixed else nullcontext()
+        with kept_on_device(self), runtime.turn.take(device), precision:
             runtime.prepare_adapters(self)
-            if runtime.adapters.bring_strengths(hidden_states.device):
+            if runtime.adapters.bring_strengths(device):
                 runtime.release_graph()
             if runtime.captured_step is None:
                 sample = self.predict(hidden_states, timestep, text_bth, text_lens)

@@ -6,13 +6,14 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import ErnieImagePipeline
 
 from ..errors import InvalidSettings
+from ..fast.float16 import no_autocast
 from ..fast.prompt_enhancer import is_fast
 from ..fast.random_state import drawing_as_caller
 from ..fast.step_plan import ALL_STEPS, Skipping, cache_interval, check_skipping
@@ -80,7 +81,12 @@ class LoadedPipeline(ErnieImagePipeline):
                 )
             self.turn.drawing = True
             try:
-                with _default_device_is_cpu(), self._own_generator(call), stepped(self, self.skipping) as pipe:
+                with (
+                    _default_device_is_cpu(),
+                    _without_autocast(self),
+                    self._own_generator(call),
+                    stepped(self, self.skipping) as pipe,
+                ):
                     self._call_as(pipe, call)
                     return ErnieImagePipeline.__call__(*call.args, **call.kwargs)
             finally:
@@ -181,6 +187,16 @@ def _default_device_is_cpu() -> Iterator[None]:
     """Upstream makes sigmas on the default device and gives them to numpy."""
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
         yield
+
+
+def _without_autocast(pipe: ErnieImagePipeline) -> AbstractContextManager[None]:
+    """Let models that are in 16 bits already compute in the dtypes they were loaded for.
+
+    Autocast, whose default is float16, would overflow in them, and save nothing.
+    """
+    return (
+        nullcontext() if computation_dtype(pipe.transformer) == torch.float32 else no_autocast(execution_device(pipe))
+    )
 
 
 @contextmanager

@@ -122,6 +122,19 @@ def test_the_picture_stays_the_usual_one(repository, expected, memory, habit, dr
     assert np.array_equal(draw(pipe), expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing_in_16_bits(repository, device, dtype, to):
+    pipe = load(repository, device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    before = draw(pipe, use_pe=False)
+    with torch.autocast(device, to):
+        assert np.array_equal(draw(pipe, use_pe=False), before)
+        assert torch.get_autocast_dtype(device) == to
+        assert torch.is_autocast_enabled(device)
+
+
 @pytest.mark.gpu
 def test_a_pipeline_on_the_cpu_keeps_nothing_on_the_gpu(repository):
     pipe = load(repository, device="cuda", memory="resident")

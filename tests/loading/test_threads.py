@@ -353,7 +353,8 @@ def test_a_call_without_a_generator_draws_from_the_global_state(repository, fast
         latents = each("a cat", use_pe=False, callback_on_step_end=callback, **size).images
         results.append((latents, torch.stack([*drawn, torch.rand(3, device="cuda")])))
     assert torch.equal(results[0][1], results[1][1])
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=0.1, atol=0.1)
+    # In float16 the fast one gives float32.
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0.1, atol=0.1, check_dtype=False)
 
 
 # Parts

@@ -257,11 +257,14 @@ def test_what_has_begun_is_finished_and_the_rest_refused(loop, engine, monkeypat
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_waiting_requests_share_a_batch_and_are_each_what_they_are_alone(loop, repository, tmp_path):
+def test_on_a_gpu_waiting_requests_share_a_batch_and_are_each_what_they_are_alone(
+    loop, repository, tmp_path, pytestconfig
+):
     options = {"height": 64, "width": 64, "steps": 20, "guidance": 3.0}
+    loading = {"memory": "resident", "dtype": pytestconfig.getoption("--dtype")}  # workers don't hear of it
     paths = [tmp_path / f"{seed}.png" for seed in range(9)]
-    list(draw_and_save(load(repository, memory="resident"), paths, "a cat", seed=0, **options))
-    with running_engine(loop, repository, devices=("cuda:0",), memory="resident") as engine:
+    list(draw_and_save(load(repository, **loading), paths, "a cat", seed=0, **options))
+    with running_engine(loop, repository, devices=("cuda:0",), **loading) as engine:
         sent = [request("a cat", seed=seed, width=64, height=64, steps=20) for seed in range(9)]
         answers = [loop.start(events_of(engine.draw(each))) for each in sent]
         found = [pictures(answer.result(120))[0].png for answer in answers]
