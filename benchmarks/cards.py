@@ -19,32 +19,27 @@ import argparse
 import json
 import math
 import re
-import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.children import apart, run
+from benchmarks.held_memory import GIB, small_card
 from ernie_image_nf4.benchmarking.arms import PROMPT
 
 CHECKOUT = Path(__file__).parents[1]
-GIB = 1024**3
 CARDS = {11.0: "12 GB", 7.2: "8 GB", 5.2: "6 GB", 3.4: "4 GB"}  # GiB that are free -> card
-POLL_SECONDS = 0.02
 TIME_LIMIT = 240  # seconds of one command
 MODE = re.compile(r"^Memory mode (\w+) on [\w:]+: (.*)$", re.MULTILINE)
 PICTURE_SECONDS = re.compile(r"([\d.]+) s, seed \d")
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["hold"]:
-        hold(float(sys.argv[2]))
-    elif sys.argv[1:2] == ["run"]:
+    if sys.argv[1:2] == ["run"]:
         run_command(Path(sys.argv[2]), sys.argv[3:])
     else:
         measure_all(parse())
@@ -163,7 +158,7 @@ def measure(model: Path, free_gib: float | None, arguments: Sequence[str], *, gp
         picture, figures = Path(folder) / "out.png", Path(folder) / "figures.json"
         command = [*arguments, "--model", str(Path(model).resolve()), "-o", str(picture)]
         began = time.perf_counter()
-        out, error = start([*self("run"), str(figures), *command])
+        out, error = start([sys.executable, "-m", "benchmarks.cards", "run", str(figures), *command])
         row["seconds"] = round(time.perf_counter() - began, 2)
         row |= json.loads(figures.read_text()) if figures.exists() else {}
         if not picture.exists():
@@ -190,11 +185,6 @@ def start(command: Sequence[str]) -> tuple[str, str]:
     return ended.stdout, ended.stderr
 
 
-def self(role: str) -> list[str]:
-    """The command of a process of this script in another role."""
-    return [sys.executable, "-m", "benchmarks.cards", role]
-
-
 def context_gib(free_gib: float) -> float:
     """GiB that a process's CUDA context takes, with what PyTorch loads at once."""
     ask = "import torch; torch.cuda.init(); print(torch.cuda.mem_get_info()[0])"
@@ -203,49 +193,6 @@ def context_gib(free_gib: float) -> float:
     if not out:
         raise SystemExit(error)
     return round(card["free_gib"] - int(out) / GIB, 3)
-
-
-@contextmanager
-def small_card(free_gib: float | None) -> Iterator[dict[str, float]]:
-    """A GPU of which only `free_gib` are free; None leaves it as it is.
-
-    Yields:
-        Gets ``free_gib`` when the memory is held, and ``least_free_gib`` at the end: the least that the driver had.
-    """
-    figures: dict[str, float] = {}
-    if free_gib is None:
-        yield figures
-        return
-    command = [*self("hold"), str(free_gib)]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        line = holder.stdout.readline()
-        if not line:
-            raise SystemExit(f"{free_gib} GiB could not be left free.")
-        figures["free_gib"] = float(line)
-        try:
-            yield figures
-        finally:
-            holder.stdin.close()
-            figures["least_free_gib"] = float(holder.stdout.readline() or "nan")
-
-
-def hold(free_gib: float) -> None:
-    """Hold all but so much of the GPU's memory until standard input closes. Prints the GiB free then, and the least."""
-    import torch
-
-    torch.zeros(1, device="cuda")
-    excess = torch.cuda.mem_get_info()[0] - int(free_gib * GIB)
-    if excess < 0:
-        raise SystemExit(f"Only {torch.cuda.mem_get_info()[0] / GIB:.2f} GiB are free.")
-    held = torch.empty(excess, dtype=torch.uint8, device="cuda")
-    print(torch.cuda.mem_get_info()[0] / GIB, flush=True)
-    least = torch.cuda.mem_get_info()[0]
-    while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
-        least = min(least, torch.cuda.mem_get_info()[0])
-    print(least / GIB, flush=True)
-    del held
 
 
 def run_command(figures: Path, arguments: list[str]) -> None:

@@ -28,8 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
 from benchmarks.batch_h100 import NF4, build
-from benchmarks.cards import small_card
 from benchmarks.children import run
+from benchmarks.held_memory import small_card
 from benchmarks.quantize_full_size import GIB, machine
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_lora.py"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import CHECKOUT
 
-from benchmarks import cards, children, summary
+from benchmarks import cards, children, held_memory, summary
 from ernie_image_nf4.benchmarking.summary import cards_summary
 from ernie_image_nf4.memory.requirements import GIB, KERNEL_BYTES, MODES
 
@@ -147,11 +148,11 @@ def test_modes_took_on_cards_what_they_are_said_to_take():
 @alone
 def test_memory_is_held_until_the_end_and_the_least_that_was_free_is_noted():
     before = torch.cuda.mem_get_info()[0]
-    with cards.small_card(3.0) as figures:
+    with held_memory.small_card(3.0) as figures:
         assert figures["free_gib"] == pytest.approx(3.0, abs=0.05)
         taken = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
-        cards.time.sleep(0.5)
+        time.sleep(0.5)
         del taken
         torch.cuda.empty_cache()
     assert figures["least_free_gib"] == pytest.approx(figures["free_gib"] - 1, abs=0.05)
