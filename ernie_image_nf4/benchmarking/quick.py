@@ -17,12 +17,13 @@ from ..loading.pipeline import load
 from ..memory.apply import memory_mode
 from ..memory.placement import find_device, free_memory
 from ..repository.metadata import PACKAGE
+from .arms import DEFAULT_WORKLOAD
 from .device import GIB, describe_machine, peak_memory, synchronize
 from .processes import in_own_process, process_context
 from .worker import draw_timed
 
 STEPS = 4  # the first is left out of the median, the second may be captured
-TOKENS = 32
+TOKENS = DEFAULT_WORKLOAD.tokens  # as in the long one, where reading the prompt is a small part of it
 GUIDANCE = 4.0
 LIMIT_S = 90  # after which nothing new is begun
 
