@@ -46,6 +46,17 @@ def write_model_index(original: Path) -> None:
     (original / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def name_rotary_embedding_as_release(text_encoder: Path) -> None:
+    """Let the vision tower's rotary embedding be called "default", whatever this version of transformers calls it.
+
+    It is never computed, and transformers 5.0 refuses the name that later ones write.
+    """
+    path = text_encoder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["vision_config"]["rope_parameters"]["rope_type"] = "default"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def add_enhancer(nf4: Path, other: Path) -> None:
     """Copy the prompt enhancer of the NF4 repository `other`, as it is, into one that has none."""
     for name in PROMPT_ENHANCER:
@@ -91,6 +102,7 @@ def main() -> None:
             for name in PROMPT_ENHANCER:
                 shutil.rmtree(original / name, ignore_errors=True)
         write_model_index(original)
+        name_rotary_embedding_as_release(original / "text_encoder")
         shutil.rmtree(nf4, ignore_errors=True)
         quantize(original, nf4, name=NAME, recommended=RECOMMENDED, calibrate=calibration_prompts(), progress=False)
         if arguments.enhancer:

@@ -15,7 +15,16 @@ from diffusers import AutoencoderKLFlux2
 from ernie_image_nf4 import load
 from training.classifier import Seen, accuracies
 from training.dit import CAPTIONS, Pool, Training, train
-from training.models import TEXT_WIDTH, Budget, Ema, build_transformer, go_on_from, stop_condition
+from training.export import name_rotary_embedding_as_release
+from training.models import (
+    TEXT_WIDTH,
+    Budget,
+    Ema,
+    build_text_encoder,
+    build_transformer,
+    go_on_from,
+    stop_condition,
+)
 from training.prompts import EN_STYLE, ZH_STYLE, PromptWriter, caption_en, caption_zh
 from training.scenes import BACKGROUNDS, CAT, OBJECTS, PAPER, PLACES, Scene, caption, is_held_out, render, sample_scene
 from training.vae import FAVOURED_SHARE, psnr, random_crops, reconstruction_loss, to_bytes, to_floats, training_scene
@@ -105,6 +114,18 @@ def test_a_training_that_is_asked_to_end_is_gone_on_with(tmp_path: Path):
     assert seen == [0, 1, 2, 3, 4, 5]
     assert stop_condition(0.0)()
     signal.signal(signal.SIGTERM, before)
+
+
+def test_the_exported_text_encoder_names_its_vision_rotary_embedding_as_the_release(tmp_path: Path):
+    model = build_text_encoder()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"]["rope_parameters"]["rope_type"] = "axial"  # as later versions of transformers write it
+    path.write_text(json.dumps(config))
+    name_rotary_embedding_as_release(tmp_path)
+    assert json.loads(path.read_text())["vision_config"]["rope_parameters"]["rope_type"] == "default"
+    assert type(model).from_pretrained(tmp_path).config.text_config.hidden_size == model.config.text_config.hidden_size
 
 
 def test_captions_name_what_the_scene_shows():
