@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Import from the checkout, installed or not
 
-from benchmarks.summary import formats_table
+from benchmarks import formats_report
 from ernie_image_nf4.evaluation.baselines import BASELINES
 from ernie_image_nf4.evaluation.records import Evaluation, Result, evaluation_json
 from ernie_image_nf4.evaluation.run import evaluate
@@ -91,7 +91,7 @@ def main() -> None:
         for name in made.keys() & results.keys():
             results[name]["quantize_s"] = made[name][1]
         content = write(arguments, evaluation, results)
-    print(formats_table(content))
+    print(formats_report.table(content))
 
 
 def write(arguments: argparse.Namespace, evaluation: Evaluation, results: dict[str, dict[str, object]]) -> dict:

@@ -34,7 +34,7 @@ from ernie_image_nf4.quantization.scale_search import quantize_nf4, squared_erro
 from ernie_image_nf4.quantization.synthetic import synthesize
 from ernie_image_nf4.repository.components import QUANTIZED, Component
 from ernie_image_nf4.repository.metadata import installed_versions
-from ernie_image_nf4.repository.record import open_component, read_model_index
+from ernie_image_nf4.repository.record import component_class, open_component, read_model_index
 from ernie_image_nf4.repository.safetensors_io import read_tensor
 
 FULL_SIZE_WEIGHTS = 14_504_427_520  # Values that become NF4 in the three components
@@ -111,7 +111,9 @@ def error_ratios(source: Path | None) -> dict[str, float]:
     normal = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     ratios = {"normal": error_ratio([normal])}
     if source:
-        ratios |= {component.name: error_ratio(nf4_weights(source, component)) for component in QUANTIZED}
+        index = read_model_index(source)
+        there = [component for component in QUANTIZED if component_class(index, component)]
+        ratios |= {component.name: error_ratio(nf4_weights(source, component)) for component in there}
     return ratios
 
 

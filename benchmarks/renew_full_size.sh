@@ -56,6 +56,6 @@ fi
 #   python -m benchmarks.threads_and_reloads
 #   python -m benchmarks.calibrate --work FOLDER --output benchmarks/calibrate_h100.json --variants scale_search,calibrated \
 #     --keep-files
-#   python benchmarks/skipping_mini.py --output benchmarks/skipping_h100.json --device cuda --dtype bfloat16 \
-#     --model FOLDER/ERNIE-Image-NF4 --size 512 --steps 50 --captions 4
+#   for size in 512 1024; do python benchmarks/skipping_mini.py --output benchmarks/skipping_h100_$size.json \
+#     --device cuda --dtype bfloat16 --model FOLDER/ERNIE-Image-NF4 --size $size --steps 50 --captions 4; done
 #   python -m benchmarks.summary

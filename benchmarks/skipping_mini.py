@@ -3,13 +3,13 @@
     python benchmarks/skipping_mini.py --output benchmarks/skipping_cpu.json --grid benchmarks/skipping_cpu.jpg \\
         --captions 20 --batch 4
     python benchmarks/skipping_mini.py --output benchmarks/skipping_mini.json --device cuda --captions 200 --batch 50
-    python benchmarks/skipping_mini.py --output benchmarks/skipping_h100.json --device cuda --dtype bfloat16 \\
-        --model ERNIE-Image-NF4 --size 512 --steps 50 --captions 4
+    python benchmarks/skipping_mini.py --output benchmarks/skipping_h100_512.json --device cuda --dtype bfloat16 \\
+        --model FOLDER/ERNIE-Image-NF4 --size 512 --steps 50 --captions 4
 
 Pictures are compared with those by the same weights that leave nothing out; the row of fewer steps has as many as the
 default cache computes. Times are taken on a GPU, unless by `--no-times` where something else uses it. The third command
-is for those at full size, where random weights make the PSNR say nothing. The captions are those of
-benchmarks/nf4_mini.py; `--classifier FILE` adds the accuracy of what is drawn, as there.
+is for those at full size, where random weights make the PSNR say nothing; with 1024 in place of 512, at that size. The
+captions are those of benchmarks/nf4_mini.py; `--classifier FILE` adds the accuracy of what is drawn, as there.
 """
 
 from __future__ import annotations

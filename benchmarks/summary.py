@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers_report
+from benchmarks import formats_report, peers_report
 from ernie_image_nf4.benchmarking import report as benchmark_report
 from ernie_image_nf4.benchmarking import summary as benchmark
 from ernie_image_nf4.benchmarking.arms import has_own_work
@@ -24,11 +24,14 @@ FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parent
 CHART = FOLDER / "benchmark_h100.png"
 PEERS, PEERS_CHART = "peers_h100.json", FOLDER / "peers_h100.png"
+SKIPPING_SIZES = (512, 1024)
+FORMATS, FORMATS_CHART = "nf4_mini.json", FOLDER / "nf4_mini.png"
 # Table -> the page it stands on.
 PAGES = {
     "cards": "README.md",
     "generations": "README.md",
     "headline": "README.md",
+    "fidelity": "README.md",
     "summary": "docs/figures.md",
     "mini-figures": "docs/mini.md",
     "speed": "docs/speed.md",
@@ -52,25 +55,9 @@ HEADLINES = {
 }
 # Below the table of cards: what its figures are of.
 CARDS_NOTE = """\
-Measured on an H100 of which another process held the rest: the command `generate` from its start to its end, and the
-picture in it, with 50 steps and the prompt enhancer, by random weights; the memory that PyTorch reserved, and all that
-the process took, CUDA's context included. Real small cards compute more slowly."""
+Measured with random weights on an H100 of which another process held the rest, 50 steps, with the prompt enhancer: the
+command `generate` from start to end; memory that PyTorch reserved, and all that was taken. Real cards are slower."""
 VARIANTS = ("stock", "scale_search", "default", "calibrated")
-FORMATS = {
-    "original": "bfloat16 original",
-    "stock": "stock NF4",
-    "scale_search": "NF4, scale search",
-    "default": "NF4, scale search and kept layers (`quantize`)",
-    "calibrated": "NF4, calibrated as well (`quantize --calibrate`)",
-    "sdnq-uint4": "SDNQ uint4",
-    "sdnq-uint4-products": "SDNQ uint4, quantized products",
-    "sdnq-int8": "SDNQ int8, quantized products",
-    "torchao-int4": "torchao int4",
-    "torchao-float8": "torchao float8",
-    "quanto-int4": "optimum-quanto int4",
-    "quanto-int8": "optimum-quanto int8",
-    "gguf-q4_0": "GGUF Q4_0",
-}
 TEXTS = {
     "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over the plain calls'",
     "h100.pe_ms_per_token": "prompt enhancer, milliseconds a token",
@@ -106,9 +93,11 @@ TEXTS = {
     "h100.turbo_s.enhanced_1024": "... of 1024x1024, with it",
     "h100.turbo_s.plain_1024": "... without",
     **peers_report.TEXTS,
-    "h100.time_vs_full.guidance_until_half": "denoising with `guidance_until=0.5`: time over that of all steps with "
-    "guidance",
+    "h100.time_vs_full.guidance_until_half": "full-size model with random weights on an H100, 1024x1024, 50 steps: "
+    "denoising with `guidance_until=0.5`, time over that of all steps with guidance",
     "h100.time_vs_full.cache": "... with `cache=True`, over that of all steps computed",
+    "h100.time_vs_full_512.guidance_until_half": "... at 512x512: with `guidance_until=0.5`",
+    "h100.time_vs_full_512.cache": "... with `cache=True`",
     "skipping.psnr_db.guidance_until_half": "the mini's pictures with `guidance_until=0.5` against those of all steps "
     "with guidance, PSNR in dB",
     "skipping.psnr_db.cache": "... with `cache=True` against all steps computed",
@@ -118,10 +107,6 @@ TEXTS = {
     "products.prediction_error.int8": '... largest relative difference of a prediction with `products="int8"`',
     "products.prediction_error.fp8": '... with `products="fp8"`',
     "products.prediction_error.bfloat16": "... in bfloat16",
-    "fp8.psnr_db.fp8": 'the mini\'s pictures with `products="fp8"` against the same weights in float32, PSNR in dB',
-    "fp8.psnr_db.bfloat16": "... in bfloat16, as by default",
-    "fp8.prediction_error.fp8": '... largest relative difference of a prediction with `products="fp8"`',
-    "fp8.prediction_error.bfloat16": "... in bfloat16",
     "cards.seconds_1024.free_11_0": "`generate` as a whole at 1024x1024, 50 steps, with the enhancer, s: where 11.0 "
     "GiB are free",
     "cards.seconds_1024.free_7_2": "... where 7.2 GiB are free",
@@ -202,6 +187,8 @@ def main() -> None:
         draw_chart(run, CHART)
     if run := read(PEERS):
         peers_report.draw_chart(run, PEERS_CHART)
+    if run := read(FORMATS):
+        formats_report.draw_chart(run, FORMATS_CHART)
 
 
 def summary() -> dict[str, float]:
@@ -230,20 +217,20 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
                 f"batch.h100_s.{memory}": run[memory]["batch"]["seconds_a_picture"],
                 f"batch.h100_s.{memory}_single": run[memory]["single"]["seconds_a_picture"],
             }
-    for prefix in ("products", "fp8"):
-        if run := read(file := f"{prefix}_mini.json"):
-            found[file] = {
-                f"{prefix}.{key}.{name}": result[figure]
-                for name, result in run["results"].items()
-                for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
-                if figure in result
-            }
+    if run := read("products_mini.json"):
+        found["products_mini.json"] = {
+            f"products.{key}.{name}": result[figure]
+            for name, result in run["results"].items()
+            for key, figure in (("psnr_db", "psnr"), ("prediction_error", "prediction_error"))
+            if figure in result
+        }
     for name in ("skipping_cpu", "skipping_mini"):  # the second has more captions, and takes the place of the first
         if run := read(file := f"{name}.json"):
             found.pop("skipping_cpu.json", None)
             found[file] = skipping_figures(run, "skipping.psnr_db", "psnr")
-    if run := read("skipping_h100.json"):
-        found["skipping_h100.json"] = skipping_figures(run, "h100.time_vs_full", "time_vs_full")
+    for size, run in skipping_times().items():
+        prefix = "h100.time_vs_full" + ("" if size == SKIPPING_SIZES[-1] else f"_{size}")
+        found[f"skipping_h100_{size}.json"] = skipping_figures(run, prefix, "time_vs_full")
     if run := read("lora_h100.json"):
         found["lora_h100.json"] = lora_figures(run)
     if run := read("threads_and_reloads_h100.json"):
@@ -288,8 +275,8 @@ def figures_of_runs() -> dict[str, dict[str, float]]:
             "serve.throughput_vs_batch.h100_16": run["throughput_vs_batch_16"],
             "serve.extra_latency_s.h100": run["extra_latency_seconds"],
         }
-    if run := read("nf4_mini.json"):
-        found["nf4_mini.json"] = {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}
+    if run := read(FORMATS):
+        found[FORMATS] = {f"nf4.psnr_db.{name}": round(run["results"][name]["psnr"], 3) for name in VARIANTS}
     return found
 
 
@@ -312,9 +299,9 @@ def tables() -> dict[str, str]:
     if run := read(PEERS):
         made["peers"] = peers_report.section(run, f"../benchmarks/{PEERS_CHART.name}")
     if run := read("skipping_mini.json") or read("skipping_cpu.json"):
-        made["skipping"] = skipping_table(run)
-    if run := read("nf4_mini.json"):
-        made["formats"] = formats_table(run)
+        made["skipping"] = skipping_table(run, skipping_times())
+    if run := read(FORMATS):
+        made |= {"formats": formats_report.table(run), "fidelity": formats_report.short_table(run)}
     if run := read("calibrate_h100.json"):
         made["calibration"] = calibration_table(run)
     return made
@@ -342,11 +329,23 @@ def lora_figures(run: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def skipping_table(run: dict[str, Any]) -> str:
-    """What the mini's pictures lose where steps leave something out."""
-    results = {name: result for name, result in run["results"].items() if name != run["against"]}
+def skipping_times() -> dict[int, dict[str, Any]]:
+    """Size -> the run at full size that measured times."""
+    runs = {size: read(f"skipping_h100_{size}.json") for size in SKIPPING_SIZES}
+    return {size: run for size, run in runs.items() if run}
+
+
+def skipping_table(run: dict[str, Any], times: dict[int, dict[str, Any]]) -> str:
+    """What the mini's pictures lose where steps leave something out, and what that saves at full size."""
+    results = {name: dict(result) for name, result in run["results"].items() if name != run["against"]}
+    for size, timed in times.items():
+        # The last row's name is of the steps that a cache computes, which are others where there are more in all.
+        fewer = next(arm for name, arm in timed["results"].items() if name.endswith(" steps"))
+        for name, result in results.items():
+            result[f"time_{size}"] = timed["results"].get(name, fewer)["time_vs_full"]
     columns = {
         "rows computed": ("work", ".0%"),
+        **{f"time, {size}x{size}": (f"time_{size}", ".0%") for size in times},
         "PSNR (dB)": ("psnr", ".1f"),
         "lowest PSNR (dB)": ("lowest_psnr", ".1f"),
         "objects right": ("object_accuracy", ".1%"),
@@ -484,30 +483,6 @@ def draw_chart(run: dict[str, Any], path: Path) -> None:
         axes.tick_params(axis="y", length=0)
     figure.axes[0].invert_yaxis()
     figure.savefig(path, format="png", dpi=120, metadata={"Description": json.dumps(values)})
-
-
-def formats_table(run: dict[str, Any]) -> str:
-    """What the formats of other libraries and ours cost and give on the mini."""
-    measured = [result for result in run["results"].values() if "error" not in result]
-    lpips = "lpips" if any(result.get("lpips") is not None for result in measured) else "st_lpips"
-    columns = {
-        "bits a weight": (lambda result: result["bits_per_weight"].get("transformer"), ".2f"),
-        "weight error": (lambda result: result["weight_error"].get("transformer"), ".4f"),
-        "prediction error": (lambda result: result["prediction_error"], ".4f"),
-        "PSNR (dB)": (lambda result: result.get("psnr"), ".2f"),
-        "SSIM": (lambda result: result.get("ssim"), ".4f"),
-        lpips.upper().replace("_", "-"): (lambda result: result.get(lpips), ".4f"),
-        "objects right": (lambda result: result.get("object_accuracy"), ".1%"),
-    }
-    rows = [
-        [
-            FORMATS[name],
-            *("–" if (value := get(result)) is None else f"{value:{form}}" for get, form in columns.values()),
-        ]
-        for name, result in run["results"].items()
-        if "error" not in result
-    ]
-    return markdown_table(["", *columns], rows)
 
 
 def calibration_table(run: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import summary
+from benchmarks import formats_report, summary
 from ernie_image_nf4.evaluation.baselines import BASELINES
 
 FORMATS = ["original", *summary.VARIANTS, *(name for name in BASELINES if name != "nf4-stock")]
@@ -49,10 +49,16 @@ def test_every_table_is_made():
 def test_what_is_left_out_has_its_share_and_its_distance():
     figures = {"work": 0.6, "psnr": 35.04, "lowest_psnr": 30.0, "time_vs_full": 0.61234}
     run = {"against": "all", "results": {"all": {"work": 1.0}, "guidance_until=0.5": figures, "cache=3": figures}}
-    assert summary.skipping_table(run).splitlines()[2:] == [
+    assert summary.skipping_table(run, {}).splitlines()[2:] == [
         "| `guidance_until=0.5` | 60% | 35.0 | 30.0 |",
         "| `cache=3` | 60% | 35.0 | 30.0 |",
     ]
+    run["results"]["11 steps"] = run["results"].pop("cache=3")
+    timed = {"results": {"guidance_until=0.5": {"time_vs_full": 0.763}, "22 steps": {"time_vs_full": 0.45}}}
+    title, _, *rows = summary.skipping_table(run, {1024: timed}).splitlines()
+    assert "| rows computed | time, 1024x1024 | PSNR (dB) |" in title
+    assert rows == ["| `guidance_until=0.5` | 60% | 76% | 35.0 | 30.0 |", "| `11 steps` | 60% | 45% | 35.0 | 30.0 |"]
+    run["results"]["cache=3"] = figures
     assert summary.skipping_figures(run, "h100.time_vs_full", "time_vs_full") == {
         "h100.time_vs_full.guidance_until_half": 0.6123,
         "h100.time_vs_full.cache": 0.6123,
@@ -73,6 +79,26 @@ def test_the_chart_shows_the_figures_of_the_run():
         assert json.loads(chart.text["Description"]) == summary.chart_values(summary.read_benchmark())
 
 
+def test_the_chart_of_formats_shows_the_figures_of_their_run():
+    with Image.open(summary.FORMATS_CHART) as chart:
+        shown = json.loads(chart.text["Description"])
+    assert shown == formats_report.chart_values(summary.read(summary.FORMATS))
+    assert set(shown) >= {"quantize", "stock NF4", "SDNQ uint4", "GGUF Q4_0"}
+
+
+def test_the_short_table_has_the_formats_that_were_compared(tmp_path: Path):
+    figures = {"bits_per_weight": {"transformer": 4.157}, "psnr": 28.58}
+    original = {"bits_per_weight": {"transformer": 16}}
+    results = {"original": original, "stock": figures, "sdnq-uint4": {"error": "no CUDA"}}
+    title, _, row = formats_report.short_table({"results": results}).splitlines()
+    assert (title, row) == ("|  | bits a weight | PSNR (dB) |", "| stock NF4 | 4.16 | 28.6 |")
+    judged = {"results": {"stock": figures | {"object_accuracy": 0.995}}}
+    assert formats_report.short_table(judged).splitlines()[-1] == "| stock NF4 | 4.16 | 28.6 | 99.5% |"
+    formats_report.draw_chart(judged, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert json.loads(chart.text["Description"]) == {"stock NF4": [4.16, 28.6]}
+
+
 def test_a_chart_can_be_drawn(tmp_path: Path):
     pytest.importorskip("matplotlib")
     run = summary.read_benchmark()
@@ -89,16 +115,25 @@ def test_arms_of_an_option_that_is_gone_are_left_out(name: str):
 
 
 def test_every_format_has_its_words():
-    assert set(FORMATS) <= summary.FORMATS.keys()
+    assert set(FORMATS) <= formats_report.NAMES.keys()
 
 
 def test_formats_that_ran_have_a_row_and_what_was_not_measured_a_dash():
     figures = {"bits_per_weight": {"transformer": 4.157}, "weight_error": {}, "prediction_error": 0.1375, "psnr": 28.58}
-    run = {"results": {"stock": figures | {"st_lpips": 0.02}, "sdnq-uint4": {"error": "no CUDA"}}}
-    *_, row = table = summary.formats_table(run).splitlines()
-    assert len(table) == 3
+    other = {"weight_error": {"transformer": 0.1}, "ssim": 0.9, "object_accuracy": 1.0}
+    results = {"stock": figures | {"st_lpips": 0.02}, "gguf-q4_0": figures | other, "sdnq-uint4": {"error": "no CUDA"}}
+    *_, stock, gguf = table = formats_report.table({"results": results}).splitlines()
+    assert len(table) == 4
     assert "ST-LPIPS" in table[0]
-    assert row == "| stock NF4 | 4.16 | – | 0.1375 | 28.58 | – | 0.0200 | – |"
+    assert stock == "| stock NF4 | 4.16 | – | 0.1375 | 28.58 | – | 0.0200 | – |"
+    assert gguf == "| GGUF Q4_0 | 4.16 | 0.1000 | 0.1375 | 28.58 | 0.9000 | – | 100.0% |"
+
+
+def test_what_no_format_was_measured_for_has_no_column():
+    figures = {"bits_per_weight": {"transformer": 4.157}, "weight_error": {}, "prediction_error": 0.1375, "psnr": 28.58}
+    title, *_, row = formats_report.table({"results": {"stock": figures}}).splitlines()
+    assert title == "|  | bits a weight | prediction error | PSNR (dB) |"
+    assert row == "| stock NF4 | 4.16 | 0.1375 | 28.58 |"
 
 
 def test_memory_in_the_headlines_is_the_larger_peak_of_loading_and_drawing():
