@@ -19,8 +19,9 @@ from .subclassing import named_as_upstream
 
 DEQUANTIZER = "triton_nf4"
 # With more rows bitsandbytes dequantizes a weight and multiplies as well, so that results are the same bits. With fewer
-# ones a kernel of its own may do both.
-ROWS = 1536
+# ones a kernel of its own may do both: of a large weight, which all of the full-size blocks are, up to fewer rows.
+ROWS, ROWS_OF_LARGE = 1536, 512
+LARGE = 4 * 1024**2  # values
 ALIGNMENT = 8  # columns of a matrix in 16 bits, for products of full speed
 
 
@@ -306,11 +307,10 @@ def dequantized(weights: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch
 
 
 def _dequantizes(layer: nn.Module, x: torch.Tensor) -> bool:
-    return (
-        isinstance(layer, Linear4bit)
-        and x.numel() > ROWS * x.shape[-1]
-        and elementwise.triton_kernels(x, DEQUANTIZER) is not None
-    )
+    if not isinstance(layer, Linear4bit):
+        return False
+    rows = ROWS if layer.in_features * layer.out_features < LARGE else ROWS_OF_LARGE
+    return x.numel() > rows * x.shape[-1] and elementwise.triton_kernels(x, DEQUANTIZER) is not None
 
 
 def _call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

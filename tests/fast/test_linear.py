@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,8 +14,8 @@ from ernie_image_nf4.fast import linear
 from ernie_image_nf4.fast.subclassing import become
 
 
-def nf4_layer(device: str, dtype: torch.dtype, bias: bool, rows: int = 64) -> Linear4bit:
-    layer = Linear4bit(128, rows, bias=bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=rows != 96)
+def nf4_layer(device: str, dtype: torch.dtype, bias: bool, rows: int = 64, width: int = 128) -> Linear4bit:
+    layer = Linear4bit(width, rows, bias=bias, compute_dtype=dtype, quant_type="nf4", compress_statistics=rows != 96)
     torch.manual_seed(rows)
     layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
     return layer.to(device, dtype).requires_grad_(False)
@@ -64,6 +65,19 @@ def test_with_many_rows_the_kernel_dequantizes_and_the_bits_are_bitsandbytes(deq
             (found,) = linear.apply_layers(x, layer)
             assert dequantized == expected
             assert torch.equal(found, layer(x))
+
+
+@ON_EACH_DEVICE
+def test_with_a_large_weight_fewer_rows_are_many(dequantized, device, dtype):
+    width = math.isqrt(linear.LARGE)
+    large, smaller = (nf4_layer(device, dtype, False, rows, width) for rows in (width, width - 64))
+    with torch.no_grad():
+        for rows, expected in ((linear.ROWS_OF_LARGE, []), (linear.ROWS_OF_LARGE + 1, [(width, width)])):
+            x = torch.randn(1, rows, width, device=device, dtype=dtype)
+            found, other = (linear.apply_layers(x, layer)[0] for layer in (large, smaller))
+            assert dequantized == expected
+            assert torch.equal(found, large(x))
+            assert torch.equal(other, smaller(x))
 
 
 def test_a_layer_with_a_hook_is_called_with_many_rows_too(dequantized):
