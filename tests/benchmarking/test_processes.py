@@ -20,10 +20,11 @@ from ernie_image_nf4.benchmarking.processes import PRELOADED, in_own_process
 METHODS = [method for method in ("spawn", "forkserver") if method in get_all_start_methods()]
 # Calls a builtin function in a process of its own, so that unpickling it imports nothing.
 MEASURING = """
-import sys
+import signal
 from multiprocessing import get_context
 from ernie_image_nf4.benchmarking.processes import in_own_process
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs the tests behind it
     write = "__import__('pathlib').Path({file!r}).write_text(str(__import__('os').getpid()))"
     code = write + " and __import__('time').sleep(99)"
     in_own_process(get_context({method!r}), eval, code)
