@@ -57,18 +57,18 @@ def table(run: dict[str, Any]) -> str:
 
 def short_table(run: dict[str, Any]) -> str:
     """Of the same run, what decides: bytes, nearness and what is seen."""
+    shown = [(name, result) for name, result in compared(run) if name not in LEFT_OUT]
+    judged = any("object_accuracy" in result for _, result in shown)
     rows = [
         [
             NAMES[name],
             f"{result['bits_per_weight']['transformer']:.2f}",
             f"{result['psnr']:.1f}",
-            *([f"{result['object_accuracy']:.1%}"] if "object_accuracy" in result else []),
+            *([f"{result['object_accuracy']:.1%}" if "object_accuracy" in result else "–"] if judged else []),
         ]
-        for name, result in compared(run)
-        if name not in LEFT_OUT
+        for name, result in shown
     ]
-    columns = ["bits a weight", "PSNR (dB)", "objects right"]
-    return markdown_table(["", *columns[: len(rows[0]) - 1]], rows)
+    return markdown_table(["", "bits a weight", "PSNR (dB)", *(["objects right"] if judged else [])], rows)
 
 
 def compared(run: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

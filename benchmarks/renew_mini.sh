@@ -47,4 +47,7 @@ finish $!
 #   python -m training.samples --model . --output training/samples.png
 #   python benchmarks/rounding.py --widths 512 1024 --size 128 --output benchmarks/rounding_cpu.json
 #   python benchmarks/quantize_cpu.py --work /tmp/quantize-cpu --output benchmarks/quantize_cpu.json --weights ORIGINAL
+#   python benchmarks/skipping_mini.py --output benchmarks/skipping_cpu.json --grid benchmarks/skipping_cpu.jpg \
+#     --captions 20 --batch 4
+#   python -m benchmarks.serve load --output benchmarks/serve_cpu.json
 #   python -m benchmarks.summary

@@ -25,6 +25,7 @@ CHECKOUT = FOLDER.parent
 CHART = FOLDER / "benchmark_h100.png"
 PEERS, PEERS_CHART = "peers_h100.json", FOLDER / "peers_h100.png"
 SKIPPING_SIZES = (512, 1024)
+FEWER = " steps"  # in the name of the row that simply draws with fewer of them
 FORMATS, FORMATS_CHART = "nf4_mini.json", FOLDER / "nf4_mini.png"
 # Table -> the page it stands on.
 PAGES = {
@@ -56,7 +57,7 @@ HEADLINES = {
 # Below the table of cards: what its figures are of.
 CARDS_NOTE = """\
 Measured with random weights on an H100 of which another process held the rest, 50 steps, with the prompt enhancer: the
-command `generate` from start to end; memory that PyTorch reserved, and all that was taken. Real cards are slower."""
+command `generate` from start to end; memory that PyTorch reserved, and all that it took. Small cards are slower."""
 VARIANTS = ("stock", "scale_search", "default", "calibrated")
 TEXTS = {
     "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over the plain calls'",
@@ -340,9 +341,11 @@ def skipping_table(run: dict[str, Any], times: dict[int, dict[str, Any]]) -> str
     results = {name: dict(result) for name, result in run["results"].items() if name != run["against"]}
     for size, timed in times.items():
         # The last row's name is of the steps that a cache computes, which are others where there are more in all.
-        fewer = next(arm for name, arm in timed["results"].items() if name.endswith(" steps"))
+        names = {FEWER if FEWER in name else name: name for name in timed["results"]}
         for name, result in results.items():
-            result[f"time_{size}"] = timed["results"].get(name, fewer)["time_vs_full"]
+            arm = names.get(FEWER if FEWER in name else name)
+            if arm is not None:
+                result[f"time_{size}"] = timed["results"][arm]["time_vs_full"]
     columns = {
         "rows computed": ("work", ".0%"),
         **{f"time, {size}x{size}": (f"time_{size}", ".0%") for size in times},
@@ -352,7 +355,8 @@ def skipping_table(run: dict[str, Any], times: dict[int, dict[str, Any]]) -> str
     }
     shown = {title: each for title, each in columns.items() if any(each[0] in result for result in results.values())}
     rows = [
-        [f"`{name}`", *(f"{result[key]:{form}}" for key, form in shown.values())] for name, result in results.items()
+        [f"`{name}`", *(f"{result[key]:{form}}" if key in result else "–" for key, form in shown.values())]
+        for name, result in results.items()
     ]
     return markdown_table(["", *shown], rows)
 

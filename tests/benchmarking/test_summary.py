@@ -58,7 +58,8 @@ def test_what_is_left_out_has_its_share_and_its_distance():
     title, _, *rows = summary.skipping_table(run, {1024: timed}).splitlines()
     assert "| rows computed | time, 1024x1024 | PSNR (dB) |" in title
     assert rows == ["| `guidance_until=0.5` | 60% | 76% | 35.0 | 30.0 |", "| `11 steps` | 60% | 45% | 35.0 | 30.0 |"]
-    run["results"]["cache=3"] = figures
+    run["results"]["cache=3"] = figures  # which was not timed yet
+    assert summary.skipping_table(run, {1024: timed}).splitlines()[-1] == "| `cache=3` | 60% | – | 35.0 | 30.0 |"
     assert summary.skipping_figures(run, "h100.time_vs_full", "time_vs_full") == {
         "h100.time_vs_full.guidance_until_half": 0.6123,
         "h100.time_vs_full.cache": 0.6123,

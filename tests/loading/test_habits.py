@@ -13,8 +13,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from diffusers import ErnieImagePipeline
+from PIL import Image
 
-from ernie_image_nf4 import load
+from ernie_image_nf4 import Row, generate_batch, load
 from ernie_image_nf4.errors import InvalidSettings
 from ernie_image_nf4.fast.prompt_enhancer import make_prompt_enhancer_fast
 from ernie_image_nf4.fast.transformer import make_transformer_fast
@@ -125,14 +126,24 @@ def test_the_picture_stays_the_usual_one(repository, expected, memory, habit, dr
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing_in_16_bits(repository, device, dtype, to):
+def test_autocast_changes_nothing_in_16_bits(repository, tmp_path, device, dtype, to):
     pipe = load(repository, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    before = draw(pipe, use_pe=False)
+
+    def everything(folder: Path) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+        (record,) = generate_batch(pipe, [Row("a cat")], folder, height=32, width=32, steps=2, guidance=3.0)
+        with Image.open(folder / record.file) as image:
+            batch = np.asarray(image)
+        return draw(pipe, use_pe=False), pipe.encode_prompt("a cat", device)[0], batch
+
+    before = everything(tmp_path / "before")
     with torch.autocast(device, to):
-        assert np.array_equal(draw(pipe, use_pe=False), before)
+        found = everything(tmp_path / "after")
         assert torch.get_autocast_dtype(device) == to
         assert torch.is_autocast_enabled(device)
+    assert torch.equal(found[1], before[1])
+    assert np.array_equal(found[0], before[0])
+    assert np.array_equal(found[2], before[2])
 
 
 @pytest.mark.gpu
