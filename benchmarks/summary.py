@@ -57,7 +57,7 @@ HEADLINES = {
 # Below the table of cards: what its figures are of.
 CARDS_NOTE = """\
 Measured with random weights on an H100 of which another process held the rest, 50 steps, with the prompt enhancer: the
-command `generate` from start to end; memory that PyTorch reserved, and all that it took. Small cards are slower."""
+command `generate` from start to end; memory that PyTorch reserved, and all that was gone. Small cards are slower."""
 VARIANTS = ("stock", "scale_search", "default", "calibrated")
 TEXTS = {
     "h100.time_vs_demo.resident": "one 512x512 picture, 50 steps, 256 enhancer tokens: time over the plain calls'",

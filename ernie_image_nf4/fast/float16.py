@@ -80,7 +80,7 @@ def _product(x: torch.Tensor, scale: torch.Tensor, layer: nn.Module) -> tuple[to
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast switched off, on a device that has it: a mixed model has its dtypes where they belong."""
+    """Switches autocast off on a device that has it: models in 16 bits have their dtypes where they belong."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 

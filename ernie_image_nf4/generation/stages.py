@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import NotFinite
 from ..fast.transformer import several_pictures
-from ..loading.loaded_pipeline import skipping_as, taking_turn, without_autocast
+from ..loading.loaded_pipeline import in_own_precision, skipping_as, taking_turn
 from ..memory.apply import memory_mode
 from ..memory.decode_check import is_finite, noted
 from ..upstream.pipelines import execution_device
@@ -145,7 +145,7 @@ def draw_group(
     settings = [each for batch in batches for each in batch]
     with _group_calls(pipe) as calls:
         started = time.perf_counter()
-        with taking_turn(pipe), without_autocast(pipe), _threads(pipe, one_thread):
+        with taking_turn(pipe), in_own_precision(pipe), _threads(pipe, one_thread):
             revised = enhance_all(calls, settings)
             if watch is not None:
                 watch.on_texts(settings, revised)
@@ -162,7 +162,7 @@ def draw_group(
             started = time.perf_counter()
             try:
                 # Not while the caller has the drawing: it may go on in another thread.
-                with taking_turn(pipe), without_autocast(pipe), _threads(pipe, one_thread):
+                with taking_turn(pipe), in_own_precision(pipe), _threads(pipe, one_thread):
                     image = decode(calls, each, embeddings[prompt], result.latents)
             except NotFinite as error:
                 yield str(error)

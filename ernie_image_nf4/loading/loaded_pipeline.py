@@ -83,7 +83,7 @@ class LoadedPipeline(ErnieImagePipeline):
             try:
                 with (
                     _default_device_is_cpu(),
-                    without_autocast(self),
+                    in_own_precision(self),
                     self._own_generator(call),
                     stepped(self, self.skipping) as pipe,
                 ):
@@ -189,7 +189,7 @@ def _default_device_is_cpu() -> Iterator[None]:
         yield
 
 
-def without_autocast(pipe: ErnieImagePipeline) -> AbstractContextManager[None]:
+def in_own_precision(pipe: ErnieImagePipeline) -> AbstractContextManager[None]:
     """Let models that are in 16 bits already compute in the dtypes they were loaded for.
 
     Autocast, whose default is float16, would overflow in them, and save nothing.
@@ -278,7 +278,7 @@ def make_pipeline_take_turns(pipe: ErnieImagePipeline) -> None:
 def _in_turn(name: str) -> Callable:
     @functools.wraps(getattr(ErnieImagePipeline, name))
     def method(self: LoadedPipeline, *args: Any, **kwargs: Any) -> Any:
-        with taking_turn(self), without_autocast(self) if name == "encode_prompt" else nullcontext():
+        with taking_turn(self), in_own_precision(self):
             return getattr(super(LoadedPipeline, self), name)(*args, **kwargs)
 
     return method

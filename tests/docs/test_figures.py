@@ -213,6 +213,23 @@ def test_bfloat16_is_within_0_2_db_of_float32() -> None:
     assert all(abs(rounded[name]["psnr"] - result["psnr"]) <= 0.2 for name, result in MINI.items() if "psnr" in result)
 
 
+def test_what_single_kinds_of_layers_and_the_kept_ones_buy() -> None:
+    """As docs/fidelity.md says."""
+    rows = [row for row in run("nf4_sensitivity")["results"] if row["quantized"] == "transformer" and "gain_db" in row]
+    small = {row["kept"]: row["gain_db"] for row in rows if row["share_of_full_transformer"] < 0.03}
+    kept = small.pop("the default")
+    assert round(kept, 1) == 1.2
+    assert kept == max(kept, *small.values())
+    assert max(gain for name, gain in small.items() if "," not in name) <= 0.6
+
+
+def test_backgrounds_change_with_a_cache_of_three_only() -> None:
+    """As docs/speed.md says of 200 pictures."""
+    skipping = run("skipping_mini")
+    wrong = [round(200 * (1 - skipping["results"][f"cache={n}"]["background_accuracy"])) for n in (2, 3)]
+    assert (skipping["captions"], wrong) == (200, [0, 1])
+
+
 def test_both_ways_to_quantize_gave_the_same_files() -> None:
     """As docs/quantizing.md says."""
     assert all(component["files_identical"] for component in QUANTIZE["same_weights"].values())

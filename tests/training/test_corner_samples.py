@@ -42,4 +42,4 @@ def test_the_page_says_how_far_the_furthest_is(errors):
     page = " ".join((CHECKOUT / "training" / "README.md").read_text(encoding="utf-8").split())
     said = re.search(r"none is more than ([\d.]+) of 255 levels from its background", page)
     assert said
-    assert float(said[1]) == pytest.approx(max(each.max().item() for each in errors.values()), abs=0.05)
+    assert 0 <= float(said[1]) - max(each.max().item() for each in errors.values()) < 0.1
