@@ -194,9 +194,9 @@ def in_own_precision(pipe: ErnieImagePipeline) -> AbstractContextManager[None]:
 
     Autocast, whose default is float16, would overflow in them, and save nothing.
     """
-    return (
-        nullcontext() if computation_dtype(pipe.transformer) == torch.float32 else no_autocast(execution_device(pipe))
-    )
+    if pipe.transformer is None or computation_dtype(pipe.transformer) == torch.float32:
+        return nullcontext()
+    return no_autocast(execution_device(pipe))
 
 
 @contextmanager

@@ -146,6 +146,13 @@ def test_autocast_changes_nothing_in_16_bits(repository, tmp_path, device, dtype
     assert np.array_equal(found[2], before[2])
 
 
+def test_a_pipeline_without_its_transformer_still_encodes(repository):
+    pipe = load(repository, device="cpu", prompt_enhancer=False)
+    expected = pipe.encode_prompt("a cat", "cpu")[0]
+    pipe.transformer = None
+    assert torch.equal(pipe.encode_prompt("a cat", "cpu")[0], expected)
+
+
 @pytest.mark.gpu
 def test_a_pipeline_on_the_cpu_keeps_nothing_on_the_gpu(repository):
     pipe = load(repository, device="cuda", memory="resident")
